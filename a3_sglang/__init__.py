@@ -1,0 +1,1 @@
+"""Any-position KV reuse for SGLang (A3, arXiv 2511.17560)."""

@@ -1,0 +1,380 @@
+"""The radix-cache backend ``a3``: SGLang's own tree that also offers spans."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from a3_sglang import seams
+from a3_sglang.cache.index import AnyPositionIndex, Run
+from a3_sglang.config import Effective, ServerOptions, resolve
+from a3_sglang.fusion.executor import Executor, Job, RowsAttention, Timings
+from a3_sglang.fusion.plan import Plan, make_plan
+from a3_sglang.fusion.row_attention import RowGroup
+from a3_sglang.selectors import make_selector
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the backend knows of one request; lies on the request, so it lives as long as that.
+
+    Attributes:
+        options: what the request runs with; None until it was first matched.
+        plan: spans the tree offered at the last match.
+        seen: what the plan was made from; the same again means the same plan.
+        reason: why there is no plan.
+        private: the request's own slots behind its exact prefix, int64; None where it was not fused.
+        waiting: slots are allocated and copied, the fusion has not run.
+        reported: the report of this admission is written.
+    """
+
+    options: Effective | None = None
+    plan: Plan | None = None
+    seen: Hashable = None
+    reason: str | None = None
+    private: torch.Tensor | None = None
+    waiting: bool = False
+    reported: bool = False
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start."""
+
+    fused: int = 0
+    plain: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    gap: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+def state_of(req: Any) -> RequestState:
+    """The request's state, made on first use."""
+    state = getattr(req, "a3", None)
+    if state is None:
+        state = req.a3 = RequestState()
+    return state
+
+
+class A3Tree:
+    """Mixin in front of SGLang's tree class.
+
+    Matches as the tree does; what the tree does not have as a prefix but holds elsewhere is offered as
+    obtainable (``host_hit_length``), and copied to slots private to the request when it is admitted.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.index: AnyPositionIndex | None = None
+        self.executor: Executor | None = None
+        self.waiting: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    def start(self, options: ServerOptions, executor: Executor, capacity: int) -> None:
+        """Begin to offer spans.
+
+        Args:
+            options: the server's.
+            executor: runs the fusions.
+            capacity: tokens the KV pool holds.
+        """
+        self.options = options
+        self.executor = executor
+        self.counters = Counters()
+        self.timings = Timings()
+        self.index = AnyPositionIndex(
+            options.min_span,
+            capacity=2 * capacity,
+            page_size=self.page_size,  # type: ignore[attr-defined]
+        )
+
+    # ---- donors
+
+    def insert(self, params: Any) -> Any:
+        result = super().insert(params)  # type: ignore[misc]
+        if self.index is not None:
+            self.index.add(seams.namespace(params.key), seams.key_tokens(params.key))
+        return result
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        if self.index is not None:
+            self.index.clear()
+            self.waiting.clear()
+
+    # ---- match and admission
+
+    def match_prefix(self, params: Any) -> Any:
+        result = super().match_prefix(params)  # type: ignore[misc]
+        req = getattr(params, "req", None)
+        if req is None or self.index is None:
+            return result
+        state = state_of(req)
+        self._drop_unused(req, state)
+        state.private, state.reported = None, False
+        state.plan = self._plan(req, state, params.key, seams.matched_length(result))
+        if state.plan is None or result.host_hit_length:
+            return result
+        return result._replace(
+            last_host_node=result.last_device_node,
+            best_match_node=result.last_device_node,
+            host_hit_length=state.plan.end - state.plan.prefix,
+        )
+
+    def _plan(self, req: Any, state: RequestState, key: Any, prefix: int) -> Plan | None:
+        assert self.index is not None
+        if state.options is None:
+            state.options = resolve(self.options, req.sampling_params.custom_params)
+        seen = (self.index.version, len(key), prefix)
+        if state.seen == seen:
+            return state.plan
+        state.seen, state.reason = seen, _unfit(req, state.options)
+        if state.reason is not None:
+            return None
+        space, tokens = seams.namespace(key), seams.key_tokens(key)
+        prompt = len(req.origin_input_ids) + len(req.output_ids)
+        for _ in range(4):
+            runs = self.index.find(space, tokens, prefix, state.options.min_span)
+            plan = make_plan(runs, prefix, prompt, len(tokens), self.page_size)  # type: ignore[attr-defined]
+            reused = plan.reused if plan else 0
+            if reused < state.options.min_reuse:
+                state.reason = f"{reused} reusable tokens, fewer than min_reuse {state.options.min_reuse}"
+                return None
+            assert plan is not None
+            if all([self._held(space, span.run) for span in plan.spans]):
+                state.seen = (self.index.version, len(key), prefix)
+                return plan
+        state.reason = "the donors were evicted"
+        return None
+
+    def _held(self, space: Hashable, run: Run) -> bool:
+        """Whether the tree still has this run; the index forgets it where not."""
+        held = seams.matched_length(self._match_path(space, run))
+        if held < run.offset + run.length:
+            assert self.index is not None
+            self.index.forget(run.segment, held)
+            return False
+        return True
+
+    def _match_path(self, space: Hashable, run: Run) -> Any:
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+
+        path = run.path(self.page_size)  # type: ignore[attr-defined]
+        return super().match_prefix(MatchPrefixParams(key=seams.key_like(space, path)))  # type: ignore[misc]
+
+    def init_load_back(self, params: Any) -> Any:
+        req = params.req
+        state = state_of(req) if req is not None else None
+        if state is None or state.plan is None:
+            return super().init_load_back(params)  # type: ignore[misc]
+        slots = self._obtain(req, state.plan)
+        if slots is None:
+            state.plan = state.seen = None
+            return seams.loaded(torch.empty(0, dtype=torch.int64, device=self.device), req.last_node)  # type: ignore[attr-defined]
+        state.private, state.waiting = slots, True
+        self.waiting[req.rid] = req
+        return seams.loaded(slots, req.last_node)
+
+    def _obtain(self, req: Any, plan: Plan) -> torch.Tensor | None:
+        """Private slots with the spans copied into them; None, with a reason, where that cannot be done."""
+        assert self.index is not None and self.executor is not None
+        state = state_of(req)
+        space = self._namespace_of(req)
+        unlock, sources = [], []
+        try:
+            for span in plan.spans:
+                result = self._match_path(space, span.run)
+                if seams.matched_length(result) < span.offset + span.length:
+                    self.index.forget(span.run.segment, seams.matched_length(result))
+                    state.reason = "the donors were evicted"
+                    return None
+                unlock.append(seams.locked(self, result.last_device_node))
+                sources.append(seams.matched_slots(self, result)[span.offset : span.offset + span.length])
+                self.index.touch(span.run)
+            slots = seams.allocate(self, plan.end - plan.prefix)
+            if slots is None:
+                state.reason = "no room for private slots"
+                return None
+            with self.timings.add("copy_ms"):
+                self._copy(plan, sources, slots)
+            return slots
+        finally:
+            for release in unlock:
+                release()
+
+    def _copy(self, plan: Plan, sources: list[torch.Tensor], slots: torch.Tensor) -> None:
+        assert self.executor is not None
+        device = slots.device
+        old = torch.cat([torch.arange(s.offset, s.offset + s.length, device=device) for s in plan.spans])
+        new = torch.cat([torch.arange(s.start, s.end, device=device) for s in plan.spans])
+        self.executor.copy(torch.cat(sources).to(torch.int64), slots[new - plan.prefix].to(torch.int64), old, new)
+
+    def _namespace_of(self, req: Any) -> Hashable:
+        return (req.extra_key, getattr(req, "cache_salt", None) or None)
+
+    def _drop_unused(self, req: Any, state: RequestState) -> None:
+        """Slots of an admission that came to nothing go back."""
+        if state.waiting:
+            self.token_to_kv_pool_allocator.free(state.private)  # type: ignore[attr-defined]
+            state.waiting, state.private = False, None
+        self.waiting.pop(req.rid, None)
+
+    def load_back_is_cache_owned(self) -> bool:
+        return False
+
+    def prefix_device_indices(self, req: Any) -> torch.Tensor:
+        state = state_of(req)
+        if state.private is None or state.plan is None:
+            return super().prefix_device_indices(req)  # type: ignore[misc]
+        path = self.path_device_indices(req.last_node)  # type: ignore[attr-defined]
+        return torch.cat([path[: state.plan.prefix], state.private.to(path.dtype)])[: req.prefix_len]
+
+    # ---- end: fused KV is never inserted
+
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        if not self._fused(req):
+            super().checkpoint(req, up_to=up_to, **kwargs)  # type: ignore[misc]
+
+    def on_release(self, req: Any, **kwargs: Any) -> None:
+        if self._fused(req):
+            kwargs = dict.fromkeys(kwargs, False)
+        super().on_release(req, **kwargs)  # type: ignore[misc]
+
+    def insert_req(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        if not self._fused(req):
+            super().insert_req(req, up_to=up_to, **kwargs)  # type: ignore[misc]
+
+    def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        if self._fused(req):
+            seams.keep_row_as_prefix(self, req)
+        else:
+            super().cache_unfinished_req(req, *args, **kwargs)  # type: ignore[misc]
+
+    def cache_finished_req(self, req: Any, is_insert: bool = True, **kwargs: Any) -> None:
+        super().cache_finished_req(req, is_insert=is_insert and not self._fused(req), **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _fused(req: Any) -> bool:
+        return state_of(req).private is not None
+
+    # ---- fusion
+
+    def fuse(self, reqs: list[Any]) -> bool:
+        """Run the fusion of this batch's newly admitted requests and write all new reports.
+
+        Returns:
+            Whether any request of the batch is fused.
+        """
+        assert self.executor is not None
+        fresh = [req for req in reqs if state_of(req).waiting]
+        jobs = [self._job(req) for req in fresh]
+        if jobs:
+            self.executor.run(jobs, self.timings)
+        for req, job in zip(fresh, jobs, strict=True):
+            state = state_of(req)
+            state.waiting = False
+            self.waiting.pop(req.rid, None)
+            self._report(req, job, job.charged(self.executor.model.depth))
+        for req in reqs:
+            self._report(req, None, 0.0)
+        for req in list(self.waiting.values()):
+            self._drop_unused(req, state_of(req))
+        return any(self._fused(req) for req in reqs)
+
+    @contextmanager
+    def timed_extend(self, reqs: list[Any]) -> Iterator[None]:
+        """Time the extend of a fused batch; with ``A3_TIMINGS=1`` the requests report how long each part took."""
+        timings, self.timings = self.timings, Timings()
+        with timings.add("tail_ms"):
+            yield
+        if os.environ.get("A3_TIMINGS") == "1":
+            for req in reqs:
+                if self._fused(req):
+                    req.customized_info["a3_ms"] = [asdict(timings)]
+
+    def extend_attention(self, batch: Any) -> AbstractContextManager[None]:
+        """A context for the extend of a fused batch.
+
+        On a CPU it attends by rows as well: SGLang's own attention would compute every prefix row again.
+        """
+        assert self.executor is not None
+        if self.device.type != "cpu":  # type: ignore[attr-defined]
+            return nullcontext()
+        groups, begin = [], 0
+        for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+            slots = seams.row(self, req)[: prefix + length].to(torch.int64)
+            visible = torch.arange(prefix, prefix + length, device=slots.device) + 1
+            groups.append(RowGroup(begin, begin + length, slots, visible))
+            begin += length
+        return self.executor.model.attention(RowsAttention(self.executor, batch.out_cache_loc.to(torch.int64), groups))
+
+    def after_admission(self, req: Any) -> None:
+        """Private slots stay the request's own, whatever the admission made of them."""
+        state = state_of(req)
+        if state.waiting and state.plan is not None:
+            seams.protect(req, state.plan.prefix)
+
+    def _job(self, req: Any) -> Job:
+        state = state_of(req)
+        plan, options = state.plan, state.options
+        assert plan is not None and options is not None and state.private is not None
+        slots = torch.cat([seams.row(self, req)[: plan.prefix].to(torch.int64), state.private.to(torch.int64)])
+        tokens = torch.tensor(list(req.origin_input_ids) + list(req.output_ids), dtype=torch.int64, device=slots.device)
+        return Job(plan, tokens, slots, make_selector(options.selector), options.ratio)
+
+    def _report(self, req: Any, job: Job | None, charged: float) -> None:
+        state = state_of(req)
+        if state.reported:
+            return
+        state.reported = True
+        prompt = len(req.origin_input_ids)
+        options = state.options
+        report: dict[str, Any]
+        if job is None:
+            prefix = min(seams.prefix_length(req), prompt)
+            report = {"prefix": prefix, "reused": 0, "recomputed": 0, "gap": 0, "tail": prompt - prefix}
+            state.reason = state.reason or "nothing to reuse"
+            self.counters.plain += 1
+            self.counters.reasons[state.reason] = self.counters.reasons.get(state.reason, 0) + 1
+        else:
+            plan, recomputed = job.plan, len(job.recomputed)
+            report = {
+                "prefix": plan.prefix,
+                "reused": plan.reused - recomputed,
+                "recomputed": recomputed,
+                "gap": plan.gap,
+                "tail": max(prompt - plan.end, 0),
+            }
+            self.counters.fused += 1
+            self.counters.reused += plan.reused - recomputed
+            self.counters.recomputed += recomputed
+            self.counters.gap += plan.gap
+        report |= {
+            "charged": round(charged, 6),
+            "selector": options.selector if options is not None else self.options.selector,
+            "reason": None if job is not None else state.reason,
+        }
+        req.customized_info = {**(req.customized_info or {}), "a3": [report]}
+
+
+def _unfit(req: Any, options: Effective) -> str | None:
+    """Why this request gets a full prefill whatever the index holds."""
+    if not options.enabled:
+        return "off"
+    if getattr(req, "lora_id", None) is not None:
+        return "the request uses a LoRA adapter"
+    if getattr(req, "input_embeds", None) is not None:
+        return "the request brings embeddings"
+    if getattr(req, "multimodal_inputs", None) is not None:
+        return "the request is multimodal"
+    if getattr(req, "session", None) is not None:
+        return "the request belongs to a session"
+    return None

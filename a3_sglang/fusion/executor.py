@@ -1,0 +1,297 @@
+"""The fused prefill of a batch of planned requests: copy, probe, select, recompute."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from a3_sglang.fusion.plan import Plan
+from a3_sglang.fusion.rotation import RopeTable, copy_rotated
+from a3_sglang.fusion.row_attention import RowAttention, RowGroup
+from a3_sglang.kernels.relevance import relevance
+from a3_sglang.selectors import Selector
+
+logger = logging.getLogger(__name__)
+
+QUESTION_TOKENS = 64
+"""Tokens at a prompt's end whose attention the probe reads."""
+
+
+class Attend(ABC):
+    """What happens where a layer of the model attends."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention of a pass's rows at one layer.
+
+        Args:
+            layer: the layer's number.
+            query: (rows, heads, head_dim), after RoPE.
+            key, value: (rows, kv_heads, head_dim), the rows' own.
+            scaling: factor of the logits.
+
+        Returns:
+            (rows, heads, head_dim).
+        """
+
+
+class Model(ABC):
+    """The model as the executor needs it: a pool of KV slots and passes over arbitrary rows."""
+
+    depth: int
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    ropes: Mapping[int, RopeTable]
+
+    @abstractmethod
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
+        """Run rows through the first ``layers`` layers.
+
+        Args:
+            tokens, positions: int64 (rows,).
+            attend: takes the place of the model's attention.
+        """
+
+    @abstractmethod
+    def attention(self, attend: Attend) -> AbstractContextManager[None]:
+        """A context in which the model attends through ``attend``."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One request's fused prefill.
+
+    Attributes:
+        plan: what comes from where.
+        tokens: int64 (prompt,).
+        slots: int64 (plan.end,), the exact prefix's slots and the private ones behind it.
+        selector, ratio: which reused rows are recomputed.
+        recomputed: int64, positions of the reused rows that were recomputed, ascending; set by :meth:`Executor.run`.
+        probed_rows, probed_layers: size of the probe.
+    """
+
+    plan: Plan
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    selector: Selector
+    ratio: float
+    recomputed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    probed_rows: int = 0
+    probed_layers: int = 0
+
+    def charged(self, depth: int) -> float:
+        """Rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail)."""
+        rows = (len(self.recomputed) + self.plan.gap) * depth + self.probed_rows * self.probed_layers
+        return rows / (depth * (self.plan.end - self.plan.prefix))
+
+
+@dataclass(slots=True)
+class Timings:
+    """Milliseconds of one batch's fused prefill; on a device that runs on its own they hold the launches."""
+
+    copy_ms: float = 0.0
+    probe_ms: float = 0.0
+    select_ms: float = 0.0
+    recompute_ms: float = 0.0
+    tail_ms: float = 0.0
+
+    @contextmanager
+    def add(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + (time.perf_counter() - started) * 1e3)
+
+
+class Executor:
+    """Runs jobs on a model.
+
+    Args:
+        model: see :class:`Model`.
+        attention: how rows attend on this device.
+        slice_rows: rows that go through the model at once, at most.
+    """
+
+    def __init__(self, model: Model, attention: RowAttention, slice_rows: int = 8192) -> None:
+        self.model = model
+        self.attention = attention
+        self.slice_rows = slice_rows
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Copy KV rows between slots in all layers, keys turned from their old to their new positions.
+
+        Args:
+            source, target: int64 (n,), disjoint slots.
+            old, new: int64 (n,), positions.
+        """
+        turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for layer in range(self.model.depth):
+            rope = self.model.ropes[layer]
+            if id(rope) not in turns:
+                turns[id(rope)] = rope.turn(old, new)
+            copy_rotated(
+                self.model.keys[layer], self.model.values[layer], source, target, turns[id(rope)], rope.neox
+            )
+
+    def run(self, jobs: Sequence[Job], timings: Timings) -> None:
+        """Make the KV between each job's prefix and tail ready, in place.
+
+        An error in probe or selection is no reason to lose a request: its reused rows are then all recomputed,
+        which is the full prefill.
+        """
+        try:
+            with timings.add("probe_ms"):
+                scores = self._probe(jobs)
+            with timings.add("select_ms"):
+                for job, score in zip(jobs, scores, strict=True):
+                    job.recomputed = _select(job, score)
+        except Exception:
+            logger.exception("a3: the probe failed; all reused rows of this batch are recomputed")
+            for job in jobs:
+                job.recomputed = _reused_positions(job.plan, job.slots.device)
+        with timings.add("recompute_ms"):
+            self._recompute(jobs)
+
+    def _probe(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
+        """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""
+        asked: list[tuple[Job, range]] = []
+        for job in jobs:
+            layers = job.selector.probe_layers(self.model.depth)
+            count = job.selector.budget(job.ratio, job.plan.reused)
+            if len(layers) and 0 < count < job.plan.reused:
+                asked.append((job, layers))
+        if not asked:
+            return [None] * len(jobs)
+        depth = max(layers.stop for _, layers in asked)
+        probes, begin = [], 0
+        for job, layers in asked:
+            rows = min(QUESTION_TOKENS, len(job.tokens) - job.plan.end)
+            probes.append(_Probe(job, layers, begin, rows))
+            job.probed_rows, job.probed_layers = rows, depth
+            begin += rows
+        self.model.forward(
+            torch.cat([p.job.tokens[-p.rows :] for p in probes]),
+            torch.cat([p.positions for p in probes]),
+            _ProbeAttention(self, probes),
+            depth,
+        )
+        by_job = {id(p.job): p.scores for p in probes}
+        return [by_job.get(id(job)) for job in jobs]
+
+    def _recompute(self, jobs: Sequence[Job]) -> None:
+        """One pass over the chosen rows and the gaps of all jobs; more where they exceed ``slice_rows``."""
+        work: list[tuple[Job, torch.Tensor]] = []
+        pending = 0
+        for job in jobs:
+            gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
+            rows = torch.cat([job.recomputed, *gaps]).sort().values
+            # Slices of one request go in order of position, so that each finds the KV before it fresh.
+            while len(rows):
+                part = rows[: self.slice_rows - pending]
+                work.append((job, part))
+                pending += len(part)
+                rows = rows[len(part) :]
+                if pending == self.slice_rows:
+                    self._pass(work)
+                    work, pending = [], 0
+        if work:
+            self._pass(work)
+
+    def _pass(self, work: Sequence[tuple[Job, torch.Tensor]]) -> None:
+        groups, begin = [], 0
+        for job, rows in work:
+            # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
+            context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
+            groups.append(RowGroup(begin, begin + len(rows), context, rows + 1))
+            begin += len(rows)
+        self.model.forward(
+            torch.cat([job.tokens[rows] for job, rows in work]),
+            torch.cat([rows for _, rows in work]),
+            RowsAttention(self, torch.cat([job.slots[rows] for job, rows in work]), groups, kv_only=True),
+            self.model.depth,
+        )
+
+
+class RowsAttention(Attend):
+    """Rows whose KV is written to their slots before they attend.
+
+    Args:
+        kv_only: nothing but the rows' KV is wanted, so the last layer need not attend.
+    """
+
+    def __init__(
+        self, executor: Executor, slots: torch.Tensor, groups: Sequence[RowGroup], kv_only: bool = False
+    ) -> None:
+        self._model, self._attention = executor.model, executor.attention
+        self._slots, self._groups = slots, groups
+        self._last = executor.model.depth - 1 if kv_only else -1
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        keys, values = self._model.keys[layer], self._model.values[layer]
+        keys.index_copy_(0, self._slots, key.to(keys.dtype))
+        values.index_copy_(0, self._slots, value.to(values.dtype))
+        return query if layer == self._last else self._attention.run(query, keys, values, self._groups, scaling)
+
+
+class _Probe:
+    """The question of one job: its last rows, over the prefix and the spans as they were copied."""
+
+    def __init__(self, job: Job, layers: range, begin: int, rows: int) -> None:
+        device = job.slots.device
+        self.job, self.layers, self.begin, self.rows = job, layers, begin, rows
+        self.positions = torch.arange(len(job.tokens) - rows, len(job.tokens), device=device)
+        known = torch.cat([torch.arange(job.plan.prefix, device=device), _reused_positions(job.plan, device)])
+        self.known, self.slots = known, job.slots[known]
+        self.visible = torch.arange(1, rows + 1, device=device) + len(known)
+        self.scores = torch.zeros(job.plan.end, device=device)
+
+
+class _ProbeAttention(Attend):
+    """The probe writes no slot: its rows' own KV stands behind the gathered context."""
+
+    def __init__(self, executor: Executor, probes: Sequence[_Probe]) -> None:
+        self._model, self._probes = executor.model, probes
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        out = torch.empty_like(query)
+        for probe in self._probes:
+            part = slice(probe.begin, probe.begin + probe.rows)
+            k = torch.cat([self._model.keys[layer].index_select(0, probe.slots).to(key.dtype), key[part]])
+            v = torch.cat([self._model.values[layer].index_select(0, probe.slots).to(value.dtype), value[part]])
+            weights, mass = relevance(query[part], k, probe.visible, scaling)
+            if layer in probe.layers:
+                probe.scores[probe.known] += mass[: len(probe.known)]
+            rows, heads, dim = query[part].shape
+            attended = torch.matmul(weights.to(v.dtype), v.movedim(0, 1)).view(k.shape[1], -1, rows, dim)
+            out[part] = attended.permute(2, 0, 1, 3).reshape(rows, heads, dim)
+        return out
+
+
+def _select(job: Job, score: torch.Tensor | None) -> torch.Tensor:
+    positions = _reused_positions(job.plan, job.slots.device)
+    count = job.selector.budget(job.ratio, len(positions))
+    if count == len(positions):
+        return positions
+    if count == 0:
+        return positions[:0]
+    if score is None:
+        score = torch.zeros(job.plan.end, device=positions.device)
+    elif not bool(torch.isfinite(score).all()):
+        raise FloatingPointError("the probe's scores are not finite")
+    return job.selector.pick(score, positions, count)
+
+
+def _reused_positions(plan: Plan, device: Any) -> torch.Tensor:
+    return torch.cat([torch.arange(span.start, span.end, device=device) for span in plan.spans])

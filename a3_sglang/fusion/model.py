@@ -1,0 +1,149 @@
+"""The executor's view of a model that SGLang has loaded, and the checks that it can be fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from a3_sglang import seams
+from a3_sglang.fusion.executor import Attend, Model
+from a3_sglang.fusion.rotation import RopeTable, rotate
+
+
+class UnsupportedModelError(ValueError):
+    """The model or its configuration cannot be fused; the message is one line that says what and why."""
+
+
+ROTARY_CLASSES = frozenset(
+    {
+        "RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "Llama3RotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+    }
+)
+"""Rotary modules whose angle depends on the position alone."""
+
+
+class SGLangModel(Model):
+    """A loaded model.
+
+    Args:
+        runner: SGLang's ModelRunner.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        self._runner = runner
+        pool = runner.token_to_kv_pool
+        if type(pool) is not MHATokenToKVPool:
+            raise UnsupportedModelError(f"the KV pool {type(pool).__name__} is not supported (only plain MHA and GQA)")
+        rotary = rotary_by_layer(runner.model)
+        self.depth = len(rotary)
+        self.keys = [pool.get_key_buffer(layer) for layer in range(self.depth)]
+        self.values = [pool.get_value_buffer(layer) for layer in range(self.depth)]
+        if self.keys[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedModelError(f"KV in {self.keys[0].dtype} is not supported (only bf16, fp16 and fp32)")
+        tables: dict[int, RopeTable] = {}
+        for module in rotary.values():
+            if id(module) not in tables:
+                tables[id(module)] = RopeTable(module.cos_sin_cache, module.is_neox_style)
+                check_rotation(module, self.keys[0].shape[-1], self.keys[0].dtype)
+        self.ropes = {layer: tables[id(module)] for layer, module in rotary.items()}
+
+    @torch.no_grad()
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
+        model, batch = self._runner.model, seams.row_batch(tokens, positions)
+        with self.attention(attend):
+            if layers < self.depth and hasattr(model, "forward_split_prefill"):
+                model.forward_split_prefill(tokens, positions, batch, (0, layers))
+            else:
+                model.model(tokens, positions, batch)
+
+    def attention(self, attend: Attend) -> Any:
+        """A context in which the model attends through ``attend``."""
+
+        def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, _batch: Any, _save: bool) -> Any:
+            heads, kv_heads, dim = layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
+            out = attend.attend(
+                layer.layer_id,
+                q.view(-1, heads, dim),
+                k.view(-1, kv_heads, dim),
+                v.view(-1, kv_heads, dim),
+                layer.scaling,
+            )
+            return out.reshape(-1, heads * dim)
+
+        runner = self._runner
+        return seams.attention_override(
+            seams.attention_backend(forward, runner.token_to_kv_pool, runner.req_to_token_pool)
+        )
+
+
+def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
+    """The rotary module of every attention layer, by layer number from 0.
+
+    Raises:
+        UnsupportedModelError: a layer has none, one of an unknown kind, or attends in a way that is not plain
+            causal attention.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        for attention in (child for child in module.children() if isinstance(child, RadixAttention)):
+            rotary = getattr(module, "rotary_emb", None)
+            if rotary is None:
+                raise UnsupportedModelError(f"{name} attends without a rotary module of its own")
+            kind = type(rotary).__name__
+            if kind not in ROTARY_CLASSES:
+                raise UnsupportedModelError(f"RoPE of type {kind} is not supported ({', '.join(sorted(ROTARY_CLASSES))})")
+            if attention.sliding_window_size > -1:
+                raise UnsupportedModelError(f"{name} has a sliding window of {attention.sliding_window_size} tokens")
+            if attention.logit_cap:
+                raise UnsupportedModelError(f"{name} caps its logits")
+            if attention.is_cross_attention or attention.qk_head_dim != attention.v_head_dim:
+                raise UnsupportedModelError(f"{name} is no plain self-attention")
+            found[attention.layer_id] = rotary
+    if not found or sorted(found) != list(range(len(found))):
+        raise UnsupportedModelError("no plain stack of attention layers was found in the model")
+    return found
+
+
+def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+    """Turn random keys with the tables and compare with the model's own rotary module at the new positions.
+
+    Args:
+        module: SGLang's rotary module.
+        head_dim: dimensions of a key.
+        dtype: dtype of the KV pool.
+
+    Raises:
+        UnsupportedModelError: they differ by more than rounding.
+    """
+    table = RopeTable(module.cos_sin_cache, module.is_neox_style)
+    device, reach = module.cos_sin_cache.device, module.cos_sin_cache.shape[0]
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, reach, (2, 64), generator=generator).to(device)
+    raw = torch.randn(64, 1, head_dim, generator=generator).to(device=device, dtype=dtype)
+
+    def model_rotates(at: torch.Tensor) -> torch.Tensor:
+        keys = raw.clone().view(64, head_dim)
+        return module(at, keys.clone(), keys)[1].view(64, 1, head_dim)
+
+    turned = rotate(model_rotates(positions[0]), *table.turn(positions[0], positions[1]), table.neox)
+    expected = model_rotates(positions[1])
+    error = (turned.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    # One rounding of the stored key and one of the result.
+    if not bool((error < 4 * torch.finfo(dtype).eps).all()):
+        raise UnsupportedModelError(
+            f"keys turned with the tables of {type(module).__name__} differ from the model's own (by {error.max():.3g})"
+        )
+
+

@@ -1,0 +1,86 @@
+"""Moving keys to other positions with the model's own RoPE tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """The cos/sin table of one rotary module.
+
+    Attributes:
+        cos_sin: (positions, rotary_dim); cosines in the first half, sines in the second, as the model multiplies
+            with them (in its dtype, scaled where the model scales).
+        neox: halves are paired (True) or neighbours are (False).
+    """
+
+    cos_sin: torch.Tensor
+    neox: bool
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.cos_sin.shape[1]
+
+    def turn(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the turn that takes a key from position ``old`` to ``new``.
+
+        The quotient of the table's own entries: it undoes exactly what the model did at ``old``, rounding and
+        scaling of the table included, and does what the model would do at ``new``. (RoFormer, arXiv 2104.09864,
+        Section 3.2: rotations add up.)
+
+        Args:
+            old, new: int64 (n,).
+
+        Returns:
+            Two float32 tensors (n, rotary_dim / 2).
+        """
+        half = self.rotary_dim // 2
+        before, after = self.cos_sin[old].float(), self.cos_sin[new].float()
+        c0, s0, c1, s1 = before[:, :half], before[:, half:], after[:, :half], after[:, half:]
+        norm = c0 * c0 + s0 * s0
+        return (c1 * c0 + s1 * s0) / norm, (s1 * c0 - c1 * s0) / norm
+
+
+def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, neox: bool) -> torch.Tensor:
+    """Turn keys by the given angles.
+
+    Args:
+        keys: (n, heads, head_dim), any float dtype; the first ``2 * cos.shape[1]`` of head_dim are turned.
+        cos, sin: float32 (n, rotary_dim / 2).
+        neox: pairing of the dimensions.
+
+    Returns:
+        A new tensor like ``keys``; the arithmetic is float32.
+    """
+    half = cos.shape[1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    part = keys[..., : 2 * half].float()
+    a, b = (part[..., :half], part[..., half:]) if neox else (part[..., 0::2], part[..., 1::2])
+    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.cat([turned_a, turned_b], -1) if neox else torch.stack([turned_a, turned_b], -1).flatten(-2)
+    if turned.shape[-1] == keys.shape[-1]:
+        return turned.to(keys.dtype)
+    return torch.cat([turned.to(keys.dtype), keys[..., 2 * half :]], -1)
+
+
+def copy_rotated(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor],
+    neox: bool,
+) -> None:
+    """Copy KV rows of one layer between slots, turning the keys.
+
+    Args:
+        keys, values: (slots, heads, head_dim), written in place.
+        source, target: int64 (n,), disjoint.
+        turn: what :meth:`RopeTable.turn` returned for these rows.
+        neox: pairing of the dimensions.
+    """
+    keys.index_copy_(0, target, rotate(keys.index_select(0, source), *turn, neox))
+    values.index_copy_(0, target, values.index_select(0, source))

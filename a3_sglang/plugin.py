@@ -1,0 +1,116 @@
+"""Entry point of SGLang's plugin loader: registers the backend ``a3`` and the hooks it needs.
+
+Nothing here changes SGLang unless the backend is selected: every hook passes its call on as it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from a3_sglang import seams
+from a3_sglang.config import REQUEST_KEY, ServerOptions, env_name, resolve
+
+BACKEND = "a3"
+REPORT_KEYS = (REQUEST_KEY, "a3_ms")
+
+_tree: Any = None
+"""The tree of this process's scheduler, where the backend is selected."""
+
+
+def register() -> None:
+    """Called by SGLang in every process it starts."""
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    seams.check()
+    register_radix_cache_backend(BACKEND, _create_tree)
+    HookRegistry.register(seams.HOOKS["cli"], _add_options, HookType.AFTER)
+    HookRegistry.register(seams.HOOKS["generate"], _generate, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AFTER)
+
+
+# ---- options
+
+
+class _ToEnvironment(argparse.Action):
+    """Options travel in the environment, which the spawned processes inherit."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        os.environ[env_name(self.dest.removeprefix("a3_"))] = str(values)
+        try:
+            ServerOptions.from_environment()
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def _add_options(_result: None, parser: argparse.ArgumentParser) -> None:
+    """Add ``--a3-*`` to SGLang's command line."""
+    group = parser.add_argument_group("a3", "KV reuse at any position (with --radix-cache-backend a3)")
+    for name, field in ServerOptions.model_fields.items():
+        group.add_argument(
+            "--a3-" + name.replace("_", "-"),
+            action=_ToEnvironment,
+            metavar=name.upper(),
+            default=argparse.SUPPRESS,
+            help=f"{field.description} Default: {field.default}.",
+        )
+
+
+# ---- the scheduler's process
+
+
+def _create_tree(context: Any) -> Any:
+    """Build the tree of the backend ``a3``, or stop with one readable line."""
+    global _tree
+    from a3_sglang.server.build import build_tree
+
+    _tree = build_tree(context)
+    return _tree
+
+
+def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Fuse a batch's planned requests, then run it."""
+    if _tree is None or batch is None or not batch.forward_mode.is_extend():
+        return original(worker, batch, *args, **kwargs)
+    if not _tree.fuse(batch.reqs):
+        return original(worker, batch, *args, **kwargs)
+    with _tree.timed_extend(batch.reqs), _tree.extend_attention(batch):
+        return original(worker, batch, *args, **kwargs)
+
+
+def _admit(_result: Any, adder: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Releases before 0.5.23 count obtained slots as the tree's; these are the request's own."""
+    if _tree is not None:
+        _tree.after_admission(req)
+
+
+# ---- the tokenizer manager's process
+
+
+async def _generate(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+    """Check ``custom_params["a3"]`` before the request leaves for the scheduler; unpack its report after."""
+    if manager.server_args.radix_cache_backend != BACKEND:
+        async for out in original(manager, obj, request):
+            yield out
+        return
+    options = ServerOptions.from_environment()
+    params = getattr(obj, "sampling_params", None)
+    for one in params if isinstance(params, list) else [params]:
+        if isinstance(one, dict):
+            resolve(options, one.get("custom_params"))
+    async for out in original(manager, obj, request):
+        for single in out if isinstance(out, list) else [out]:
+            _unpack_report(single)
+        yield out
+
+
+def _unpack_report(out: Any) -> None:
+    """SGLang carries the report as the first element of a list with one element a token."""
+    meta = out.get("meta_info") if isinstance(out, dict) else None
+    for key in REPORT_KEYS if meta else ():
+        if isinstance(meta.get(key), list):
+            meta[key] = next((report for report in meta[key] if report is not None), None)

@@ -1,0 +1,245 @@
+"""Every name of SGLang that changes between releases, in one place.
+
+:func:`check` looks each of them up at load and names what is missing, since SGLang itself logs a plugin's errors
+and goes on. The rest of the package asks this module instead of SGLang.
+"""
+
+from __future__ import annotations
+
+import array
+import importlib
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import sglang
+
+SUPPORTED = ("0.5.17", "0.5.21", "0.5.23")
+
+HOOKS: dict[str, str] = {
+    "cli": "sglang.srt.server_args.ServerArgs.add_cli_args",
+    "generate": "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+    "forward": "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+    "admit": "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+}
+"""Functions of SGLang that are wrapped, by what they are wrapped for."""
+
+_NEEDED = (
+    *HOOKS.values(),
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend",
+    "sglang.srt.mem_cache.registry.default_radix_cache_factory",
+    "sglang.srt.mem_cache.base_prefix_cache.MatchResult.host_hit_length",
+    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.init_load_back",
+    "sglang.srt.mem_cache.common.evict_from_tree_cache",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool",
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+    "sglang.srt.model_executor.forward_context.forward_context",
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward",
+    "sglang.srt.plugins.hook_registry.HookRegistry.register",
+)
+
+
+class SeamError(RuntimeError):
+    """SGLang lacks something this package builds on."""
+
+
+def lookup(path: str) -> Any:
+    """The object behind a dotted path: a module, then attributes.
+
+    Raises:
+        SeamError: it does not exist in the installed SGLang.
+    """
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for name in parts[cut:]:
+                found = getattr(found, name)
+        except AttributeError:
+            break
+        return found
+    raise SeamError(
+        f"a3: SGLang {sglang.__version__} has no {path}; this release of a3-sglang is tested with "
+        f"{', '.join(SUPPORTED)}"
+    )
+
+
+def check() -> None:
+    """Look every seam up.
+
+    Raises:
+        SeamError: names the first one that is missing.
+    """
+    for path in _NEEDED:
+        lookup(path)
+
+
+def _has(path: str) -> bool:
+    try:
+        lookup(path)
+    except SeamError:
+        return False
+    return True
+
+
+# ---- the tree
+
+
+def create_tree(context: Any, mixin: type) -> Any:
+    """The tree SGLang would build for this context, with ``mixin`` in front of its class."""
+    registry = importlib.import_module("sglang.srt.mem_cache.registry")
+    if hasattr(registry, "create_unified_radix_cache"):
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        cls = type("A3UnifiedRadixCache", (mixin, UnifiedRadixCache), {})
+        return registry.create_unified_radix_cache(context, cache_class=cls)
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    return type("A3RadixCache", (mixin, RadixCache), {})(context.params)
+
+
+def namespace(key: Any) -> Hashable:
+    """What keeps a key's tokens apart from equal tokens of others."""
+    return (key.extra_key, getattr(key, "cache_salt", None))
+
+
+def key_tokens(key: Any) -> npt.NDArray[np.int32]:
+    """Tokens of a RadixKey, its cap honoured, int32 (n,)."""
+    return np.array(key.token_ids, dtype=np.int64)[: len(key)].astype(np.int32)
+
+
+def key_like(key_space: Hashable, tokens: npt.NDArray[np.int32]) -> Any:
+    """A RadixKey of these tokens in a namespace that :func:`namespace` returned."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    extra_key, cache_salt = key_space  # type: ignore[misc]
+    ids = array.array("q")
+    ids.frombytes(tokens.astype(np.int64).tobytes())
+    if "cache_salt" in RadixKey.__slots__:
+        return RadixKey(ids, extra_key, cache_salt=cache_salt)
+    return RadixKey(ids, extra_key)
+
+
+def matched_length(result: Any) -> int:
+    """Tokens a MatchResult found on the device."""
+    length = getattr(result, "device_prefix_len", None)
+    return len(result.device_indices) if length is None else length
+
+
+def matched_slots(tree: Any, result: Any) -> torch.Tensor:
+    """Slots of what a MatchResult found on the device, int64 (n,)."""
+    if hasattr(result, "device_indices"):
+        return result.device_indices
+    return tree.path_device_indices(result.last_device_node)[: result.device_prefix_len]
+
+
+def locked(tree: Any, node: Any) -> Callable[[], None]:
+    """Protect a node's path from eviction; the returned function lets it go."""
+    receipt = tree.inc_lock_ref(node)
+    params = receipt.to_dec_params() if hasattr(receipt, "to_dec_params") else None
+    return lambda: tree.dec_lock_ref(node, params)
+
+
+def loaded(slots: torch.Tensor, node: Any) -> tuple[Any, Any]:
+    """What ``init_load_back`` returns for slots that follow ``node``'s path."""
+    if _counts_loaded_tokens():
+        return len(slots), node
+    return slots, node
+
+
+def _counts_loaded_tokens() -> bool:
+    return _has("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.load_back_is_cache_owned")
+
+
+def allocate(tree: Any, count: int) -> torch.Tensor | None:
+    """``count`` free slots (a multiple of the page size), evicting where needed; None where there is no room."""
+    from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+    evict_from_tree_cache(tree, count)
+    return tree.token_to_kv_pool_allocator.alloc(count)
+
+
+# ---- the request
+
+
+def prefix_length(req: Any) -> int:
+    """Tokens of a request that are not computed by its next extend."""
+    return req.prefix_len if hasattr(req, "prefix_len") else len(req.prefix_indices)
+
+
+def protect(req: Any, length: int) -> None:
+    """Only the first ``length`` slots of the request belong to the tree."""
+    if hasattr(req, "cache_protected_len"):
+        req.cache_protected_len = length
+    elif req.kv is not None:
+        req.kv.cache_protected_len = length
+
+
+def row(tree: Any, req: Any) -> torch.Tensor:
+    """The request's row of slots in the pool."""
+    index = req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
+    return tree.req_to_token_pool.req_to_token[index]
+
+
+def keep_row_as_prefix(tree: Any, req: Any) -> None:
+    """After a chunk that is not inserted: the next chunk starts behind it (releases before 0.5.23)."""
+    if hasattr(req, "prefix_indices"):
+        length = len(req.get_fill_ids())
+        req.prefix_indices = row(tree, req)[:length].to(torch.int64, copy=True)
+
+
+# ---- the model
+
+
+def row_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
+    """A ForwardBatch for rows whose attention is not SGLang's: one pretended request, already planned."""
+    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+
+    count, device = len(tokens), tokens.device
+    one = torch.tensor([count], dtype=torch.int64, device=device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=tokens,
+        req_pool_indices=zero,
+        seq_lens=one,
+        out_cache_loc=torch.zeros(count, dtype=torch.int64, device=device),
+        seq_lens_sum=count,
+    )
+    batch.positions = positions
+    batch.seq_lens_cpu = one.cpu()
+    batch.extend_num_tokens = count
+    batch.extend_seq_lens, batch.extend_prefix_lens, batch.extend_start_loc = one, zero, zero
+    batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu = [count], [0]
+    batch.extend_logprob_start_lens_cpu = [0]
+    batch.capture_hidden_mode = CaptureHiddenMode.NULL
+    if hasattr(batch, "mark_forward_metadata_ready"):
+        batch.mark_forward_metadata_ready()
+    return batch
+
+
+def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> Any:
+    """An SGLang attention backend whose every call goes to ``forward(q, k, v, layer, batch, save_kv_cache)``."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+    def call(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **_: Any) -> Any:
+        return forward(q, k, v, layer, batch, save_kv_cache)
+
+    cls = type("A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None})
+    backend = cls.__new__(cls)
+    backend.token_to_kv_pool, backend.req_to_token_pool = pool, rows
+    return backend
+
+
+def attention_override(backend: Any) -> Any:
+    """A context in which the model attends through ``backend``."""
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+    return forward_context(ForwardContext(attn_backend=backend))

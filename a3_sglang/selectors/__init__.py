@@ -1,0 +1,22 @@
+"""Selectors by name, one rule a file."""
+
+from __future__ import annotations
+
+from a3_sglang.selectors.base import Selector
+from a3_sglang.selectors.probe import Probe
+from a3_sglang.selectors.reuse import Reuse
+
+_SELECTORS: dict[str, type[Selector]] = {cls.name: cls for cls in (Probe, Reuse)}
+
+
+def selector_names() -> tuple[str, ...]:
+    """Names that ``--a3-selector`` and ``custom_params.a3.selector`` accept."""
+    return tuple(_SELECTORS)
+
+
+def make_selector(name: str) -> Selector:
+    """The selector of this name with its default options."""
+    return _SELECTORS[name]()
+
+
+__all__ = ["Probe", "Reuse", "Selector", "make_selector", "selector_names"]

@@ -1,0 +1,53 @@
+"""What is refused at start, from the server's arguments and the model's configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OFF = (None, False, "", "null", "none")
+
+_UNSUPPORTED_ARGS: tuple[tuple[str, str], ...] = (
+    ("disable_radix_cache", "--disable-radix-cache leaves no tree to reuse from; drop one of the two options"),
+    ("enable_hierarchical_cache", "--enable-hierarchical-cache is not supported yet"),
+    ("enable_lmcache", "--enable-lmcache is another radix cache; drop one of the two options"),
+    ("enable_flexkv", "--enable-flexkv is another radix cache; drop one of the two options"),
+    ("enable_unified_cache_external_linker", "an external cache linker is not supported"),
+    ("enable_streaming_session", "--enable-streaming-session is not supported"),
+    ("enable_dp_attention", "--enable-dp-attention is not supported"),
+    ("speculative_algorithm", "speculative decoding is not supported yet"),
+    ("enable_two_batch_overlap", "--enable-two-batch-overlap is not supported"),
+)
+_ONE_ONLY = (("tp_size", "tensor"), ("pp_size", "pipeline"), ("dcp_size", "decode context"))
+
+
+def refusal(server_args: Any, model_config: Any) -> str | None:
+    """One line that says why this configuration is refused; None where nothing speaks against it.
+
+    Args:
+        server_args: SGLang's ServerArgs (resolved).
+        model_config: SGLang's ModelConfig.
+    """
+    for name, reason in _UNSUPPORTED_ARGS:
+        if getattr(server_args, name, None) not in _OFF:
+            return reason
+    for name, kind in _ONE_ONLY:
+        if (getattr(server_args, name, None) or 1) > 1:
+            return f"{kind} parallelism is not supported yet (--{name.replace('_', '-')} must be 1)"
+    if getattr(server_args, "disaggregation_mode", None) not in _OFF:
+        return "prefill-decode disaggregation is not supported"
+    return model_refusal(model_config)
+
+
+def model_refusal(model_config: Any) -> str | None:
+    """The part of :func:`refusal` that concerns the model."""
+    text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
+    if getattr(model_config, "is_multimodal", False):
+        return "multimodal models are not supported (their positions are not one number a token)"
+    if "MLA" in str(getattr(model_config, "attention_arch", "")):
+        return "multi-head latent attention (MLA) is not supported"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True):
+        return f"sliding-window attention is not supported (sliding_window={window})"
+    if not getattr(model_config, "is_generation", True):
+        return "embedding and reward models are not supported"
+    return None
