@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
@@ -89,7 +90,7 @@ def env_name(option: str) -> str:
 
 def known_selector(name: str) -> str:
     if name not in selector_names():
-        raise ValueError(f"unknown selector {name!r}; choose one of {', '.join(selector_names())}")
+        raise ValueError(f"unknown selector {reprlib.repr(name)}; choose one of {', '.join(selector_names())}")
     return name
 
 
@@ -130,14 +131,15 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
 
 
 def _explain(error: ValidationError, name: Any) -> str:
-    """One readable line for the first problem; pydantic's union branches are folded into one."""
+    """One readable line for the first problem, whatever was sent; a union's branches are folded into one."""
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else ""
+    field = field if field.isidentifier() and len(field) <= 40 else reprlib.repr(field)
     if problem["type"] == "extra_forbidden":
         known = ", ".join(RequestOptions.model_fields)
         return f"{name(field)}: unknown option; the options are {known}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{name(field)}: {message} (got {problem['input']!r})"
+    return f"{name(field)}: {message} (got {reprlib.repr(problem['input'])})"
 
 
 __all__ = ["Effective", "RequestOptions", "ServerOptions", "env_name", "resolve"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from a3_sglang import seams
 from a3_sglang.config import REQUEST_KEY, ServerOptions, env_name, resolve
+from a3_sglang.server.debug import dump_kv
+from a3_sglang.server.support import RefusedError, refusal
 
 BACKEND = "a3"
 REPORT_KEYS = (REQUEST_KEY, "a3_ms")
@@ -31,6 +33,8 @@ def register() -> None:
     HookRegistry.register(seams.HOOKS["generate"], _generate, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AFTER)
+    HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
 
 
 # ---- options
@@ -60,6 +64,27 @@ def _add_options(_result: None, parser: argparse.ArgumentParser) -> None:
         )
 
 
+# ---- start
+
+
+def _launch(original: Callable[..., Any], engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse what cannot be served before any process is spawned."""
+    if server_args.radix_cache_backend == BACKEND:
+        ServerOptions.from_environment()
+        reason = refusal(server_args, seams.model_config(server_args))
+        if reason is not None:
+            raise RefusedError(f"--radix-cache-backend a3: {reason}")
+    return original(engine, server_args, *args, **kwargs)
+
+
+def _serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Where a server is started from the command line, a refusal is one line and no traceback."""
+    try:
+        return original(*args, **kwargs)
+    except RefusedError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 # ---- the scheduler's process
 
 
@@ -76,10 +101,13 @@ def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args
     """Fuse a batch's planned requests, then run it."""
     if _tree is None or batch is None or not batch.forward_mode.is_extend():
         return original(worker, batch, *args, **kwargs)
-    if not _tree.fuse(batch.reqs):
-        return original(worker, batch, *args, **kwargs)
-    with _tree.timed_extend(batch.reqs), _tree.extend_attention(batch):
-        return original(worker, batch, *args, **kwargs)
+    if _tree.fuse(batch.reqs):
+        with _tree.timed_extend(batch.reqs), _tree.extend_attention(batch):
+            result = original(worker, batch, *args, **kwargs)
+    else:
+        result = original(worker, batch, *args, **kwargs)
+    dump_kv(_tree, batch)
+    return result
 
 
 def _admit(_result: Any, adder: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -24,6 +24,8 @@ HOOKS: dict[str, str] = {
     "generate": "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
     "forward": "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
     "admit": "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+    "launch": "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+    "serve": "sglang.srt.entrypoints.http_server.launch_server",
 }
 """Functions of SGLang that are wrapped, by what they are wrapped for."""
 
@@ -197,6 +199,13 @@ def keep_row_as_prefix(tree: Any, req: Any) -> None:
 # ---- the model
 
 
+def model_config(server_args: Any) -> Any:
+    """SGLang's ModelConfig for these arguments."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    return ModelConfig.from_server_args(server_args)
+
+
 def row_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
     """A ForwardBatch for rows whose attention is not SGLang's: one pretended request, already planned."""
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
@@ -243,3 +252,15 @@ def attention_override(backend: Any) -> Any:
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
     return forward_context(ForwardContext(attn_backend=backend))
+
+
+# ---- an engine
+
+
+def ask(engine: Any, **fields: Any) -> dict[str, Any]:
+    """One request with any field of SGLang's GenerateReqInput (``Engine.generate`` takes fewer: no ``extra_key``)."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    answers = engine.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
+    out: dict[str, Any] = engine.loop.run_until_complete(answers.__anext__())
+    return out

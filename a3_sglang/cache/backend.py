@@ -101,7 +101,11 @@ class A3Tree:
     def insert(self, params: Any) -> Any:
         result = super().insert(params)  # type: ignore[misc]
         if self.index is not None:
-            self.index.add(seams.namespace(params.key), seams.key_tokens(params.key))
+            try:
+                self.index.add(seams.namespace(params.key), seams.key_tokens(params.key))
+            except Exception:
+                logger.exception("a3: a donor could not be indexed; the index starts anew")
+                self.index.clear()
         return result
 
     def reset(self) -> None:
@@ -120,7 +124,12 @@ class A3Tree:
         state = state_of(req)
         self._drop_unused(req, state)
         state.private, state.reported = None, False
-        state.plan = self._plan(req, state, params.key, seams.matched_length(result))
+        try:
+            state.plan = self._plan(req, state, params.key, seams.matched_length(result))
+        except Exception:
+            # An error in the search is a miss: the request gets its full prefill.
+            logger.exception("a3: no plan for request %s", req.rid)
+            state.plan, state.reason = None, "the search failed"
         if state.plan is None or result.host_hit_length:
             return result
         return result._replace(
@@ -175,7 +184,11 @@ class A3Tree:
         state = state_of(req) if req is not None else None
         if state is None or state.plan is None:
             return super().init_load_back(params)  # type: ignore[misc]
-        slots = self._obtain(req, state.plan)
+        try:
+            slots = self._obtain(req, state.plan)
+        except Exception:
+            logger.exception("a3: the spans of request %s could not be copied", req.rid)
+            slots, state.reason = None, "the copy failed"
         if slots is None:
             state.plan = state.seen = None
             return seams.loaded(torch.empty(0, dtype=torch.int64, device=self.device), req.last_node)  # type: ignore[attr-defined]
@@ -203,8 +216,12 @@ class A3Tree:
             if slots is None:
                 state.reason = "no room for private slots"
                 return None
-            with self.timings.add("copy_ms"):
-                self._copy(plan, sources, slots)
+            try:
+                with self.timings.add("copy_ms"):
+                    self._copy(plan, sources, slots)
+            except BaseException:
+                self.token_to_kv_pool_allocator.free(slots)  # type: ignore[attr-defined]
+                raise
             return slots
         finally:
             for release in unlock:

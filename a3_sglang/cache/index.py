@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -327,9 +328,7 @@ class AnyPositionIndex:
             place = np.arange(1, len(content) + 1, dtype=_U64) * _MULTIPLIER
             return _mix(np.cumsum(_mix(content ^ place), dtype=_U64))
 
-    def _longest_known(
-        self, namespace: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]
-    ) -> tuple[Segment, int]:
+    def _longest_known(self, namespace: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]) -> tuple[Segment, int]:
         """The segment that holds the deepest known block of this path, and how many blocks are known."""
         blocks = self._by_path.get(chain, self._chain)
         for known in range(len(chain), 0, -1):
@@ -425,7 +424,8 @@ class AnyPositionIndex:
 
 def select_runs(runs: list[Run], shortest: int) -> list[Run]:
     """Disjoint runs, longest first (ties: the earlier one); overlaps are trimmed off the shorter runs."""
-    heap = [(-run.length, run.start, number, run) for number, run in enumerate(runs)]
+    number = itertools.count()
+    heap = [(-run.length, run.start, next(number), run) for run in runs]
     heapq.heapify(heap)
     taken: list[Run] = []
     while heap and -heap[0][0] >= shortest:
@@ -437,7 +437,7 @@ def select_runs(runs: list[Run], shortest: int) -> list[Run]:
         for begin, end in ((run.start, taken[at].start), (taken[at].end, run.end)):
             if end - begin >= shortest:
                 part = Run(begin, end - begin, run.segment, run.offset + begin - run.start)
-                heapq.heappush(heap, (-part.length, part.start, len(heap), part))
+                heapq.heappush(heap, (-part.length, part.start, next(number), part))
     return taken
 
 

@@ -1,1 +1,21 @@
-def main(): raise SystemExit(2)
+"""The command ``a3-sglang``; one file a subcommand."""
+
+from __future__ import annotations
+
+import typer
+
+from a3_sglang.cli import bench, doctor, verify
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="KV reuse at any position for SGLang: check an installation, verify a model, measure the gain.",
+)
+app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Console script."""
+    app()

@@ -137,9 +137,7 @@ class Executor:
             rope = self.model.ropes[layer]
             if id(rope) not in turns:
                 turns[id(rope)] = rope.turn(old, new)
-            copy_rotated(
-                self.model.keys[layer], self.model.values[layer], source, target, turns[id(rope)], rope.neox
-            )
+            copy_rotated(self.model.keys[layer], self.model.values[layer], source, target, turns[id(rope)], rope.neox)
 
     def run(self, jobs: Sequence[Job], timings: Timings) -> None:
         """Make the KV between each job's prefix and tail ready, in place.

@@ -102,7 +102,9 @@ def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
                 raise UnsupportedModelError(f"{name} attends without a rotary module of its own")
             kind = type(rotary).__name__
             if kind not in ROTARY_CLASSES:
-                raise UnsupportedModelError(f"RoPE of type {kind} is not supported ({', '.join(sorted(ROTARY_CLASSES))})")
+                raise UnsupportedModelError(
+                    f"RoPE of type {kind} is not supported ({', '.join(sorted(ROTARY_CLASSES))})"
+                )
             if attention.sliding_window_size > -1:
                 raise UnsupportedModelError(f"{name} has a sliding window of {attention.sliding_window_size} tokens")
             if attention.logit_cap:
@@ -145,5 +147,3 @@ def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: to
         raise UnsupportedModelError(
             f"keys turned with the tables of {type(module).__name__} differ from the model's own (by {error.max():.3g})"
         )
-
-

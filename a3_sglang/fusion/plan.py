@@ -65,9 +65,11 @@ def make_plan(runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_si
         page_size: the tail starts at a multiple of it, as slots are allocated by the page.
     """
     furthest = min(limit, prompt - MIN_TAIL)
-    end = min(max((run.end for run in runs), default=0), furthest)
-    end -= end % page_size
+    furthest -= furthest % page_size
     spans = tuple(
-        Span(run.start, min(run.end, end) - run.start, run.offset, run) for run in runs if run.start < end
+        Span(run.start, min(run.end, furthest) - run.start, run.offset, run) for run in runs if run.start < furthest
     )
-    return Plan(prefix, end, spans) if spans else None
+    if not spans:
+        return None
+    end = spans[-1].end
+    return Plan(prefix, end + -end % page_size, spans)

@@ -64,7 +64,11 @@ class TorchRowAttention(RowAttention):
     ) -> torch.Tensor:
         out = torch.empty_like(query)
         for group in groups:
-            k, v = (pool.index_select(0, group.slots).movedim(0, 1) for pool in (keys, values))
+            k, v = (pool.index_select(0, group.slots) for pool in (keys, values))
+            # Slots that nothing wrote yet hold what a former request left there, and a mask does not stop NaN.
+            seen = int(group.visible[-1])
+            k[seen:], v[seen:] = 0, 0
+            k, v = k.movedim(0, 1), v.movedim(0, 1)
             attend(query[group.begin : group.end], k, v, group.visible, scaling, out[group.begin : group.end])
         return out
 

@@ -11,7 +11,7 @@ from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.model import SGLangModel, UnsupportedModelError
 from a3_sglang.fusion.row_attention import TorchRowAttention
-from a3_sglang.server.support import refusal
+from a3_sglang.server.support import RefusedError, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def build_tree(context: Any) -> Any:
     """The tree for SGLang's ``TreeCacheBuildContext``.
 
     Raises:
-        ValueError: one line that says what is not supported.
+        RefusedError: one line that says what is not supported.
     """
     reason = refusal(context.server_args, context.model_config)
     if reason is None and context.is_hybrid_swa:
@@ -28,12 +28,12 @@ def build_tree(context: Any) -> Any:
     if reason is None and context.is_hybrid_ssm:
         reason = "models with recurrent layers are not supported"
     if reason is not None:
-        raise ValueError(f"--radix-cache-backend a3: {reason}")
+        raise RefusedError(f"--radix-cache-backend a3: {reason}")
     options = ServerOptions.from_environment()
     try:
         model = SGLangModel(context.tp_worker.model_runner)
     except UnsupportedModelError as error:
-        raise ValueError(f"--radix-cache-backend a3: {error}") from None
+        raise RefusedError(f"--radix-cache-backend a3: {error}") from None
     tree = seams.create_tree(context, A3Tree)
     tree.start(options, Executor(model, TorchRowAttention()), capacity=model.keys[0].shape[0])
     logger.info("a3: %s, %d layers, %s", type(tree).__name__, model.depth, options)

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+
+class RefusedError(ValueError):
+    """The backend cannot serve this configuration; the message is one line that says why."""
+
+
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+"""RoPE types whose angle depends on the position alone, by their names in a model's config.json."""
+
 _OFF = (None, False, "", "null", "none")
 
 _UNSUPPORTED_ARGS: tuple[tuple[str, str], ...] = (
@@ -48,6 +56,10 @@ def model_refusal(model_config: Any) -> str | None:
     window = getattr(text, "sliding_window", None)
     if window and getattr(text, "use_sliding_window", True):
         return f"sliding-window attention is not supported (sliding_window={window})"
+    rope = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    if kind not in SUPPORTED_ROPE:
+        return f"RoPE of type {kind!r} is not supported (only {', '.join(SUPPORTED_ROPE)})"
     if not getattr(model_config, "is_generation", True):
         return "embedding and reward models are not supported"
     return None

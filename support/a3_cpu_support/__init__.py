@@ -7,14 +7,14 @@ Two packages that SGLang imports have no CPU build in the registry:
 * ``torchvision``: its Python part works once the schemas of two operators are declared.
 
 Nothing happens where the real ones exist. A ``.pth`` file imports this module at interpreter start, so the
-processes that SGLang spawns have the stand-ins too; importing it costs one ``sys.meta_path`` entry.
+processes that SGLang spawns have the stand-ins too. Importing it adds two entries to ``sys.meta_path`` and nothing
+more: torch is imported no earlier than torchvision.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from typing import Any
@@ -33,15 +33,22 @@ class _Missing:
     """A name of ``sgl_kernel``: may be looked up, compared and passed on, but not called."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.__name__ = name
 
     def __getattr__(self, name: str) -> _Missing:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Missing(f"{self._name}.{name}")
+        # Kept, so that the same name is the same object however often it is looked up.
+        found = self.__dict__[name] = _Missing(f"{self.__name__}.{name}")
+        return found
+
+    def __repr__(self) -> str:
+        return f"<stand-in for {self.__name__}>"
 
     def __call__(self, *_args: object, **_kwargs: object) -> Any:
-        raise MissingKernelError(f"{self._name} needs the sgl_kernel package, which is not installed on this machine")
+        raise MissingKernelError(
+            f"{self.__name__} needs the sgl_kernel package, which is not installed on this machine"
+        )
 
 
 class _StandInLoader(importlib.abc.Loader):
@@ -52,7 +59,8 @@ class _StandInLoader(importlib.abc.Loader):
         def attribute(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            return _Missing(f"{spec.name}.{name}")
+            found = module.__dict__[name] = _Missing(f"{spec.name}.{name}")
+            return found
 
         module.__getattr__ = attribute  # type: ignore[method-assign]
         return module
@@ -61,15 +69,21 @@ class _StandInLoader(importlib.abc.Loader):
         return None
 
 
+def _is_stand_in(module: types.ModuleType | None) -> bool:
+    """Whether a module is one of these, so that a real package is not given the submodules that it lacks."""
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _StandInLoader)
+
+
 class _StandIns(importlib.abc.MetaPathFinder):
     """Last finder of all, so it is reached only when no real ``sgl_kernel`` was found."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] == "sgl_kernel":
-            return importlib.machinery.ModuleSpec(fullname, _StandInLoader(), is_package=True)
-        return None
+        package, _, submodule = fullname.partition(".")
+        if package != "sgl_kernel" or (submodule and not _is_stand_in(sys.modules.get(package))):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, _StandInLoader(), is_package=True)
 
 
 class _TorchvisionOps(importlib.abc.MetaPathFinder):

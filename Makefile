@@ -1,0 +1,53 @@
+# Development of a3-sglang. A bare machine with Python 3.11, pip and make is enough: the environment and the test
+# model are made on first use, in ${XDG_CACHE_HOME:-~/.cache}/a3-sglang.
+
+PYTHON ?= python3
+ENVIRONMENT := $(PYTHON) tools/environment.py
+MATRIX := 0.5.17 0.5.21
+# More arguments for pytest: make test PYTEST_ARGS="-k index -x"
+PYTEST_ARGS ?=
+# More arguments for the demo.
+DEMO_ARGS ?=
+
+# PYTHONSAFEPATH keeps the clone off the import path, here and in the processes that SGLang starts: what is tested
+# is the installed package, the way a user has it.
+RUN_SETTINGS := PYTHONSAFEPATH=1 SGLANG_USE_CPU_ENGINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2
+CHECKED := a3_sglang kernels tests examples benchmarks tools support
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-matrix lint bin model clean-cache
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+: *##' $(firstword $(MAKEFILE_LIST)) | awk -F': *## *' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo:  ## see the reuse at work: the demo on a small model, on the CPU
+	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
+	env $(RUN_SETTINGS) "$$bin/python" -P examples/demo.py --model "$$model" $(DEMO_ARGS)
+
+test:  ## run all tests against the installed package
+	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" "$$bin/python" -P -m pytest tests -ra $(PYTEST_ARGS)
+
+test-matrix:  ## run the core tests with the other supported versions of SGLang
+	@model=$$($(ENVIRONMENT) model) && \
+	for version in $(MATRIX); do \
+		echo "== SGLang $$version"; \
+		bin=$$($(ENVIRONMENT) bin --sglang $$version) && \
+		env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" \
+			"$$bin/python" -P -m pytest tests -ra -m "engine and core or not engine" $(PYTEST_ARGS) || exit 1; \
+	done
+
+lint:  ## check style (ruff) and types (mypy); changes nothing
+	@bin=$$($(ENVIRONMENT) bin) && \
+	"$$bin/python" -P -m ruff check $(CHECKED) && \
+	"$$bin/python" -P -m ruff format --check $(CHECKED) && \
+	"$$bin/python" -P -m mypy -p a3_sglang
+
+bin:  ## print the folder with the environment's python
+	@$(ENVIRONMENT) bin
+
+model:  ## print the folder of the test model
+	@$(ENVIRONMENT) model
+
+clean-cache:  ## remove the environments and the test model
+	@$(ENVIRONMENT) clean

@@ -1,0 +1,141 @@
+"""What the subcommands share: engines, prompts, tables, figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from a3_sglang import seams
+
+
+console = Console()
+progress_console = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option(help="Model folder or Hub id.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def engine_arguments(model: str, **overrides: Any) -> dict[str, Any]:
+    """Arguments of ``sglang.Engine``; on a machine without a GPU those with which SGLang runs on the CPU."""
+    import torch
+
+    arguments: dict[str, Any] = {"model_path": model, "log_level": "warning", "random_seed": 1}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "disable_cuda_graph": True,
+            "dtype": "bfloat16",
+            "max_total_tokens": 65536,
+            "mem_fraction_static": 0.5,
+        }
+    return arguments | overrides
+
+
+@contextmanager
+def engine(model: str, backend: str | None, **overrides: Any) -> Iterator[Any]:
+    """A running engine; ``backend`` None is stock SGLang. Shut down whatever happens."""
+    import sglang
+
+    name = f"SGLang {sglang.__version__} " + (f"with --radix-cache-backend {backend}" if backend else "as it is")
+    if backend is not None:
+        overrides["radix_cache_backend"] = backend
+    with progress_console.status(f"Starting {name} ..."):
+        running = sglang.Engine(**engine_arguments(model, **overrides))
+    try:
+        yield running
+    finally:
+        running.shutdown()
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Environment variables for the processes an engine spawns; set back afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class Prompts:
+    """Prompts of random tokens: a system part, chunks in any order, a question.
+
+    Args:
+        vocabulary: tokens are drawn below it.
+        context: tokens of system part and chunks together.
+        chunks: how many chunks.
+        seed: of the draw.
+    """
+
+    def __init__(self, vocabulary: int, context: int, chunks: int, seed: int, question: int = 48) -> None:
+        self.random = random.Random(seed)
+        self.vocabulary = vocabulary
+        self.question_tokens = question
+        system = min(32, context // 8)
+        self.system = self.tokens(system)
+        size = (context - system) // chunks
+        self.chunks = [self.tokens(size) for _ in range(chunks)]
+        self._order: list[int] = []
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(5, self.vocabulary) for _ in range(count)]
+
+    def renew(self) -> None:
+        """Draw all chunks and the system part anew."""
+        self.system = self.tokens(len(self.system))
+        self.chunks = [self.tokens(len(chunk)) for chunk in self.chunks]
+
+    def shuffled(self) -> list[int]:
+        """The chunks in another order than the last time, with a new question."""
+        order = self.random.sample(range(len(self.chunks)), len(self.chunks))
+        while order == self._order:
+            self.random.shuffle(order)
+        self._order = order
+        return self.system + [token for i in order for token in self.chunks[i]] + self.tokens(self.question_tokens)
+
+
+def vocabulary_of(model: str) -> int:
+    """Size of the model's vocabulary, less what may be special tokens at its end."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    text = getattr(config, "text_config", config)
+    return int(text.vocab_size) - 64
+
+
+def generate(running: Any, ids: Sequence[int], tokens: int = 1, a3: Any = None, **more: Any) -> dict[str, Any]:
+    """One greedy request; ``a3`` becomes ``custom_params["a3"]``."""
+    params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    if a3 is not None:
+        params["custom_params"] = {"a3": a3}
+    return seams.ask(running, input_ids=list(ids), sampling_params=params, **more)
+
+
+def write_json(path: Path | None, figures: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)

@@ -1,0 +1,224 @@
+"""What the tests compare with: plain float64 arithmetic and a small Llama without SGLang."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from a3_sglang.fusion.executor import Attend, Model
+from a3_sglang.fusion.rotation import RopeTable
+
+# The tensors of these tests are tiny: threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+def random_tensor(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Standard normal, float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ---- RoPE
+
+
+def inverse_frequencies(rotary_dim: int, base: float = 10_000.0) -> torch.Tensor:
+    """Angle per position of each pair, float64 (rotary_dim / 2,)."""
+    return base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+
+
+def llama3_frequencies(rotary_dim: int, base: float = 500_000.0) -> torch.Tensor:
+    """Llama 3.1's stretched angles: low frequencies slowed eightfold, a ramp between, high ones kept."""
+    factor, low, high, original = 8.0, 1.0, 4.0, 8192
+    freq = inverse_frequencies(rotary_dim, base)
+    ramp = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return freq * (ramp + (1 - ramp) / factor)
+
+
+def cos_sin(freq: torch.Tensor, positions: int, scale: float = 1.0) -> torch.Tensor:
+    """Cosines, then sines, of every position, times ``scale``; float64 (positions, rotary_dim)."""
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], -1) * scale
+
+
+def rope64(x: torch.Tensor, cos_sin_rows: torch.Tensor, neox: bool) -> torch.Tensor:
+    """Multiply each pair of (n, heads, head_dim) by its complex number; one row of ``cos_sin_rows`` a token."""
+    half = cos_sin_rows.shape[1] // 2
+    factor = torch.complex(*cos_sin_rows.double().split(half, -1)).unsqueeze(1)
+    part, rest = x.double().split([2 * half, x.shape[-1] - 2 * half], -1)
+    if neox:
+        turned = torch.complex(part[..., :half].contiguous(), part[..., half:].contiguous()) * factor
+        return torch.cat([turned.real, turned.imag, rest], -1)
+    turned = torch.view_as_complex(part.unflatten(-1, (half, 2)).contiguous()) * factor
+    return torch.cat([torch.view_as_real(turned).flatten(-2), rest], -1)
+
+
+# ---- attention
+
+
+def weights64(query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention of (rows, heads, d) over the first ``visible`` of (n, kv_heads, d), float64 (rows, heads, n)."""
+    rows, heads, _ = query.shape
+    weights = torch.zeros(rows, heads, len(keys), dtype=torch.float64)
+    for row in range(rows):
+        seen = int(visible[row])
+        for head in range(heads):
+            k = keys[:seen, head * keys.shape[1] // heads].double()
+            weights[row, head, :seen] = torch.softmax(k @ query[row, head].double() * scaling, -1)
+    return weights
+
+
+def attention64(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of (rows, heads, d) over the first ``visible`` of (n, kv_heads, d), float64 like ``query``.
+
+    Only the visible ones are read, so what lies behind them may be NaN.
+    """
+    rows, heads, _ = query.shape
+    group = heads // keys.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for row in range(rows):
+        seen = int(visible[row])
+        k, v = (x[:seen].double().repeat_interleave(group, 1) for x in (keys, values))
+        weights = torch.softmax(torch.einsum("hd,nhd->hn", query[row].double(), k) * scaling, -1)
+        out[row] = torch.einsum("hn,nhd->hd", weights, v)
+    return out
+
+
+# ---- a model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the small Llama."""
+
+    depth: int = 4
+    hidden: int = 32
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    inner: int = 48
+    vocabulary: int = 101
+    positions: int = 512
+
+
+class Llama(Model):
+    """RMSNorm, RoPE, GQA and SwiGLU over a pool of KV slots, in float32 with random weights.
+
+    Every slot starts as NaN, so whatever reads a slot that nothing wrote shows. ``computed`` counts rows whose QKV
+    was computed, summed over layers.
+    """
+
+    def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape()) -> None:  # noqa: B008 (frozen)
+        generator = torch.Generator().manual_seed(seed)
+        self.shape, self.depth, self.computed = shape, shape.depth, 0
+        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.weights: dict[str, torch.Tensor] = {"embed": random_tensor(generator, shape.vocabulary, shape.hidden)}
+        for layer in range(shape.depth):
+            for name, out, into in (
+                ("q", width, shape.hidden),
+                ("k", kv_width, shape.hidden),
+                ("v", kv_width, shape.hidden),
+                ("o", shape.hidden, width),
+                ("gate", shape.inner, shape.hidden),
+                ("up", shape.inner, shape.hidden),
+                ("down", shape.hidden, shape.inner),
+            ):
+                # Sharp enough attention that a wrong key or position shows in everything behind it.
+                gain = 1.5 if name in "qk" else 1.0
+                self.weights[f"{name}{layer}"] = gain * random_tensor(generator, out, into) / into**0.5
+            for norm in ("attention", "mlp"):
+                self.weights[f"{norm}{layer}"] = 1 + 0.1 * random_tensor(generator, shape.hidden)
+        self.weights = {name: weight.float() for name, weight in self.weights.items()}
+        self.neox, self.scaling = True, shape.head_dim**-0.5
+        table = RopeTable(cos_sin(inverse_frequencies(shape.head_dim), shape.positions).float(), self.neox)
+        self.ropes = dict.fromkeys(range(shape.depth), table)
+        pool = (slots, shape.kv_heads, shape.head_dim)
+        self.keys = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
+        self.values = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
+        self._override: Attend | None = None
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
+        self.hidden(tokens, positions, attend, layers)
+
+    @contextmanager
+    def attention(self, attend: Attend) -> Iterator[None]:
+        self._override = attend
+        yield
+        self._override = None
+
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The ordinary pass of an engine over a tail, within :meth:`attention`; the last hidden states."""
+        assert self._override is not None
+        return self.hidden(tokens, positions, self._override, self.depth)
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> torch.Tensor:
+        shape, w = self.shape, self.weights
+        x = w["embed"][tokens]
+        rope = self.ropes[0].cos_sin[positions]
+        for layer in range(layers):
+            h = _norm(x, w[f"attention{layer}"])
+            q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
+            q, k = (rope64(part, rope, self.neox).float() for part in (q, k))
+            self.computed += len(tokens)
+            out = attend.attend(layer, q, k, v, self.scaling)
+            x = x + out.flatten(1) @ w[f"o{layer}"].T
+            x = x + _mlp(x, w, layer)
+        return x
+
+    # ---- in float64, from the definition
+
+    def rows64(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """Compute ``rows`` of a prompt over given KV of the other positions.
+
+        Args:
+            tokens: int64 (prompt,).
+            rows: int64, ascending positions.
+            keys, values: float64 (prompt, kv_heads, head_dim) a layer; NaN where a row must not look.
+
+        Returns:
+            Keys and values with those of ``rows`` in place, the rows' last hidden states, and the attention weights
+            of every layer, (rows, heads, prompt).
+        """
+        shape, w = self.shape, {name: weight.double() for name, weight in self.weights.items()}
+        keys, values = [k.double().clone() for k in keys], [v.double().clone() for v in values]
+        x, attention = w["embed"][tokens[rows]], []
+        rope = self.ropes[0].cos_sin[rows]
+        for layer in range(shape.depth):
+            h = _norm(x, w[f"attention{layer}"])
+            q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
+            q, keys[layer][rows], values[layer][rows] = rope64(q, rope, self.neox), rope64(k, rope, self.neox), v
+            group = shape.heads // shape.kv_heads
+            logits = torch.einsum("rhd,nhd->rhn", q, keys[layer].repeat_interleave(group, 1)) * self.scaling
+            # A position without KV is not there: it counts neither as key nor as value.
+            absent = keys[layer].isnan().flatten(1).any(1) | values[layer].isnan().flatten(1).any(1)
+            hidden = (torch.arange(len(tokens)) > rows[:, None]) | absent
+            attention.append(torch.softmax(logits.masked_fill(hidden[:, None], -math.inf), -1))
+            out = torch.einsum("rhn,nhd->rhd", attention[-1], values[layer].nan_to_num().repeat_interleave(group, 1))
+            x = x + out.flatten(1) @ w[f"o{layer}"].T
+            x = x + _mlp(x, w, layer)
+        return keys, values, x, attention
+
+    def prefill64(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """KV of every layer and the last hidden states of a whole prompt."""
+        shape = (self.depth, len(tokens), self.shape.kv_heads, self.shape.head_dim)
+        empty = list(torch.full(shape, torch.nan, dtype=torch.float64))
+        return self.rows64(tokens, torch.arange(len(tokens)), empty, empty)[:3]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def _mlp(x: torch.Tensor, w: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
+    h = _norm(x, w[f"mlp{layer}"])
+    return (torch.nn.functional.silu(h @ w[f"gate{layer}"].T) * (h @ w[f"up{layer}"].T)) @ w[f"down{layer}"].T

@@ -1,0 +1,376 @@
+"""The fused prefill of a small Llama against float64 from the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Llama
+from torch.testing import assert_close
+
+from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
+from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
+from a3_sglang.fusion.row_attention import RowGroup, TorchRowAttention
+from a3_sglang.selectors import Probe, Reuse
+
+MIN_SPAN = 8
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@dataclass(frozen=True)
+class Listening(Probe):
+    """The probe over layers 1 and 2 of 4; keeps the relevance it is given."""
+
+    first: float = 0.25
+    last: float = 0.75
+    heard: list[torch.Tensor] = field(default_factory=list, compare=False)
+
+    def pick(self, relevance: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+        self.heard.append(relevance.clone())
+        return super().pick(relevance, positions, count)
+
+
+class World:
+    """A model, donors whose exact KV lies in random slots of its pool, and prompts glued from them."""
+
+    def __init__(self, seed: int, donors: int = 2) -> None:
+        self.model = Llama(seed)
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.random = np.random.default_rng(seed + 2)
+        self.free = torch.randperm(len(self.model.keys[0]), generator=self.generator)
+        self.index = AnyPositionIndex(MIN_SPAN)
+        self.donors = [self.tokens(100) for _ in range(donors)]
+        self.slots_of = {}
+        for donor in self.donors:
+            self.index.add("space", donor)
+            self.slots_of[donor.tobytes()] = self.write(*self.model.prefill64(torch.from_numpy(donor).long())[:2])
+
+    def tokens(self, count: int) -> np.ndarray:
+        return self.random.integers(0, self.model.shape.vocabulary, count).astype(np.int32)
+
+    def take(self, count: int) -> torch.Tensor:
+        taken, self.free = self.free[:count], self.free[count:]
+        assert len(taken) == count
+        return taken
+
+    def write(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+        slots = self.take(len(keys[0]))
+        for layer in range(self.model.depth):
+            self.model.keys[layer][slots] = keys[layer].float()
+            self.model.values[layer][slots] = values[layer].float()
+        return slots
+
+    def prompt(self, prefix: int, pieces: list[tuple[int, int]], tail: int) -> np.ndarray:
+        """``prefix`` new tokens, then pieces of (new tokens, donor tokens), then ``tail`` new tokens."""
+        parts = [self.tokens(prefix)]
+        for gap, span in pieces:
+            donor = self.donors[self.random.integers(len(self.donors))]
+            begin = self.random.integers(0, len(donor) - span + 1)
+            parts += [self.tokens(gap), donor[begin : begin + span]]
+        return np.concatenate([*parts, self.tokens(tail)])
+
+    def job(self, prompt: np.ndarray, prefix: int, selector: Probe | Reuse, ratio: float, executor: Executor) -> Job:
+        """A planned job: the prefix's KV in place, the spans copied."""
+        plan = make_plan(self.index.find("space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
+        assert plan is not None
+        tokens = torch.from_numpy(prompt).long()
+        full_keys, full_values, _ = self.model.prefill64(tokens)
+        slots = torch.cat(
+            [
+                self.write([k[:prefix] for k in full_keys], [v[:prefix] for v in full_values]),
+                self.take(plan.end - prefix),
+            ]
+        )
+        for span in plan.spans:
+            donor = next(d for d in self.donors if np.array_equal(d[: len(span.run.path())], span.run.path()))
+            old, new = torch.arange(span.offset, span.offset + span.length), torch.arange(span.start, span.end)
+            executor.copy(self.slots_of[donor.tobytes()][old], slots[new], old, new)
+        return Job(plan, tokens, slots, selector, ratio)
+
+
+def executor_of(world: World, slice_rows: int = 8192) -> Executor:
+    return Executor(world.model, TorchRowAttention(), slice_rows)
+
+
+def kv(model: Llama, job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The KV that now lies in the job's slots, NaN for the prompt's tail; float64."""
+    tail = torch.full((len(job.tokens) - job.plan.end, *model.keys[0].shape[1:]), torch.nan, dtype=torch.float64)
+    keys, values = (
+        [torch.cat([layer[job.slots].double(), tail]) for layer in pool] for pool in (model.keys, model.values)
+    )
+    return keys, values
+
+
+def context(layers: list[torch.Tensor], plan: Plan) -> torch.Tensor:
+    return torch.stack([layer[: plan.end] for layer in layers])
+
+
+def reused(plan: Plan) -> torch.Tensor:
+    return torch.cat([torch.arange(span.start, span.end) for span in plan.spans])
+
+
+def gaps(plan: Plan) -> torch.Tensor:
+    return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
+
+
+def assert_full_prefill(model: Llama, job: Job) -> None:
+    exact, found = model.prefill64(job.tokens), kv(model, job)
+    for part in (0, 1):
+        assert_close(context(found[part], job.plan), context(exact[part], job.plan), **TOLERANCE)
+
+
+pieces = st.lists(st.tuples(st.integers(0, 12), st.integers(MIN_SPAN, 40)), min_size=1, max_size=4)
+seeds = st.integers(0, 2**31)
+several = settings(max_examples=15, deadline=None)
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90))
+def test_ratio_one_is_a_full_prefill(seed, prefix, parts, tail):
+    world = World(seed)
+    executor = executor_of(world)
+    job = world.job(world.prompt(prefix, parts, tail), prefix, Probe(), 1.0, executor)
+    executor.run([job], Timings())
+    assert_close(job.recomputed, reused(job.plan))
+    assert job.probed_rows == 0
+    assert_full_prefill(world.model, job)
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.floats(0, 1))
+def test_any_ratio_equals_the_definition(seed, prefix, parts, tail, ratio):
+    """Chosen rows and gaps computed over the mix, all others as they were copied."""
+    world = World(seed)
+    executor = executor_of(world)
+    job = world.job(world.prompt(prefix, parts, tail), prefix, Listening(), ratio, executor)
+    copied = kv(world.model, job)
+    executor.run([job], Timings())
+    rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
+    expected = world.model.rows64(job.tokens, rows, *copied)[:2]
+    found = kv(world.model, job)
+    kept = torch.tensor(sorted(set(range(job.plan.end)) - set(rows.tolist())), dtype=torch.int64)
+    for part in (0, 1):
+        assert_close(context(found[part], job.plan), context(expected[part], job.plan), **TOLERANCE)
+        before, after = context(copied[part], job.plan)[:, kept], context(found[part], job.plan)[:, kept]
+        assert_close(after, before, rtol=0, atol=0)
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.sampled_from([Probe(), Reuse()]))
+def test_ratio_zero_computes_the_gaps_and_nothing_else(seed, prefix, parts, tail, selector):
+    world = World(seed)
+    executor = executor_of(world)
+    # Reuse recomputes nothing at any ratio.
+    ratio = 0.7 if isinstance(selector, Reuse) else 0.0
+    job = world.job(world.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
+    before = [layer.clone() for layer in world.model.keys + world.model.values]
+    executor.run([job], Timings())
+    assert len(job.recomputed) == 0
+    assert world.model.computed == job.plan.gap * world.model.depth
+    written = torch.zeros(len(before[0]), dtype=torch.bool)
+    written[job.slots[gaps(job.plan)]] = True
+    for old, new in zip(before, world.model.keys + world.model.values, strict=True):
+        assert_close(new[~written], old[~written], rtol=0, atol=0, equal_nan=True)
+        assert torch.isfinite(new[written]).all()
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90))
+def test_moved_spans_have_fresh_layer_0_kv(seed, prefix, parts, tail):
+    world = World(seed)
+    job = world.job(world.prompt(prefix, parts, tail), prefix, Reuse(), 0.0, executor_of(world))
+    exact, found, spans = world.model.prefill64(job.tokens), kv(world.model, job), reused(job.plan)
+    for part in (0, 1):
+        assert_close(found[part][0][spans], exact[part][0][spans], **TOLERANCE)
+    if any(span.start != span.offset or span.start > 0 for span in job.plan.spans):
+        # The test can tell: deeper KV has seen another context.
+        assert not torch.allclose(found[1][-1][spans], exact[1][-1][spans], **TOLERANCE)
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.floats(0.05, 0.95))
+def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
+    world = World(seed)
+    executor = executor_of(world)
+    selector = Listening()
+    job = world.job(world.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
+    copied = kv(world.model, job)
+    executor.run([job], Timings())
+    rows = torch.arange(max(job.plan.end, len(job.tokens) - QUESTION_TOKENS), len(job.tokens))
+    count = selector.budget(ratio, job.plan.reused)
+    if count == job.plan.reused:
+        assert selector.heard == []
+        return
+    assert (job.probed_rows, job.probed_layers) == (len(rows), 3)
+    # Gaps and the tail's other rows have no KV yet, so nothing sees them.
+    for part in copied:
+        for layer in part:
+            layer[gaps(job.plan)] = torch.nan
+    attention = world.model.rows64(job.tokens, rows, *copied)[3]
+    score = sum(attention[layer].sum(1).mean(0) for layer in (1, 2))[: job.plan.end]
+    assert len(selector.heard) == 1
+    assert_close(selector.heard[0].double(), score, rtol=1e-4, atol=1e-5)
+    # The rows that rank highest are the ones recomputed.
+    threshold = score[reused(job.plan)].sort(descending=True).values[count - 1]
+    assert len(job.recomputed) == count
+    assert (score[job.recomputed] >= threshold - 1e-5).all()
+    assert (job.recomputed.diff() > 0).all()
+
+
+def test_after_ratio_one_the_tail_equals_a_full_prefill():
+    """Seen from the tail, through the model's own pass with attention by rows."""
+    world = World(torch.seed() % 2**31)
+    executor = executor_of(world)
+    job = world.job(world.prompt(7, [(5, 30), (0, 25)], 40), 7, Probe(), 1.0, executor)
+    executor.run([job], Timings())
+    rows = torch.arange(job.plan.end, len(job.tokens))
+    slots = torch.cat([job.slots, world.take(len(rows))])
+    attend = RowsAttention(executor, slots[rows], [RowGroup(0, len(rows), slots, rows + 1)])
+    with world.model.attention(attend):
+        hidden = world.model.extend(job.tokens[rows], rows)
+    assert_close(hidden.double(), world.model.prefill64(job.tokens)[2][rows], **TOLERANCE)
+
+
+def pair(seed: int, ratios: tuple[float, float]) -> tuple[World, Executor, list[Job]]:
+    """Two jobs that share a prefix's length and nothing else; the same world for the same seed."""
+    world = World(seed)
+    executor = executor_of(world)
+    shapes = ((9, [(4, 30), (0, 20)], 40), (0, [(6, 35), (11, 12), (0, 20)], 75))
+    jobs = [
+        world.job(world.prompt(*shape), shape[0], selector, ratio, executor)
+        for shape, ratio, selector in zip(shapes, ratios, (Listening(), Probe(0.5, 1.0)), strict=True)
+    ]
+    return world, executor, jobs
+
+
+@pytest.mark.parametrize("ratios", [(0.2, 0.4), (1.0, 0.15), (0.0, 0.5), (0.0, 0.0), (1.0, 1.0)])
+def test_a_batch_equals_each_alone(ratios):
+    seed = torch.seed() % 2**31
+    world, executor, jobs = pair(seed, ratios)
+    executor.run(jobs, Timings())
+    for number in (0, 1):
+        other_world, other_executor, other_jobs = pair(seed, ratios)
+        alone = other_jobs[number]
+        other_executor.run([alone], Timings())
+        assert_close(jobs[number].recomputed, alone.recomputed)
+        for together, single in zip(kv(world.model, jobs[number]), kv(other_world.model, alone), strict=True):
+            assert_close(context(together, alone.plan), context(single, alone.plan), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slice_rows", [1, 7, 33])
+def test_slices_give_the_same_kv(slice_rows):
+    seed = torch.seed() % 2**31
+    whole_world, whole, whole_jobs = pair(seed, (0.5, 1.0))
+    sliced_world, sliced, sliced_jobs = pair(seed, (0.5, 1.0))
+    sliced.slice_rows = slice_rows
+    passes: list[int] = []
+    forward = sliced_world.model.forward
+
+    def counted(tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
+        if layers == sliced_world.model.depth and isinstance(attend, RowsAttention):
+            passes.append(len(tokens))
+        forward(tokens, positions, attend, layers)
+
+    sliced_world.model.forward = counted
+    whole.run(whole_jobs, Timings())
+    sliced.run(sliced_jobs, Timings())
+    rows = sum(len(job.recomputed) + job.plan.gap for job in sliced_jobs)
+    assert rows > slice_rows
+    assert passes == [slice_rows] * (rows // slice_rows) + [rows % slice_rows] * (rows % slice_rows > 0)
+    for one, other in zip(whole_jobs, sliced_jobs, strict=True):
+        assert_close(one.recomputed, other.recomputed)
+        for a, b in zip(kv(whole_world.model, one), kv(sliced_world.model, other), strict=True):
+            assert_close(context(b, one.plan), context(a, one.plan), rtol=1e-5, atol=1e-5)
+    assert_full_prefill(sliced_world.model, sliced_jobs[1])
+
+
+# ---- what goes wrong
+
+
+class FailingProbe(Llama):
+    """Fails on every pass that ends before the last layer."""
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
+        if layers < self.depth:
+            raise RuntimeError("the probe's pass failed")
+        super().forward(tokens, positions, attend, layers)
+
+
+@dataclass(frozen=True)
+class FailingPick(Listening):
+    """Fails once the probe has run."""
+
+    def pick(self, relevance: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+        raise IndexError("the rule failed")
+
+
+@pytest.mark.parametrize("failure", ["model", "selector", "nan"])
+def test_a_failed_probe_recomputes_everything(failure, caplog):
+    world, executor, jobs = pair(torch.seed() % 2**31, (0.2, 0.3))
+    if failure == "model":
+        world.model.__class__ = FailingProbe
+        jobs = [dataclasses.replace(job, selector=Listening()) for job in jobs]
+    elif failure == "selector":
+        # The first job has its rows by then; the batch is treated alike.
+        jobs[1] = dataclasses.replace(jobs[1], selector=FailingPick())
+    else:
+        poisoned = jobs[1].plan.spans[0]
+        world.model.keys[1][jobs[1].slots[poisoned.start + 3], 0, 2] = torch.nan
+    with caplog.at_level(logging.ERROR):
+        executor.run(jobs, Timings())
+    assert "all reused rows of this batch are recomputed" in caplog.text
+    for job in jobs:
+        assert_close(job.recomputed, reused(job.plan))
+        assert_full_prefill(world.model, job)
+
+
+def test_nothing_fails_silently(caplog):
+    _, executor, jobs = pair(torch.seed() % 2**31, (0.2, 0.3))
+    with caplog.at_level(logging.ERROR):
+        executor.run(jobs, Timings())
+    assert caplog.text == ""
+    assert all(0 < len(job.recomputed) < job.plan.reused for job in jobs)
+
+
+# ---- accounts
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.floats(0, 1))
+def test_charged_is_what_the_model_computed(seed, prefix, parts, tail, ratio):
+    world = World(seed)
+    executor = executor_of(world)
+    job = world.job(world.prompt(prefix, parts, tail), prefix, Listening(), ratio, executor)
+    executor.run([job], Timings())
+    depth = world.model.depth
+    assert job.charged(depth) * depth * (job.plan.end - prefix) == pytest.approx(world.model.computed)
+
+
+def test_charged_by_hand():
+    world = World(torch.seed() % 2**31)
+    job = world.job(world.prompt(10, [(6, 30)], 40), 10, Probe(), 0.5, executor_of(world))
+    assert (job.plan.reused + job.plan.gap, job.plan.end - job.plan.prefix) == (36, 36)
+    gap = job.plan.gap
+    assert job.charged(4) == pytest.approx(gap / 36)
+    job.recomputed = reused(job.plan)[:12]
+    job.probed_rows, job.probed_layers = 40, 3
+    assert job.charged(4) == pytest.approx(((12 + gap) * 4 + 40 * 3) / (4 * 36))
+
+
+def test_timings_add_up():
+    timings = Timings()
+    world, executor, jobs = pair(torch.seed() % 2**31, (0.2, 0.3))
+    executor.run(jobs, timings)
+    first = timings.recompute_ms
+    assert min(timings.probe_ms, timings.select_ms, first) > 0
+    assert timings.copy_ms == timings.tail_ms == 0
+    executor.run(jobs, timings)
+    assert timings.recompute_ms > first
+    assert world.model.computed > 0

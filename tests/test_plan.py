@@ -1,0 +1,108 @@
+"""Plans partition the prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.fusion.plan import MIN_TAIL, make_plan
+
+MIN_SPAN = 8
+
+
+@st.composite
+def prompts(draw: st.DrawFn):
+    """Donors, and a prompt glued from an exact prefix, pieces of donors, and tokens no donor has."""
+    page_size = draw(st.sampled_from([1, 1, 4, 16]))
+    donors, fresh = [], 10_000
+    for number in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(MIN_SPAN, 150))
+        donors.append(list(range(1000 * number, 1000 * number + length)))
+    prefix = page_size * draw(st.integers(0, 40 // page_size))
+    prompt = list(range(fresh, fresh + prefix))
+    fresh += prefix
+    for _ in range(draw(st.integers(0, 6))):
+        if draw(st.booleans()):
+            donor = draw(st.sampled_from(donors))
+            begin = draw(st.integers(0, len(donor) - 1))
+            prompt += donor[begin : begin + draw(st.integers(1, 150))]
+        else:
+            count = draw(st.integers(0, 60))
+            prompt += range(fresh, fresh + count)
+            fresh += count
+    prompt += range(fresh, fresh + draw(st.integers(0, 80)))
+    limit = draw(st.integers(0, len(prompt)))
+    return donors, prompt, prefix, draw(st.sampled_from([len(prompt), max(len(prompt) - 1, 0), limit])), page_size
+
+
+@settings(max_examples=400, deadline=None)
+@given(prompts())
+def test_a_plan_partitions_the_prompt(case):
+    donors, prompt, prefix, limit, page_size = case
+    index = AnyPositionIndex(MIN_SPAN, page_size=page_size)
+    for donor in donors:
+        index.add("space", donor[: len(donor) // page_size * page_size])
+    runs = index.find("space", prompt[:limit], prefix) if limit else []
+    plan = make_plan(runs, prefix, len(prompt), limit, page_size)
+    furthest = min(limit, len(prompt) - MIN_TAIL)
+    furthest -= furthest % page_size
+    if plan is None:
+        assert all(run.start >= furthest for run in runs)
+        return
+
+    # The end.
+    assert plan.prefix == prefix < plan.end <= furthest
+    assert plan.end % page_size == 0
+    assert len(prompt) - plan.end >= MIN_TAIL
+
+    # Spans and gaps follow each other without a hole from the prefix to the end.
+    gaps = list(plan.gaps())
+    pieces = sorted([(span.start, span.end) for span in plan.spans] + gaps)
+    assert all(begin < end for begin, end in pieces)
+    assert [begin for begin, _ in pieces] + [plan.end] == [prefix] + [end for _, end in pieces]
+    assert plan.gap == sum(end - begin for begin, end in gaps)
+    assert plan.reused == sum(end - begin for begin, end in pieces) - plan.gap
+    tail = len(prompt) - plan.end
+    assert plan.prefix + plan.reused + plan.gap + tail == len(prompt)
+
+    # What lies behind the last span is the tail's, up to a page.
+    assert plan.end - plan.spans[-1].end < page_size
+
+    # Spans are what the index found, cut at the end only.
+    for span, run in zip(plan.spans, runs, strict=False):
+        assert span.run is run
+        assert (span.start, span.offset) == (run.start, run.offset)
+        assert span.end == min(run.end, plan.end)
+        held = run.path(page_size)[span.offset : span.offset + span.length]
+        assert np.array_equal(held, prompt[span.start : span.end])
+    # And none that fits is left out.
+    assert all(run.start >= furthest for run in runs[len(plan.spans) :])
+
+
+def test_no_runs_no_plan():
+    assert make_plan([], 0, 100, 100, 1) is None
+    assert make_plan([], 16, 10, 10, 16) is None
+
+
+def test_a_span_in_the_last_tokens_is_left_to_the_tail():
+    index = AnyPositionIndex(MIN_SPAN)
+    donor = list(range(100))
+    index.add("space", donor)
+    prompt = [500, *donor[: MIN_TAIL - 1]]
+    runs = index.find("space", prompt)
+    assert [(run.start, run.length) for run in runs] == [(1, MIN_TAIL - 1)]
+    assert make_plan(runs, 0, len(prompt), len(prompt), 1) is None
+
+
+def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
+    index = AnyPositionIndex(MIN_SPAN)
+    donor = list(range(100))
+    index.add("space", donor)
+    prompt = [500, *donor[10:30], *range(600, 640), *donor[50:70], *range(700, 710)]
+    plan = make_plan(index.find("space", prompt), 0, len(prompt), len(prompt), 1)
+    assert plan is not None
+    assert [(span.start, span.end) for span in plan.spans] == [(1, 21)]
+    assert plan.end == 21
+    assert list(plan.gaps()) == [(0, 1)]

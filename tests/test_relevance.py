@@ -1,0 +1,45 @@
+"""The question's attention to its context against float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import random_tensor, weights64
+from torch.testing import assert_close
+
+from a3_sglang.kernels.relevance import relevance
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    context=st.integers(1, 120),
+    kv_heads=st.integers(1, 4),
+    group=st.sampled_from([1, 3, 4]),
+    scaling=st.floats(0.05, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**32),
+)
+def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query = random_tensor(generator, rows, kv_heads * group, 16).to(dtype)
+    keys = random_tensor(generator, context, kv_heads, 16).to(dtype)
+    visible = torch.randint(1, context + 1, (rows,), generator=generator)
+    weights, mass = relevance(query, keys, visible, scaling)
+    exact = weights64(query, keys, visible, scaling)
+    # (rows, heads, n) -> rows of one head of a group together.
+    grouped = exact.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+    assert weights.dtype == mass.dtype == torch.float32
+    assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
+    assert_close(mass.double(), exact.sum(1).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_row_sees_counts_nothing_and_large_logits_stay_finite():
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    query, keys = random_tensor(generator, 5, 4, 16) * 100, random_tensor(generator, 30, 2, 16) * 100
+    weights, mass = relevance(query.float(), keys.float(), torch.arange(11, 16), 1.0)
+    assert torch.isfinite(weights).all()
+    assert_close(mass[15:], torch.zeros(15), rtol=0, atol=0)
+    # Each of the 4 heads gives away exactly one.
+    assert_close(mass.sum(), torch.tensor(4.0))
