@@ -12,6 +12,8 @@ DEMO_ARGS ?=
 # PYTHONSAFEPATH keeps the clone off the import path, here and in the processes that SGLang starts: what is tested
 # is the installed package, the way a user has it.
 RUN_SETTINGS := PYTHONSAFEPATH=1 SGLANG_USE_CPU_ENGINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2
+# What pytest itself puts on the import path of the clone is appended, so that it comes after the installed package.
+PYTEST := -P -m pytest tests -ra --import-mode=append
 CHECKED := a3_sglang kernels tests examples benchmarks tools support
 
 .DEFAULT_GOAL := help
@@ -26,7 +28,7 @@ demo:  ## see the reuse at work: the demo on a small model, on the CPU
 
 test:  ## run all tests against the installed package
 	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
-	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" "$$bin/python" -P -m pytest tests -ra $(PYTEST_ARGS)
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" "$$bin/python" $(PYTEST) $(PYTEST_ARGS)
 
 test-matrix:  ## run the core tests with the other supported versions of SGLang
 	@model=$$($(ENVIRONMENT) model) && \
@@ -34,7 +36,7 @@ test-matrix:  ## run the core tests with the other supported versions of SGLang
 		echo "== SGLang $$version"; \
 		bin=$$($(ENVIRONMENT) bin --sglang $$version) && \
 		env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" \
-			"$$bin/python" -P -m pytest tests -ra -m "engine and core or not engine" $(PYTEST_ARGS) || exit 1; \
+			"$$bin/python" $(PYTEST) -m "engine and core or not engine" $(PYTEST_ARGS) || exit 1; \
 	done
 
 lint:  ## check style (ruff) and types (mypy); changes nothing

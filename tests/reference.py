@@ -112,7 +112,7 @@ class Llama(Model):
     was computed, summed over layers.
     """
 
-    def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape()) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.shape, self.depth, self.computed = shape, shape.depth, 0
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -183,7 +183,8 @@ class Llama(Model):
         Args:
             tokens: int64 (prompt,).
             rows: int64, ascending positions.
-            keys, values: float64 (prompt, kv_heads, head_dim) a layer; NaN where a row must not look.
+            keys: (prompt, kv_heads, head_dim) a layer; NaN where a position has no KV, which then is not seen.
+            values: like ``keys``.
 
         Returns:
             Keys and values with those of ``rows`` in place, the rows' last hidden states, and the attention weights

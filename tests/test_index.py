@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from os.path import commonprefix
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a3_sglang.cache.index import AnyPositionIndex, Run
+from a3_sglang.cache.index import AnyPositionIndex
 
 MIN_SPAN = 8
 
@@ -74,25 +73,25 @@ def worlds(draw):
 
 def held(donors: list[Donor], namespace: str, path: list[int]) -> int:
     """How many leading tokens of a path the tree has."""
-    return max((len(commonprefix([path, donor])) for name, donor in donors if name == namespace), default=0)
+    return max((shared(path, donor) for name, donor in donors if name == namespace), default=0)
 
 
-def find_held(index: AnyPositionIndex, donors: list[Donor], namespace: str, prompt: list[int], start: int) -> list[Run]:
-    """Look up as the backend does: what the tree no longer holds is forgotten, then again."""
-    while True:
-        runs = index.find(namespace, prompt, start)
-        gone = [run for run in runs if held(donors, namespace, run.path().tolist()) < run.offset + run.length]
-        if not gone:
-            return runs
-        version = index.version
-        for run in gone:
-            index.forget(run.segment, held(donors, namespace, run.path().tolist()))
-        assert index.version > version, "nothing was forgotten, so the same runs would come again"
+def shared(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@settings(max_examples=400, deadline=None)
+def evicted(donors: list[Donor], which: int, keep: int, page_size: int) -> list[Donor]:
+    """The donors after the tree lost the page behind ``keep`` of one, and so every path that runs through it."""
+    space, victim = donors[which % len(donors)]
+    keep = min(keep, len(victim)) // page_size * page_size
+    gone = victim[: keep + page_size]
+    return [(name, path[:keep] if (name, path[: len(gone)]) == (space, gone) else path) for name, path in donors]
+
+
+@settings(max_examples=300, deadline=None)
 @given(worlds(), st.sampled_from([1, 3, 16]))
 def test_finds_what_brute_force_finds(world, page_size):
+    """The index is told of every eviction at once, so that it knows exactly the tree's whole units."""
     steps, prompt, namespace, start = world
     index = AnyPositionIndex(min_span=MIN_SPAN, candidates=10_000, page_size=page_size)
     donors: list[Donor] = []
@@ -102,24 +101,79 @@ def test_finds_what_brute_force_finds(world, page_size):
             index.add(a, path)
             donors.append((a, path))
         elif donors:
-            space, victim = donors[a % len(donors)]
-            keep = min(b, len(victim)) // page_size * page_size
-            # A tree without victim's page behind keep lost every path that runs through it.
-            gone = victim[: keep + page_size]
-            donors = [
-                (name, path[:keep] if (name, path[: len(gone)]) == (space, gone) else path) for name, path in donors
-            ]
-    found = find_held(index, donors, namespace, prompt, start)
+            donors = evicted(donors, a, b, page_size)
+            for segment in list(index._segments.values()):
+                kept = held(donors, segment.namespace, segment.path(segment.end).tolist())
+                if segment.number in index._segments and kept < segment.end:
+                    index.forget(segment, kept)
+    found = index.find(namespace, prompt, start)
     for run in found:
-        assert prompt[run.start : run.end] == run.path()[run.offset :].tolist()
+        path = run.path().tolist()
+        assert prompt[run.start : run.end] == path[run.offset :]
+        assert held(donors, namespace, path) == len(path)
     expected = oracle(donors, namespace, prompt, start, index.block, math.lcm(index.block, page_size))
     assert [(run.start, run.length) for run in found] == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds(), st.sampled_from([1, 3, 16]))
+def test_evictions_are_noticed_on_use(world, page_size):
+    """As the backend does it: what the tree no longer holds is forgotten when found, then looked up again."""
+    steps, prompt, namespace, start = world
+    index = AnyPositionIndex(min_span=MIN_SPAN, candidates=10_000, page_size=page_size)
+    donors: list[Donor] = []
+    for kind, a, b in steps:
+        if kind == "add":
+            path = b[: len(b) // page_size * page_size]
+            index.add(a, path)
+            donors.append((a, path))
+        elif donors:
+            donors = evicted(donors, a, b, page_size)
+    while True:
+        found = index.find(namespace, prompt, start)
+        held_of = {run: held(donors, namespace, run.path().tolist()) for run in found}
+        gone = [run for run in found if held_of[run] < run.offset + run.length]
+        if not gone:
+            break
+        version = index.version
+        for run in gone:
+            index.forget(run.segment, held_of[run])
+        assert index.version > version, "nothing was forgotten, so the same runs would come again"
+    # It may know a little more of the tree than whole units: what was cut is forgotten by use only.
+    expected = oracle(donors, namespace, prompt, start, index.block, math.lcm(index.block, page_size))
+    longest = max((length for _, length in expected), default=0)
+    assert max((run.length for run in found), default=0) >= longest
 
 
 @given(st.integers(1, 5), st.integers(MIN_SPAN, 40))
 def test_equal_runs_at_one_place_are_no_error(period, length):
     """A repetitive donor holds the same tokens at many offsets; runs of equal length and place compete."""
     index = AnyPositionIndex(min_span=MIN_SPAN)
-    index.add("x", list(range(period)) * 20)
-    prompt = [*(list(range(period)) * 40)[:length], 99, *(list(range(period)) * 40)[:length]]
-    assert [(run.start, run.length) for run in index.find("x", prompt)] == [(0, length), (length + 1, length)]
+    index.add("x", list(range(period)) * 50)
+    again = (list(range(period)) * 40)[:length]
+    assert [(run.start, run.length) for run in index.find("x", [*again, 99, *again])] == [
+        (0, length),
+        (length + 1, length),
+    ]
+
+
+@given(st.integers(MIN_SPAN, 30), st.integers(MIN_SPAN, 30))
+def test_equal_remains_of_trimmed_runs_are_no_error(left, right):
+    """The run through the middle trims many others to the same remains."""
+    index = AnyPositionIndex(min_span=MIN_SPAN)
+    index.add("x", [1] * 32 + [2] * 32)
+    found = index.find("x", [1] * (32 + left) + [2] * (32 + right))
+    assert [(run.start, run.length) for run in found] == [(0, left), (left, 64), (left + 64, right)]
+
+
+@given(st.integers(MIN_SPAN, 40), st.integers(1, 20), st.sampled_from([0, 1]))
+def test_a_run_goes_on_into_the_donor_that_continues_it(common, more, which):
+    """Donors that part share their first segment; a continuation shorter than a block has no hash of its own."""
+    index = AnyPositionIndex(min_span=MIN_SPAN)
+    donors = [[*range(common), *range(100 * number, 100 * number + 40)] for number in (1, 2)]
+    for donor in donors:
+        index.add("x", donor)
+    prompt = [*donors[which][: common + more], *range(900, 920)]
+    (run,) = index.find("x", prompt)
+    assert (run.start, run.length) == (0, common + more)
+    assert run.path().tolist() == prompt[: common + more]

@@ -59,7 +59,7 @@ def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
 def test_probe_reads_a_band_of_middle_layers(depth: int):
     layers = Probe().probe_layers(depth)
     assert 1 <= len(layers) <= math.ceil(0.3 * depth) + 1
-    assert 0 <= layers.start
+    assert layers.start >= 0
     assert layers.stop <= depth
     assert layers.step == 1
 

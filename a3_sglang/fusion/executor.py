@@ -36,7 +36,8 @@ class Attend(ABC):
         Args:
             layer: the layer's number.
             query: (rows, heads, head_dim), after RoPE.
-            key, value: (rows, kv_heads, head_dim), the rows' own.
+            key: (rows, kv_heads, head_dim), the rows' own, after RoPE.
+            value: like ``key``.
             scaling: factor of the logits.
 
         Returns:
@@ -57,8 +58,10 @@ class Model(ABC):
         """Run rows through the first ``layers`` layers.
 
         Args:
-            tokens, positions: int64 (rows,).
+            tokens: int64 (rows,).
+            positions: int64 (rows,).
             attend: takes the place of the model's attention.
+            layers: how many, from the first on.
         """
 
     @abstractmethod
@@ -129,8 +132,10 @@ class Executor:
         """Copy KV rows between slots in all layers, keys turned from their old to their new positions.
 
         Args:
-            source, target: int64 (n,), disjoint slots.
-            old, new: int64 (n,), positions.
+            source: int64 (n,), slots to copy from.
+            target: int64 (n,), slots to copy to; none of ``source``.
+            old: int64 (n,), positions of the keys in ``source``.
+            new: int64 (n,), positions they are turned to.
         """
         turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in range(self.model.depth):

@@ -124,6 +124,7 @@ def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: to
         module: SGLang's rotary module.
         head_dim: dimensions of a key.
         dtype: dtype of the KV pool.
+        generator: draws keys and positions; seeded by default.
 
     Raises:
         UnsupportedModelError: they differ by more than rounding.

@@ -32,7 +32,8 @@ class RopeTable:
         Section 3.2: rotations add up.)
 
         Args:
-            old, new: int64 (n,).
+            old: int64 (n,), positions of the keys.
+            new: int64 (n,), positions to turn them to.
 
         Returns:
             Two float32 tensors (n, rotary_dim / 2).
@@ -49,7 +50,8 @@ def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, neox: bool)
 
     Args:
         keys: (n, heads, head_dim), any float dtype; the first ``2 * cos.shape[1]`` of head_dim are turned.
-        cos, sin: float32 (n, rotary_dim / 2).
+        cos: float32 (n, rotary_dim / 2).
+        sin: like ``cos``.
         neox: pairing of the dimensions.
 
     Returns:
@@ -77,8 +79,10 @@ def copy_rotated(
     """Copy KV rows of one layer between slots, turning the keys.
 
     Args:
-        keys, values: (slots, heads, head_dim), written in place.
-        source, target: int64 (n,), disjoint.
+        keys: (slots, heads, head_dim), written in place.
+        values: like ``keys``.
+        source: int64 (n,), slots to copy from.
+        target: int64 (n,), slots to copy to; none of ``source``.
         turn: what :meth:`RopeTable.turn` returned for these rows.
         neox: pairing of the dimensions.
     """

@@ -42,7 +42,8 @@ class RowAttention(ABC):
 
         Args:
             query: (rows, heads, head_dim).
-            keys, values: (slots, kv_heads, head_dim); the rows' own KV is already written.
+            keys: (slots, kv_heads, head_dim); the rows' own are already written.
+            values: like ``keys``.
             groups: who owns which rows; together they cover all rows in order.
             scaling: factor of the logits.
 
@@ -92,9 +93,12 @@ def attend(
     row of one causal attention over the whole prompt.
 
     Args:
-        query, out: (rows, heads, head_dim).
-        keys, values: (kv_heads, n, head_dim); n is the length of the prompt.
-        visible: int64 (rows,), ascending.
+        query: (rows, heads, head_dim).
+        keys: (kv_heads, n, head_dim); n is the length of the prompt.
+        values: like ``keys``.
+        visible: int64 (rows,), ascending: how many of the keys each row sees.
+        scaling: factor of the logits.
+        out: like ``query``; written.
     """
     place = torch.arange(keys.shape[1], device=keys.device)
     heads, kv_heads = query.shape[1], keys.shape[0]

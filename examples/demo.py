@@ -1,0 +1,175 @@
+"""The gain on a real server: `make demo`.
+
+Starts SGLang's own server with `--radix-cache-backend a3` on the loopback interface and asks questions over passages
+of CPython's documentation through the OpenAI client. Every question finds the passages in another order and with
+other neighbours. Each is asked twice: with fusion off (what stock SGLang does, a full prefill) and with a3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+PASSAGES = ("assert", "del", "pass", "break", "continue", "global", "nonlocal", "return", "yield", "import")
+QUESTIONS = (
+    "What does the assert statement do when its expression is false?",
+    "What happens to a name that the del statement removes?",
+    "When is the pass statement useful?",
+    "What does the global statement declare?",
+    "Which loop does the break statement leave?",
+)
+SYSTEM = "You answer questions about Python from the passages of its documentation."
+START_LIMIT = 300
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
+    parser.add_argument("--passages", type=int, default=6, help="passages in a prompt")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+
+    console = Console()
+    chooser = random.Random(args.seed)
+    names = [name for name in PASSAGES if name in topics]
+    texts = {name: " ".join(topics[name].split())[:1800] for name in names}
+    port = free_port()
+    log = Path(tempfile.gettempdir()) / f"a3-demo-{port}.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command(args.model, port), stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True)
+        try:
+            wait_until_ready(server, port, log, console)
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+            rows = []
+            with console.status("The first prompt is prefilled in full and leaves its KV in the radix tree ..."):
+                for group in (names[: len(names) // 2], names[len(names) // 2 :]):
+                    ask(client, prompt(group, texts, "What are these passages about?"), fuse=False, salt=None)
+            for number, question in enumerate(QUESTIONS[: args.questions]):
+                with console.status(f"Question {number + 1} of {args.questions} ..."):
+                    chosen = chooser.sample(names, args.passages)
+                    text = prompt(chosen, texts, question)
+                    # The salt makes the full prefill find nothing, as on a server that never saw the passages.
+                    full_ms, full_answer, _ = ask(client, text, fuse=False, salt=f"full-{number}")
+                    a3_ms, a3_answer, report = ask(client, text, fuse=True, salt=None)
+                    rows.append((question, report, full_ms, a3_ms, full_answer, a3_answer))
+        finally:
+            stop(server)
+    show(console, rows)
+    if not all(report and report["reason"] is None for _, report, *_ in rows):
+        console.print("[red]A question was answered without fusion.[/red]")
+        return 1
+    return 0
+
+
+def command(model: str, port: int) -> list[str]:
+    arguments = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port), "--radix-cache-backend", "a3"]
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        arguments += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"]
+        arguments += ["--dtype", "bfloat16", "--max-total-tokens", "32768", "--chunked-prefill-size", "8192"]
+    return [sys.executable, "-P", "-m", "sglang.launch_server", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path, console: Console) -> None:
+    started = time.monotonic()
+    with console.status("") as status:
+        while True:
+            waited = time.monotonic() - started
+            lines = log.read_text(errors="replace").splitlines()
+            status.update(f"The server is loading ({waited:.0f} s) {lines[-1][:100] if lines else ''}")
+            if server.poll() is not None or waited > START_LIMIT:
+                raise SystemExit("the server did not start; its last lines:\n" + "\n".join(lines[-15:]))
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+
+
+def prompt(chosen: list[str], texts: dict[str, str], question: str) -> str:
+    passages = "\n\n".join(f"Passage about {name}:\n{texts[name]}" for name in chosen)
+    return f"{passages}\n\nQuestion: {question} Answer in one sentence."
+
+
+def ask(client: OpenAI, text: str, fuse: bool, salt: str | None) -> tuple[float, str, dict[str, Any] | None]:
+    """Milliseconds to the first token, the answer, and the report of reuse."""
+    messages: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+    extra: dict[str, Any] = {"custom_params": {"a3": fuse}}
+    if salt is not None:
+        extra["extra_key"] = salt
+    started, first, pieces = time.perf_counter(), 0.0, []
+    for chunk in client.chat.completions.create(
+        model="default", messages=messages, temperature=0, max_tokens=24, stream=True, extra_body=extra
+    ):
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.perf_counter()
+            pieces.append(chunk.choices[0].delta.content)
+    report = None
+    if fuse:
+        # The streamed protocol has no room for the report; the same request, not streamed, brings it along.
+        again = client.chat.completions.create(
+            model="default", messages=messages, temperature=0, max_tokens=1, extra_body=extra | {"return_meta_info": True}
+        )
+        report = find_report(again.model_dump())
+    return (first - started) * 1e3, "".join(pieces), report
+
+
+def find_report(answer: dict[str, Any]) -> dict[str, Any] | None:
+    meta = answer["choices"][0].get("meta_info") or {}
+    return meta.get("a3")
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and everything it started."""
+    try:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=15)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    server.wait(timeout=15)
+
+
+def show(console: Console, rows: list[tuple[Any, ...]]) -> None:
+    table = Table(title="Full prefill (fusion off) against a3", show_lines=True)
+    for column in ("question", "exact / reused / recomputed / gap / tail", "full", "a3", "ratio", "answers: full, a3"):
+        table.add_column(column, overflow="fold")
+    for question, report, full_ms, a3_ms, full_answer, a3_answer in rows:
+        keys = ("prefix", "reused", "recomputed", "gap", "tail")
+        parts = " / ".join(str(report[key]) for key in keys) if report else "no report"
+        times = (f"{full_ms:.0f} ms", f"{a3_ms:.0f} ms", f"{full_ms / a3_ms:.1f}x")
+        table.add_row(question, parts, *times, f"{full_answer.strip()}\n---\n{a3_answer.strip()}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

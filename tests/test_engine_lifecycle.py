@@ -1,0 +1,122 @@
+"""Mixed traffic through a small pool: chunked prefill, retraction, aborts, eviction, pages, no overlap."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+
+from a3_sglang.cli.common import engine, environment
+from traffic import MIN_REUSE, Traffic, answer
+
+pytestmark = pytest.mark.engine
+
+SMALL = {"chunked_prefill_size": 256, "max_total_tokens": 2600, "max_running_requests": 6}
+CONFIGURATIONS = {
+    "overlap": {},
+    "no overlap, pages of 16": {"disable_overlap_schedule": True, "page_size": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def stock(model: str) -> list:
+    """Plain prompts and a stock engine's answers, with the same pool and chunk size."""
+    with engine(model, None, **SMALL) as running:
+        source = Traffic(running, seed=11)
+        prompts = [source.prompt(question=30) for _ in range(12)]
+        return [(ids, list(source.ask(ids)["output_ids"])) for ids in prompts]
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def small(model: str, request: pytest.FixtureRequest, stock: list):
+    with (
+        environment(A3_MIN_REUSE=MIN_REUSE),
+        engine(model, "a3", **SMALL, **CONFIGURATIONS[request.param]) as running,
+    ):
+        yield Traffic(running, seed=11)
+
+
+def drained(running) -> bool:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if running.flush_cache().success:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def test_two_hundred_random_requests(small, stock):
+    """Fused, plain, aborted and bad ones: every slot back, plain answers those of a stock engine."""
+    chooser = random.Random(random.randrange(1 << 30))
+    seen = {"fused": 0, "plain": 0, "aborted": 0, "bad": 0}
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(chooser.random() * 2)
+        kind = chooser.choices(["fused", "plain", "aborted", "bad"], [5, 2, 2, 1])[0]
+        params = {"temperature": 0, "max_new_tokens": chooser.randrange(1, 40), "ignore_eos": True}
+        if kind == "plain":
+            ids, expected = chooser.choice(stock)
+            params |= {"max_new_tokens": 6, "custom_params": {"a3": False}}
+            out = await small.running.async_generate(input_ids=ids, sampling_params=params)
+            assert len(out["output_ids"]) == len(expected)
+        elif kind == "bad":
+            params["custom_params"] = {"a3": {"ratio": -1}}
+            with pytest.raises(ValueError, match="ratio"):
+                await small.running.async_generate(input_ids=small.prompt(), sampling_params=params)
+        else:
+            params["custom_params"] = {"a3": {"ratio": chooser.choice([0.0, 0.15, 0.6, 1.0])}}
+            ids, rid = small.prompt(question=chooser.randrange(1, 320)), f"request-{number}"
+            if kind == "aborted":
+                params["max_new_tokens"] = 200
+                task = asyncio.ensure_future(
+                    small.running.async_generate(input_ids=ids, sampling_params=params, rid=rid)
+                )
+                await asyncio.sleep(chooser.random() * 3)
+                small.running.abort_request(rid)
+                await task
+            else:
+                out = await small.running.async_generate(input_ids=ids, sampling_params=params)
+                report = out["meta_info"]["a3"]
+                total = sum(report[key] for key in ("prefix", "reused", "recomputed", "gap", "tail"))
+                assert total == len(ids), report
+                seen["fused"] += report["reason"] is None
+                return
+        seen[kind] += 1
+
+    async def traffic() -> None:
+        for begin in range(0, 200, 50):
+            await asyncio.gather(*(one(i) for i in range(begin, begin + 50)))
+
+    small.running.loop.run_until_complete(traffic())
+    assert min(seen.values()) > 3, seen
+    assert drained(small.running)
+    for ids, expected in stock:
+        assert answer(small.ask(ids, False))[0] == expected
+    assert drained(small.running)
+
+
+def test_long_tail_is_chunked_after_fusion(small):
+    """A tail longer than a chunk: the fused part comes first, the rest in chunks."""
+    assert drained(small.running)
+    small.renew()
+    small.ask(small.prompt([0, 1, 2, 3]), False)
+    ids = small.prompt([3, 1, 0], question=700)
+    fused = small.ask(ids, {"ratio": 1.0})
+    assert fused["meta_info"]["a3"]["reason"] is None
+    assert fused["meta_info"]["a3"]["tail"] > 256
+    assert answer(fused)[0] == answer(small.ask(ids, False))[0]
+
+
+def test_evicted_donors_are_a_miss(small):
+    """Donors that the pool had no room for any more give a full prefill and a reason."""
+    assert drained(small.running)
+    small.renew()
+    small.ask(small.prompt([0, 1, 2, 3]), False)
+    for _ in range(6):
+        small.ask(small.tokens(900), False)
+    report = small.ask(small.prompt([3, 2, 1]))["meta_info"]["a3"]
+    assert report["reused"] == 0
+    assert report["reason"] is not None
+    assert drained(small.running)
