@@ -139,6 +139,8 @@ async def _generate(original: Callable[..., Any], manager: Any, obj: Any, reques
 def _unpack_report(out: Any) -> None:
     """SGLang carries the report as the first element of a list with one element a token."""
     meta = out.get("meta_info") if isinstance(out, dict) else None
-    for key in REPORT_KEYS if meta else ():
+    if not meta:
+        return
+    for key in REPORT_KEYS:
         if isinstance(meta.get(key), list):
             meta[key] = next((report for report in meta[key] if report is not None), None)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import array
 import importlib
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-
 import sglang
+import torch
 
 SUPPORTED = ("0.5.17", "0.5.21", "0.5.23")
 
@@ -120,7 +119,7 @@ def key_like(key_space: Hashable, tokens: npt.NDArray[np.int32]) -> Any:
     """A RadixKey of these tokens in a namespace that :func:`namespace` returned."""
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
-    extra_key, cache_salt = key_space  # type: ignore[misc]
+    extra_key, cache_salt = cast("tuple[str | None, str | None]", key_space)
     ids = array.array("q")
     ids.frombytes(tokens.astype(np.int64).tobytes())
     if "cache_salt" in RadixKey.__slots__:
@@ -241,8 +240,10 @@ def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any
     def call(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **_: Any) -> Any:
         return forward(q, k, v, layer, batch, save_kv_cache)
 
-    cls = type("A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None})
-    backend = cls.__new__(cls)
+    cls: Any = type(
+        "A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None}
+    )
+    backend = object.__new__(cls)
     backend.token_to_kv_pool, backend.req_to_token_pool = pool, rows
     return backend
 

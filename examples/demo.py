@@ -8,6 +8,7 @@ other neighbours. Each is asked twice: with fusion off (what stock SGLang does, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -53,7 +54,13 @@ def main() -> int:
     port = free_port()
     log = Path(tempfile.gettempdir()) / f"a3-demo-{port}.log"
     with log.open("w") as output:
-        server = subprocess.Popen(command(args.model, port), stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True)
+        server = subprocess.Popen(
+            command(args.model, port),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
         try:
             wait_until_ready(server, port, log, console)
             client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -84,10 +91,6 @@ def command(model: str, port: int) -> list[str]:
         arguments += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"]
         arguments += ["--dtype", "bfloat16", "--max-total-tokens", "32768", "--chunked-prefill-size", "8192"]
     return [sys.executable, "-P", "-m", "sglang.launch_server", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 def free_port() -> int:
@@ -133,8 +136,9 @@ def ask(client: OpenAI, text: str, fuse: bool, salt: str | None) -> tuple[float,
     report = None
     if fuse:
         # The streamed protocol has no room for the report; the same request, not streamed, brings it along.
+        extra["return_meta_info"] = True
         again = client.chat.completions.create(
-            model="default", messages=messages, temperature=0, max_tokens=1, extra_body=extra | {"return_meta_info": True}
+            model="default", messages=messages, temperature=0, max_tokens=1, extra_body=extra
         )
         report = find_report(again.model_dump())
     return (first - started) * 1e3, "".join(pieces), report
@@ -147,15 +151,11 @@ def find_report(answer: dict[str, Any]) -> dict[str, Any] | None:
 
 def stop(server: subprocess.Popen[bytes]) -> None:
     """End the server and everything it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=15)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     server.wait(timeout=15)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from traffic import MIN_REUSE, Traffic
 
 from a3_sglang.cli.common import engine, environment
-from traffic import MIN_REUSE, Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 

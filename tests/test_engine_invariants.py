@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
+from traffic import Traffic, answer
 
 from a3_sglang.cli.common import engine
-from traffic import Traffic, answer
 
 pytestmark = [pytest.mark.engine, pytest.mark.core]
 BF16 = torch.finfo(torch.bfloat16).eps

@@ -7,9 +7,9 @@ import random
 import time
 
 import pytest
+from traffic import MIN_REUSE, Traffic, answer
 
 from a3_sglang.cli.common import engine, environment
-from traffic import MIN_REUSE, Traffic, answer
 
 pytestmark = pytest.mark.engine
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from a3_sglang.kernels.relevance import relevance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import random_tensor, weights64
 from torch.testing import assert_close
+
+from a3_sglang.kernels.relevance import relevance
 
 
 @settings(max_examples=60, deadline=None)

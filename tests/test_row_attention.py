@@ -80,7 +80,7 @@ def two_threads() -> Iterator[None]:
 def test_bf16_rows_are_bit_equal_to_one_causal_attention(heads, kv_heads, kind):
     seed = torch.seed() % 2**32
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(3):
+    for _ in range(2):
         prompt, dim = int(torch.randint(300, 2001, (1,), generator=generator)), 64
         query, k, v = (random_tensor(generator, prompt, h, dim).bfloat16() for h in (heads, kv_heads, kv_heads))
         q4, k4, v4 = (part.movedim(0, 1).unsqueeze(0) for part in (query, k, v))

@@ -158,7 +158,8 @@ class A3Tree:
                 state.reason = f"{reused} reusable tokens, fewer than min_reuse {state.options.min_reuse}"
                 return None
             assert plan is not None
-            if all([self._held(space, span.run) for span in plan.spans]):
+            held = [self._held(space, span.run) for span in plan.spans]
+            if all(held):
                 state.seen = (self.index.version, len(key), prefix)
                 return plan
         state.reason = "the donors were evicted"
@@ -198,7 +199,7 @@ class A3Tree:
 
     def _obtain(self, req: Any, plan: Plan) -> torch.Tensor | None:
         """Private slots with the spans copied into them; None, with a reason, where that cannot be done."""
-        assert self.index is not None and self.executor is not None
+        assert self.index is not None
         state = state_of(req)
         space = self._namespace_of(req)
         unlock, sources = [], []
@@ -342,7 +343,9 @@ class A3Tree:
     def _job(self, req: Any) -> Job:
         state = state_of(req)
         plan, options = state.plan, state.options
-        assert plan is not None and options is not None and state.private is not None
+        assert plan is not None
+        assert options is not None
+        assert state.private is not None
         slots = torch.cat([seams.row(self, req)[: plan.prefix].to(torch.int64), state.private.to(torch.int64)])
         tokens = torch.tensor(list(req.origin_input_ids) + list(req.output_ids), dtype=torch.int64, device=slots.device)
         return Job(plan, tokens, slots, make_selector(options.selector), options.ratio)

@@ -54,7 +54,10 @@ def ttft(
     pairs: list[dict[str, float]] = []
     idle: list[dict[str, float]] = []
     with engine(model, None, chunked_prefill_size=2 * context) as running:
-        stock = [_timed(running, prompts.tokens(len(prompts.shuffled()))) for _ in track(range(repeats + 1), "stock SGLang", console=progress_console)][1:]
+        stock = []
+        for _ in track(range(repeats + 1), "stock SGLang", console=progress_console):
+            stock.append(_timed(running, prompts.tokens(len(prompts.shuffled()))))
+        del stock[0]  # The first one warms up.
     with (
         environment(A3_TIMINGS="1"),
         engine(model, "a3", chunked_prefill_size=2 * context) as running,

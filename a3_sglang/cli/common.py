@@ -16,7 +16,6 @@ from rich.table import Table
 
 from a3_sglang import seams
 
-
 console = Console()
 progress_console = Console(stderr=True)
 

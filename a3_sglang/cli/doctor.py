@@ -56,5 +56,3 @@ def _model(model: str) -> tuple[str, bool, str]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return f"model {Path(model).name}", reason is None, reason or "supported"
-
-

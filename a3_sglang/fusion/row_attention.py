@@ -89,8 +89,9 @@ def attend(
     """Attention of one request's rows over its gathered context.
 
     PyTorch's CPU kernel adds up the context in blocks of 512 and its matrix products round by their shape. Cutting
-    the context only there (or at the prompt's own end) and padding the rows makes every row bit-equal to the same
-    row of one causal attention over the whole prompt.
+    the context only there (or at the prompt's own end), padding the rows, and leaving the few rows of the prompt's
+    last block among themselves makes every row bit-equal to the same row of one causal attention over the whole
+    prompt.
 
     Args:
         query: (rows, heads, head_dim).
@@ -105,11 +106,14 @@ def attend(
     # Scattered rows: few at a time waste less context, and the heads of a group make up for it as further rows.
     sparse = 2 * len(query) < int(visible[-1] - visible[0])
     size, fold = (64, heads // kv_heads) if sparse else (256, 1)
-    for at in range(0, len(query), size):
-        seen, q = visible[at : at + size], query[at : at + size]
+    last = len(place) % _query_block(len(place))
+    whole = int((visible <= len(place) - last).sum()) if last < _ROW_UNIT else len(query)
+    cuts = [*range(0, whole, size), *range(whole, len(query), size)]
+    for at, end in zip(cuts, [*cuts[1:], len(query)], strict=True):
+        seen, q = visible[at:end], query[at:end]
         rows, reach = len(q), int(seen[-1])
         reach = min(reach + -reach % _CONTEXT_UNIT, len(place))
-        if padding := -rows % _ROW_UNIT:
+        if (padding := -rows % _ROW_UNIT) and at < whole:
             q, seen = torch.cat([q, q[-1:].expand(padding, -1, -1)]), torch.cat([seen, seen[-1:].expand(padding)])
         padded = len(q)
         q = q.view(padded, heads // fold, fold, -1).permute(1, 2, 0, 3).reshape(heads // fold, fold * padded, -1)
@@ -122,4 +126,9 @@ def attend(
             enable_gqa=len(q) != kv_heads,
         )
         result = result.view(heads // fold, fold, padded, -1).permute(2, 0, 1, 3).reshape(padded, heads, -1)
-        out[at : at + size] = result[:rows]
+        out[at:end] = result[:rows]
+
+
+def _query_block(length: int) -> int:
+    """Rows that PyTorch's CPU kernel takes at once when as many rows as this attend causally."""
+    return 256 if length >= 768 else 64 if length >= 192 else 32
