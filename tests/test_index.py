@@ -177,3 +177,18 @@ def test_a_run_goes_on_into_the_donor_that_continues_it(common, more, which):
     (run,) = index.find("x", prompt)
     assert (run.start, run.length) == (0, common + more)
     assert run.path().tolist() == prompt[: common + more]
+
+
+def test_namespaces_with_equal_hashes_stay_apart():
+    index = AnyPositionIndex(min_span=MIN_SPAN)
+    one, other, tokens = -1, -2, list(range(64))
+    assert hash(one) == hash(other)
+    index.add(one, tokens)
+    assert index.find(other, tokens) == []
+    index.add(other, tokens[::-1])
+    index.add(other, tokens)
+    assert len(index) == 3 * 64
+    (run,) = index.find(one, tokens)
+    assert run.segment.namespace == one
+    (run,) = index.find(other, tokens)
+    assert run.segment.namespace == other
