@@ -18,22 +18,28 @@ CONFIGURATIONS = {
     "overlap": {},
     "no overlap, pages of 16": {"disable_overlap_schedule": True, "page_size": 16},
 }
+REQUESTS = {"overlap": 200, "no overlap, pages of 16": 60}
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def configuration(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def stock(model: str) -> list:
+def stock(model: str, configuration: str) -> list:
     """Plain prompts and a stock engine's answers, with the same pool and chunk size."""
-    with engine(model, None, **SMALL) as running:
+    with engine(model, None, **SMALL, **CONFIGURATIONS[configuration]) as running:
         source = Traffic(running, seed=11)
         prompts = [source.prompt(question=30) for _ in range(12)]
         return [(ids, list(source.ask(ids)["output_ids"])) for ids in prompts]
 
 
-@pytest.fixture(scope="module", params=CONFIGURATIONS)
-def small(model: str, request: pytest.FixtureRequest, stock: list):
+@pytest.fixture(scope="module")
+def small(model: str, configuration: str, stock: list):
     with (
         environment(A3_MIN_REUSE=MIN_REUSE),
-        engine(model, "a3", **SMALL, **CONFIGURATIONS[request.param]) as running,
+        engine(model, "a3", **SMALL, **CONFIGURATIONS[configuration]) as running,
     ):
         yield Traffic(running, seed=11)
 
@@ -47,15 +53,15 @@ def drained(running) -> bool:
     return False
 
 
-def test_two_hundred_random_requests(small, stock):
+def test_random_requests(small, stock, configuration):
     """Fused, plain, aborted and bad ones: every slot back, plain answers those of a stock engine."""
     chooser = random.Random(random.randrange(1 << 30))
     seen = {"fused": 0, "plain": 0, "aborted": 0, "bad": 0}
 
     async def one(number: int) -> None:
-        await asyncio.sleep(chooser.random() * 2)
+        await asyncio.sleep(chooser.random())
         kind = chooser.choices(["fused", "plain", "aborted", "bad"], [5, 2, 2, 1])[0]
-        params = {"temperature": 0, "max_new_tokens": chooser.randrange(1, 40), "ignore_eos": True}
+        params = {"temperature": 0, "max_new_tokens": chooser.randrange(1, 9), "ignore_eos": True}
         if kind == "plain":
             ids, expected = chooser.choice(stock)
             params |= {"max_new_tokens": 6, "custom_params": {"a3": False}}
@@ -67,14 +73,14 @@ def test_two_hundred_random_requests(small, stock):
                 await small.running.async_generate(input_ids=small.prompt(), sampling_params=params)
         else:
             params["custom_params"] = {"a3": {"ratio": chooser.choice([0.0, 0.15, 0.6, 1.0])}}
-            ids, rid = small.prompt(question=chooser.randrange(1, 320)), f"request-{number}"
+            ids, rid = small.prompt(question=chooser.choice([1, 20, 40, 60, 300])), f"request-{number}"
             if kind == "aborted":
-                params["max_new_tokens"] = 200
+                params["max_new_tokens"] = 60
                 task = asyncio.ensure_future(
                     small.running.async_generate(input_ids=ids, sampling_params=params, rid=rid)
                 )
                 await asyncio.sleep(chooser.random() * 3)
-                small.running.abort_request(rid)
+                small.running.tokenizer_manager.abort_request(rid)
                 await task
             else:
                 out = await small.running.async_generate(input_ids=ids, sampling_params=params)
@@ -86,11 +92,11 @@ def test_two_hundred_random_requests(small, stock):
         seen[kind] += 1
 
     async def traffic() -> None:
-        for begin in range(0, 200, 50):
-            await asyncio.gather(*(one(i) for i in range(begin, begin + 50)))
+        for begin in range(0, REQUESTS[configuration], 20):
+            await asyncio.gather(*(one(i) for i in range(begin, begin + 20)))
 
     small.running.loop.run_until_complete(traffic())
-    assert min(seen.values()) > 3, seen
+    assert min(seen.values()) >= 2, seen
     assert drained(small.running)
     for ids, expected in stock:
         assert answer(small.ask(ids, False))[0] == expected
