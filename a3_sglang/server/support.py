@@ -51,7 +51,7 @@ def model_refusal(model_config: Any) -> str | None:
     text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
     if getattr(model_config, "is_multimodal", False):
         return "multimodal models are not supported (their positions are not one number a token)"
-    if "MLA" in str(getattr(model_config, "attention_arch", "")):
+    if getattr(getattr(model_config, "attention_arch", None), "name", "") == "MLA":
         return "multi-head latent attention (MLA) is not supported"
     window = getattr(text, "sliding_window", None)
     if window and getattr(text, "use_sliding_window", True):
