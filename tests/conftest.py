@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from collections.abc import Iterator
@@ -9,6 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+
+# Where there is no GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported, which is
+# here, and not in the processes of the engines.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+for module in ("triton.experimental.gluon.language", "a3_sglang.kernels.row_attention"):
+    importlib.import_module(module)
+os.environ.pop("TRITON_INTERPRET", None)
+
 from traffic import MIN_REUSE, Traffic
 
 from a3_sglang.cli.common import engine, environment

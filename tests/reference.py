@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 
-from a3_sglang.fusion.executor import Attend, Model
+from a3_sglang.fusion.executor import Attend, Model, PassOver
 from a3_sglang.fusion.rotation import RopeTable
 
 # The tensors of these tests are tiny: threads would only wait for each other.
@@ -141,8 +141,9 @@ class Llama(Model):
         self.values = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
         self._override: Attend | None = None
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
-        self.hidden(tokens, positions, attend, layers)
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        with suppress(PassOver):
+            self.hidden(tokens, positions, attend)
 
     @contextmanager
     def attention(self, attend: Attend) -> Iterator[None]:
@@ -153,13 +154,13 @@ class Llama(Model):
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The ordinary pass of an engine over a tail, within :meth:`attention`; the last hidden states."""
         assert self._override is not None
-        return self.hidden(tokens, positions, self._override, self.depth)
+        return self.hidden(tokens, positions, self._override)
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         shape, w = self.shape, self.weights
         x = w["embed"][tokens]
         rope = self.ropes[0].cos_sin[positions]
-        for layer in range(layers):
+        for layer in range(shape.depth):
             h = _norm(x, w[f"attention{layer}"])
             q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
             q, k = (rope64(part, rope, self.neox).float() for part in (q, k))

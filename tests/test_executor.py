@@ -232,7 +232,7 @@ def test_after_ratio_one_the_tail_equals_a_full_prefill():
     executor.run([job], Timings())
     rows = torch.arange(job.plan.end, len(job.tokens))
     slots = torch.cat([job.slots, world.take(len(rows))])
-    attend = RowsAttention(executor, slots[rows], [RowGroup(0, len(rows), slots, rows + 1)])
+    attend = RowsAttention(executor, slots[rows], [RowGroup(0, len(rows), slots, rows + 1, True)])
     with world.model.attention(attend):
         hidden = world.model.extend(job.tokens[rows], rows)
     assert_close(hidden.double(), world.model.prefill64(job.tokens)[2][rows], **TOLERANCE)
@@ -273,10 +273,10 @@ def test_slices_give_the_same_kv(slice_rows):
     passes: list[int] = []
     forward = sliced_world.model.forward
 
-    def counted(tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
-        if layers == sliced_world.model.depth and isinstance(attend, RowsAttention):
+    def counted(tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        if isinstance(attend, RowsAttention):
             passes.append(len(tokens))
-        forward(tokens, positions, attend, layers)
+        forward(tokens, positions, attend)
 
     sliced_world.model.forward = counted
     whole.run(whole_jobs, Timings())
@@ -295,12 +295,12 @@ def test_slices_give_the_same_kv(slice_rows):
 
 
 class FailingProbe(Llama):
-    """Fails on every pass that ends before the last layer."""
+    """Fails on every pass that does not write KV."""
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
-        if layers < self.depth:
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        if not isinstance(attend, RowsAttention):
             raise RuntimeError("the probe's pass failed")
-        super().forward(tokens, positions, attend, layers)
+        super().forward(tokens, positions, attend)
 
 
 @dataclass(frozen=True)

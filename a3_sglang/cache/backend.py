@@ -33,6 +33,7 @@ class RequestState:
         reason: why there is no plan.
         private: the request's own slots behind its exact prefix, int64; None where it was not fused.
         waiting: slots are allocated and copied, the fusion has not run.
+        exact: all KV of the request is as a full prefill makes it.
         reported: the report of this admission is written.
     """
 
@@ -42,6 +43,7 @@ class RequestState:
     reason: str | None = None
     private: torch.Tensor | None = None
     waiting: bool = False
+    exact: bool = True
     reported: bool = False
 
 
@@ -123,7 +125,7 @@ class A3Tree:
             return result
         state = state_of(req)
         self._drop_unused(req, state)
-        state.private, state.reported = None, False
+        state.private, state.exact, state.reported = None, True, False
         try:
             state.plan = self._plan(req, state, params.key, seams.matched_length(result))
         except Exception:
@@ -298,7 +300,7 @@ class A3Tree:
             self.executor.run(jobs, self.timings)
         for req, job in zip(fresh, jobs, strict=True):
             state = state_of(req)
-            state.waiting = False
+            state.waiting, state.exact = False, job.exact
             self.waiting.pop(req.rid, None)
             self._report(req, job, job.charged(self.executor.model.depth))
         for req in reqs:
@@ -330,7 +332,7 @@ class A3Tree:
         for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             slots = seams.row(self, req)[: prefix + length].to(torch.int64)
             visible = torch.arange(prefix, prefix + length, device=slots.device) + 1
-            groups.append(RowGroup(begin, begin + length, slots, visible))
+            groups.append(RowGroup(begin, begin + length, slots, visible, state_of(req).exact))
             begin += length
         return self.executor.model.attention(RowsAttention(self.executor, batch.out_cache_loc.to(torch.int64), groups))
 

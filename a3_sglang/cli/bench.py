@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress, track
+from rich.progress import Progress
 
 from a3_sglang.cli.common import (
     JsonOption,
@@ -23,6 +25,8 @@ from a3_sglang.cli.common import (
     vocabulary_of,
     write_json,
 )
+
+SETTLE_SECONDS = 0.3
 
 app = typer.Typer(no_args_is_help=True, help="Measure time to first token.")
 
@@ -53,30 +57,31 @@ def ttft(
     prompts = Prompts(vocabulary_of(model), context, chunks, seed)
     pairs: list[dict[str, float]] = []
     idle: list[dict[str, float]] = []
-    with engine(model, None, chunked_prefill_size=2 * context) as running:
-        stock = []
-        for _ in track(range(repeats + 1), "stock SGLang", console=progress_console):
-            stock.append(_timed(running, prompts.tokens(len(prompts.shuffled()))))
-        del stock[0]  # The first one warms up.
+    stock: list[float] = []
+    with engine(model, None, chunked_prefill_size=2 * context) as running, _steps("stock", repeats) as step:
+        for i in range(repeats + 1):
+            elapsed = _fresh(running, prompts.tokens(len(prompts.shuffled())))
+            if i:  # The first one warms up, here and below.
+                stock.append(elapsed)
+            step()
     with (
         environment(A3_TIMINGS="1"),
         engine(model, "a3", chunked_prefill_size=2 * context) as running,
-        Progress(console=progress_console) as progress,
+        _steps("a3", repeats) as step,
     ):
-        task = progress.add_task("measuring", total=2 * repeats + 1)
         for i in range(repeats + 1):
             pair, nothing = _pair(running, prompts, ratio, swap=bool(i % 2), measure_idle=i > 0)
-            if i:  # The first pair warms up.
+            if i:
                 pairs.append(pair)
                 idle.append(nothing)
-                progress.advance(task)
-            progress.advance(task)
+            step()
     median = {key: statistics.median(pair[key] for pair in pairs) for key in pairs[0]}
     figures: dict[str, Any] = {key: round(value, 3) for key, value in median.items()}
     figures["stock_ms"] = round(statistics.median(stock), 3)
     figures["full_ms"] = round(min(statistics.median(stock), median["full_ms"]), 3)
     figures["alternating_full_ms"] = round(median["full_ms"], 3)
     figures["speedup"] = round(figures["full_ms"] / median["a3_ms"], 3)
+    figures["repeats_full_ms"], figures["repeats_a3_ms"] = stock, [pair["a3_ms"] for pair in pairs]
     figures["nothing_to_reuse"] = round(
         statistics.median(n["a3_ms"] for n in idle) / statistics.median(n["full_ms"] for n in idle), 4
     )
@@ -88,17 +93,34 @@ def ttft(
         "device": _device(),
         "sglang": sglang.__version__,
     }
+    parts = [(name, f"{median[name + '_ms']:.1f} ms") for name in ("copy", "probe", "select", "recompute", "tail")]
     print_table(
-        f"time to first token, {context} tokens in {chunks} chunks, ratio {ratio} (medians of {repeats})",
-        ("full prefill", "a3", "speed-up", "copy", "probe", "select", "recompute", "tail", "nothing to reuse"),
+        f"time to first token, {context} tokens in {chunks} chunks, ratio {ratio}, medians of {repeats}",
+        ("", ""),
         [
-            [f"{figures['full_ms']:.0f} ms", f"{median['a3_ms']:.0f} ms", f"{figures['speedup']:.2f}x"]
-            + [f"{median[k + '_ms']:.1f} ms" for k in ("copy", "probe", "select", "recompute", "tail")]
-            + [f"{figures['nothing_to_reuse']:.3f} of stock"]
+            ("full prefill", f"{figures['full_ms']:.0f} ms"),
+            ("a3", f"{median['a3_ms']:.0f} ms"),
+            *(("  " + name, value) for name, value in parts),
+            ("speed-up", f"{figures['speedup']:.2f}x"),
+            ("nothing to reuse, a3 / stock", f"{figures['nothing_to_reuse']:.3f}"),
         ],
     )
     console.print(f"{figures['device']}, SGLang {sglang.__version__}, {model}")
     write_json(json, figures)
+
+
+@contextmanager
+def _steps(name: str, repeats: int) -> Iterator[Callable[[], None]]:
+    """Progress that is drawn between measurements only: drawing takes time from a CPU engine."""
+    with Progress(console=progress_console, auto_refresh=False) as progress:
+        task = progress.add_task(f"measuring {name}", total=repeats + 1)
+        progress.refresh()
+
+        def step() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        yield step
 
 
 def _pair(
@@ -110,19 +132,14 @@ def _pair(
     generate(running, prompts.shuffled(), a3=False)  # The donor: an ordinary request.
     target = prompts.shuffled()
 
-    def fused() -> tuple[float, dict[str, Any]]:
-        started = time.perf_counter()
-        meta = generate(running, target, a3={"ratio": ratio})["meta_info"]
-        return (time.perf_counter() - started) * 1e3, meta
-
     def fresh(a3: bool | None) -> float:
-        return _timed(running, prompts.tokens(len(target)), a3)
+        return _fresh(running, prompts.tokens(len(target)), a3)
 
     if swap:
         full_ms = fresh(False)
-        a3_ms, meta = fused()
+        a3_ms, meta = _timed(running, target, {"ratio": ratio})
     else:
-        a3_ms, meta = fused()
+        a3_ms, meta = _timed(running, target, {"ratio": ratio})
         full_ms = fresh(False)
     report = meta["a3"]
     if report["reason"] is not None or not report["reused"] + report["recomputed"]:
@@ -134,11 +151,18 @@ def _pair(
     return {"full_ms": full_ms, "a3_ms": a3_ms, **meta["a3_ms"]}, idle
 
 
-def _timed(running: Any, ids: list[int], a3: bool | None = None) -> float:
-    """Milliseconds of a request of which nothing is cached."""
+def _timed(running: Any, ids: list[int], a3: Any) -> tuple[float, dict[str, Any]]:
+    """Milliseconds of a request, and what the engine says of it."""
+    # The overlap scheduler may still decode a step for the request before.
+    time.sleep(SETTLE_SECONDS)
     started = time.perf_counter()
     meta = generate(running, ids, a3=a3)["meta_info"]
-    elapsed = (time.perf_counter() - started) * 1e3
+    return (time.perf_counter() - started) * 1e3, meta
+
+
+def _fresh(running: Any, ids: list[int], a3: bool | None = None) -> float:
+    """Milliseconds of a request of which nothing is cached."""
+    elapsed, meta = _timed(running, ids, a3)
     if meta["cached_tokens"]:
         raise RuntimeError(f"a prompt of fresh tokens found {meta['cached_tokens']} of them cached")
     return elapsed

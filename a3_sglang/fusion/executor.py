@@ -14,14 +14,18 @@ import torch
 
 from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.rotation import RopeTable, copy_rotated
-from a3_sglang.fusion.row_attention import RowAttention, RowGroup
-from a3_sglang.kernels.relevance import relevance
+from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup
+from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, relevance
 from a3_sglang.selectors import Selector
 
 logger = logging.getLogger(__name__)
 
 QUESTION_TOKENS = 64
 """Tokens at a prompt's end whose attention the probe reads."""
+
+
+class PassOver(Exception):  # noqa: N818 - no error
+    """Raised by :meth:`Attend.attend` where nothing behind it is wanted; ends the pass."""
 
 
 class Attend(ABC):
@@ -42,6 +46,9 @@ class Attend(ABC):
 
         Returns:
             (rows, heads, head_dim).
+
+        Raises:
+            PassOver: no layer behind this one is wanted.
         """
 
 
@@ -54,14 +61,13 @@ class Model(ABC):
     ropes: Mapping[int, RopeTable]
 
     @abstractmethod
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
-        """Run rows through the first ``layers`` layers.
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        """Run rows through the layers, until ``attend`` raises :class:`PassOver` or to the end.
 
         Args:
             tokens: int64 (rows,).
             positions: int64 (rows,).
             attend: takes the place of the model's attention.
-            layers: how many, from the first on.
         """
 
     @abstractmethod
@@ -90,6 +96,11 @@ class Job:
     recomputed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     probed_rows: int = 0
     probed_layers: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is reused as it is, which makes it a full prefill."""
+        return len(self.recomputed) == self.plan.reused
 
     def charged(self, depth: int) -> float:
         """Rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail)."""
@@ -184,7 +195,6 @@ class Executor:
             torch.cat([p.job.tokens[-p.rows :] for p in probes]),
             torch.cat([p.positions for p in probes]),
             _ProbeAttention(self, probes),
-            depth,
         )
         by_job = {id(p.job): p.scores for p in probes}
         return [by_job.get(id(job)) for job in jobs]
@@ -213,13 +223,12 @@ class Executor:
         for job, rows in work:
             # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
             context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
-            groups.append(RowGroup(begin, begin + len(rows), context, rows + 1))
+            groups.append(RowGroup(begin, begin + len(rows), context, rows + 1, job.exact))
             begin += len(rows)
         self.model.forward(
             torch.cat([job.tokens[rows] for job, rows in work]),
             torch.cat([rows for _, rows in work]),
             RowsAttention(self, torch.cat([job.slots[rows] for job, rows in work]), groups, kv_only=True),
-            self.model.depth,
         )
 
 
@@ -227,7 +236,7 @@ class RowsAttention(Attend):
     """Rows whose KV is written to their slots before they attend.
 
     Args:
-        kv_only: nothing but the rows' KV is wanted, so the last layer need not attend.
+        kv_only: nothing but the rows' KV is wanted, so the pass ends with the last layer's.
     """
 
     def __init__(
@@ -235,6 +244,7 @@ class RowsAttention(Attend):
     ) -> None:
         self._model, self._attention = executor.model, executor.attention
         self._slots, self._groups = slots, groups
+        self._run: Attention | None = None
         self._last = executor.model.depth - 1 if kv_only else -1
 
     def attend(
@@ -243,7 +253,11 @@ class RowsAttention(Attend):
         keys, values = self._model.keys[layer], self._model.values[layer]
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
-        return query if layer == self._last else self._attention.run(query, keys, values, self._groups, scaling)
+        if layer == self._last:
+            raise PassOver
+        if self._run is None:
+            self._run = self._attention.plan(self._groups, query.shape[1], key.shape[1], query.dtype)
+        return self._run(query, keys, values, scaling)
 
 
 class _Probe:
@@ -255,30 +269,63 @@ class _Probe:
         self.positions = torch.arange(len(job.tokens) - rows, len(job.tokens), device=device)
         known = torch.cat([torch.arange(job.plan.prefix, device=device), _reused_positions(job.plan, device)])
         self.known, self.slots = known, job.slots[known]
-        self.visible = torch.arange(1, rows + 1, device=device) + len(known)
+        self.hidden = hidden_columns(torch.arange(1, rows + 1, device=device) + len(known))
         self.scores = torch.zeros(job.plan.end, device=device)
+        self._room: dict[str, torch.Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        own: Sequence[torch.Tensor],
+        pools: Sequence[torch.Tensor],
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention over the known context and the rows themselves, whose KV gets no slot.
+
+        Args:
+            layer: the layer's number.
+            query: (rows, heads, head_dim).
+            own: keys and values of the rows, each (rows, kv_heads, head_dim).
+            pools: keys and values of the layer, each (slots, kv_heads, head_dim).
+            scaling: factor of the logits.
+        """
+        heads, count, total = query.shape[1], len(self.known), len(self.known) + self.rows
+        keys, values = (self._take(name, total, x[:0]) for name, x in zip("kv", own, strict=True))
+        for context, pool, fresh in zip((keys, values), pools, own, strict=True):
+            torch.index_select(pool, 0, self.slots, out=context[:count])
+            context[count:] = fresh
+        weights = self._take("weights", heads * self.rows * total, self.scores[:0])
+        weights = attention_weights(query, key_columns(keys), self.hidden, scaling, weights)
+        if layer in self.layers:
+            self.scores[self.known] += relevance(weights, self.rows)[:count]
+        mixed = torch.bmm(weights.to(values.dtype), values.movedim(0, 1).contiguous())
+        return mixed.view(heads, self.rows, -1).movedim(0, 1)
+
+    def _take(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for ``count`` rows like those of ``like``; the same for all layers."""
+        if name not in self._room:
+            self._room[name] = like.new_empty(count, *like.shape[1:])
+        return self._room[name]
 
 
 class _ProbeAttention(Attend):
-    """The probe writes no slot: its rows' own KV stands behind the gathered context."""
+    """The pass ends with the last layer that is asked for."""
 
     def __init__(self, executor: Executor, probes: Sequence[_Probe]) -> None:
         self._model, self._probes = executor.model, probes
+        self._last = max(probe.layers.stop for probe in probes) - 1
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         out = torch.empty_like(query)
+        pools = self._model.keys[layer], self._model.values[layer]
         for probe in self._probes:
             part = slice(probe.begin, probe.begin + probe.rows)
-            k = torch.cat([self._model.keys[layer].index_select(0, probe.slots).to(key.dtype), key[part]])
-            v = torch.cat([self._model.values[layer].index_select(0, probe.slots).to(value.dtype), value[part]])
-            weights, mass = relevance(query[part], k, probe.visible, scaling)
-            if layer in probe.layers:
-                probe.scores[probe.known] += mass[: len(probe.known)]
-            rows, heads, dim = query[part].shape
-            attended = torch.matmul(weights.to(v.dtype), v.movedim(0, 1)).view(k.shape[1], -1, rows, dim)
-            out[part] = attended.permute(2, 0, 1, 3).reshape(rows, heads, dim)
+            out[part] = probe.attend(layer, query[part], (key[part], value[part]), pools, scaling)
+        if layer == self._last:
+            raise PassOver
         return out
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from a3_sglang import seams
-from a3_sglang.fusion.executor import Attend, Model
+from a3_sglang.fusion.executor import Attend, Model, PassOver
 from a3_sglang.fusion.rotation import RopeTable, rotate
 
 
@@ -57,13 +58,9 @@ class SGLangModel(Model):
         self.ropes = {layer: tables[id(module)] for layer, module in rotary.items()}
 
     @torch.no_grad()
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, layers: int) -> None:
-        model, batch = self._runner.model, seams.row_batch(tokens, positions)
-        with self.attention(attend):
-            if layers < self.depth and hasattr(model, "forward_split_prefill"):
-                model.forward_split_prefill(tokens, positions, batch, (0, layers))
-            else:
-                model.model(tokens, positions, batch)
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        with self.attention(attend), suppress(PassOver):
+            self._runner.model.model(tokens, positions, seams.row_batch(tokens, positions))
 
     def attention(self, attend: Attend) -> Any:
         """A context in which the model attends through ``attend``."""

@@ -60,10 +60,13 @@ def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, neox: bool)
     half = cos.shape[1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     part = keys[..., : 2 * half].float()
-    a, b = (part[..., :half], part[..., half:]) if neox else (part[..., 0::2], part[..., 1::2])
-    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
-    turned = torch.cat([turned_a, turned_b], -1) if neox else torch.stack([turned_a, turned_b], -1).flatten(-2)
-    if turned.shape[-1] == keys.shape[-1]:
+    turned = torch.empty_like(part)
+    (a, b), (to_a, to_b) = (
+        (x[..., :half], x[..., half:]) if neox else (x[..., 0::2], x[..., 1::2]) for x in (part, turned)
+    )
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin)
+    if 2 * half == keys.shape[-1]:
         return turned.to(keys.dtype)
     return torch.cat([turned.to(keys.dtype), keys[..., 2 * half :]], -1)
 

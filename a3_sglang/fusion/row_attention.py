@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,115 +21,137 @@ class RowGroup:
         begin, end: the request's rows in the batch.
         slots: int64 (n,), KV slots of the whole prompt by ascending position; those no row sees may be any.
         visible: int64 (end - begin,), ascending: how many of ``slots`` each row sees.
+        exact: no KV of the request is approximate, so rows should round as in a full prefill where kernels allow.
     """
 
     begin: int
     end: int
     slots: torch.Tensor
     visible: torch.Tensor
+    exact: bool
+
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""Attention of a pass's rows at one layer: ``(query, keys, values, scaling) -> out``.
+
+``query`` and ``out`` are (rows, heads, head_dim) of one dtype, ``keys`` and ``values`` (slots, kv_heads, head_dim) with
+the rows' own already written; ``scaling`` multiplies the logits.
+"""
 
 
 class RowAttention(ABC):
     """How rows attend; one implementation for each kind of device."""
 
     @abstractmethod
-    def run(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        groups: Sequence[RowGroup],
-        scaling: float,
-    ) -> torch.Tensor:
-        """Attend.
+    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+        """Prepare a pass, once for all layers.
 
         Args:
-            query: (rows, heads, head_dim).
-            keys: (slots, kv_heads, head_dim); the rows' own are already written.
-            values: like ``keys``.
             groups: who owns which rows; together they cover all rows in order.
-            scaling: factor of the logits.
-
-        Returns:
-            (rows, heads, head_dim), dtype of ``query``.
+            heads: query heads of a layer.
+            kv_heads: KV heads of a layer.
+            dtype: of query, keys and values.
         """
 
 
-class TorchRowAttention(RowAttention):
-    """PyTorch's fused attention, a block of rows at a time, each over little more context than it can see."""
+class TritonRowAttention(RowAttention):
+    """One launch a layer for the rows of all requests, on CUDA devices."""
 
-    def run(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        groups: Sequence[RowGroup],
-        scaling: float,
-    ) -> torch.Tensor:
+    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+        # Imported here: a machine without a GPU need not have Triton.
+        from a3_sglang.kernels.row_attention import make_tiles, row_attention
+
+        counts, slots = [g.end - g.begin for g in groups], [g.slots for g in groups]
+        tiles = make_tiles(counts, slots, [g.visible for g in groups], heads // kv_heads)
+        return lambda query, keys, values, scaling: row_attention(query, keys, values, tiles, scaling)
+
+
+class TorchRowAttention(RowAttention):
+    """A block of rows at a time, each over little more context than it can see."""
+
+    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+        plans = [(_exact if group.exact else _scattered)(group, heads, kv_heads, dtype) for group in groups]
+
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+            out = torch.empty_like(query)
+            for group, one in zip(groups, plans, strict=True):
+                k, v = (pool.index_select(0, group.slots) for pool in (keys, values))
+                # Slots that nothing wrote yet hold what a former request left there, and a mask does not stop NaN.
+                seen = int(group.visible[-1])
+                k[seen:], v[seen:] = 0, 0
+                out[group.begin : group.end] = one(query[group.begin : group.end], k, v, scaling)
+            return out
+
+        return attend
+
+
+_BLOCK = 192
+"""Rows times heads of a group that are taken at once: more waste context, fewer make slow matrix products."""
+
+
+def _scattered(group: RowGroup, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+    """Logits and softmax in fp32, the heads of a group as further rows."""
+    visible, rows = group.visible, len(group.visible)
+    count = -(-rows * (heads // kv_heads) // _BLOCK)
+    cuts = [rows * i // count for i in range(count + 1)]
+    hidden = [hidden_columns(visible[begin:end]) for begin, end in pairwise(cuts)]
+    most = max((end - begin) * int(visible[end - 1]) for begin, end in pairwise(cuts))
+    logits, weights = (torch.empty(heads * most, dtype=kind, device=visible.device) for kind in (torch.float32, dtype))
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         out = torch.empty_like(query)
-        for group in groups:
-            k, v = (pool.index_select(0, group.slots) for pool in (keys, values))
-            # Slots that nothing wrote yet hold what a former request left there, and a mask does not stop NaN.
-            seen = int(group.visible[-1])
-            k[seen:], v[seen:] = 0, 0
-            k, v = k.movedim(0, 1), v.movedim(0, 1)
-            attend(query[group.begin : group.end], k, v, group.visible, scaling, out[group.begin : group.end])
+        keys, values = key_columns(keys), values.movedim(0, 1).contiguous()
+        for (begin, end), unseen in zip(pairwise(cuts), hidden, strict=True):
+            reach, part = unseen.end, query[begin:end]
+            size = len(part) * heads * reach
+            exact = attention_weights(part, keys[..., :reach], unseen, scaling, logits[:size])
+            rounded = weights[:size].view_as(exact).copy_(exact)
+            mixed = torch.bmm(rounded, values[:, :reach])
+            out[begin:end] = mixed.view(heads, len(part), -1).movedim(0, 1)
         return out
 
+    return attend
 
+
+_EXACT_BLOCK = 256
 _CONTEXT_UNIT = 512
 _ROW_UNIT = 32
 
 
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    visible: torch.Tensor,
-    scaling: float,
-    out: torch.Tensor,
-) -> None:
-    """Attention of one request's rows over its gathered context.
+def _exact(group: RowGroup, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+    """PyTorch's fused attention, bit-equal to the same rows of one causal attention over the whole prompt.
 
-    PyTorch's CPU kernel adds up the context in blocks of 512 and its matrix products round by their shape. Cutting
-    the context only there (or at the prompt's own end), padding the rows, and leaving the few rows of the prompt's
-    last block among themselves makes every row bit-equal to the same row of one causal attention over the whole
-    prompt.
-
-    Args:
-        query: (rows, heads, head_dim).
-        keys: (kv_heads, n, head_dim); n is the length of the prompt.
-        values: like ``keys``.
-        visible: int64 (rows,), ascending: how many of the keys each row sees.
-        scaling: factor of the logits.
-        out: like ``query``; written.
+    PyTorch's CPU kernel adds up the context in blocks of 512 and its matrix products round by their shape. So the
+    context is cut only there (or at the prompt's own end), rows are padded, and the few rows of the prompt's last
+    block stay among themselves (all of them are here, or none).
     """
-    place = torch.arange(keys.shape[1], device=keys.device)
-    heads, kv_heads = query.shape[1], keys.shape[0]
-    # Scattered rows: few at a time waste less context, and the heads of a group make up for it as further rows.
-    sparse = 2 * len(query) < int(visible[-1] - visible[0])
-    size, fold = (64, heads // kv_heads) if sparse else (256, 1)
-    last = len(place) % _query_block(len(place))
-    whole = int((visible <= len(place) - last).sum()) if last < _ROW_UNIT else len(query)
-    cuts = [*range(0, whole, size), *range(whole, len(query), size)]
-    for at, end in zip(cuts, [*cuts[1:], len(query)], strict=True):
-        seen, q = visible[at:end], query[at:end]
-        rows, reach = len(q), int(seen[-1])
-        reach = min(reach + -reach % _CONTEXT_UNIT, len(place))
-        if (padding := -rows % _ROW_UNIT) and at < whole:
-            q, seen = torch.cat([q, q[-1:].expand(padding, -1, -1)]), torch.cat([seen, seen[-1:].expand(padding)])
-        padded = len(q)
-        q = q.view(padded, heads // fold, fold, -1).permute(1, 2, 0, 3).reshape(heads // fold, fold * padded, -1)
-        result = scaled_dot_product_attention(
-            q.unsqueeze(0),
-            keys[:, :reach].unsqueeze(0),
-            values[:, :reach].unsqueeze(0),
-            attn_mask=(place[:reach] < seen[:, None]).repeat(fold, 1),
-            scale=scaling,
-            enable_gqa=len(q) != kv_heads,
-        )
-        result = result.view(heads // fold, fold, padded, -1).permute(2, 0, 1, 3).reshape(padded, heads, -1)
-        out[at:end] = result[:rows]
+    visible, prompt, rows = group.visible, len(group.slots), len(group.visible)
+    last = prompt % _query_block(prompt)
+    whole = int((visible <= prompt - last).sum()) if last < _ROW_UNIT else rows
+    cuts = [*range(0, whole, _EXACT_BLOCK), *range(whole, rows, _EXACT_BLOCK), rows]
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+        out = torch.empty_like(query)
+        keys, values = keys.movedim(0, 1).unsqueeze(0), values.movedim(0, 1).unsqueeze(0)
+        for begin, end in pairwise(cuts):
+            padding = -(end - begin) % _ROW_UNIT if begin < whole else 0
+            part, seen = (
+                torch.cat([x[begin:end], x[end - 1 : end].expand(padding, *x.shape[1:])]) for x in (query, visible)
+            )
+            reach = int(seen[-1])
+            reach = min(reach + -reach % _CONTEXT_UNIT, prompt)
+            mixed = scaled_dot_product_attention(
+                part.movedim(0, 1).unsqueeze(0),
+                keys[:, :, :reach],
+                values[:, :, :reach],
+                attn_mask=torch.arange(reach, device=seen.device) < seen[:, None],
+                scale=scaling,
+                enable_gqa=heads != kv_heads,
+            )
+            out[begin:end] = mixed[0].movedim(0, 1)[: end - begin]
+        return out
+
+    return attend
 
 
 def _query_block(length: int) -> int:

@@ -10,7 +10,7 @@ from a3_sglang.cache.backend import A3Tree
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.model import SGLangModel, UnsupportedModelError
-from a3_sglang.fusion.row_attention import TorchRowAttention
+from a3_sglang.fusion.row_attention import TorchRowAttention, TritonRowAttention
 from a3_sglang.server.support import RefusedError, refusal
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def build_tree(context: Any) -> Any:
     except UnsupportedModelError as error:
         raise RefusedError(f"--radix-cache-backend a3: {error}") from None
     tree = seams.create_tree(context, A3Tree)
-    tree.start(options, Executor(model, TorchRowAttention()), capacity=model.keys[0].shape[0])
-    logger.info("a3: %s, %d layers, %s", type(tree).__name__, model.depth, options)
+    attention = TritonRowAttention() if model.keys[0].is_cuda else TorchRowAttention()
+    tree.start(options, Executor(model, attention), capacity=model.keys[0].shape[0])
+    logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(attention).__name__, options)
     return tree

@@ -1,0 +1,177 @@
+"""Attention of arbitrary rows over paged KV, rows of several requests in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_ROWS = 64
+"""Query rows times heads of a group that one program takes."""
+BLOCK_CONTEXT = 64
+"""Context positions that a program reads at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Which program takes which rows; made on the host once for all layers.
+
+    Attributes:
+        table: int32 (tiles, 3): a tile's first row, the number of its rows, where its request begins in ``slots``.
+        slots: int64 (sum of contexts,), the requests' slots behind each other.
+        visible: int64 (rows,): how many of its request's slots each row sees; at least 1, and none unwritten.
+    """
+
+    table: torch.Tensor
+    slots: torch.Tensor
+    visible: torch.Tensor
+
+
+def make_tiles(
+    counts: Sequence[int], slots: Sequence[torch.Tensor], visible: Sequence[torch.Tensor], group: int
+) -> Tiles:
+    """Cut the rows of several requests into tiles; reads nothing back from the device.
+
+    Args:
+        counts: rows of each request.
+        slots: int64 (context,) of each request.
+        visible: int64 (rows,) of each request, ascending.
+        group: query heads for each KV head, at most :data:`BLOCK_ROWS`.
+    """
+    step = BLOCK_ROWS // group
+    table, row, begin = [], 0, 0
+    for count, own in zip(counts, slots, strict=True):
+        table += [(row + at, min(step, count - at), begin) for at in range(0, count, step)]
+        row, begin = row + count, begin + len(own)
+    return Tiles(
+        torch.tensor(table, dtype=torch.int32).to(slots[0].device, non_blocking=True),
+        torch.cat(list(slots)),
+        torch.cat(list(visible)),
+    )
+
+
+@triton.jit
+def _row_attention(
+    query,
+    keys,
+    values,
+    out,
+    table,
+    slots,
+    visible,
+    scaling,
+    query_row,
+    query_head,
+    key_slot,
+    key_head,
+    value_slot,
+    value_head,
+    out_row,
+    out_head,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(table + 3 * tile)
+    count = tl.load(table + 3 * tile + 1)
+    slots += tl.load(table + 3 * tile + 2)
+
+    lane = tl.arange(0, ROWS)
+    row, head = (first + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP
+    live = lane // GROUP < count
+    dim = tl.arange(0, WIDTH)
+    inside = dim < DIM
+    q = tl.load(
+        query + row[:, None] * query_row + head[:, None] * query_head + dim[None, :],
+        mask=live[:, None] & inside[None, :],
+        other=0.0,
+    )
+    if UPCAST:
+        q = q.to(tl.float32)
+    # Lanes without a row see one position, so that their softmax stays finite; they are not stored.
+    seen = tl.load(visible + row, mask=live, other=1)
+    reach = tl.max(seen, 0)
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    for begin in range(0, reach, CONTEXT):
+        place = begin + tl.arange(0, CONTEXT)
+        written = place < reach
+        slot = tl.load(slots + place, mask=written, other=0)
+        here = written[:, None] & inside[None, :]
+        k = tl.load(keys + slot[:, None] * key_slot + kv_head * key_head + dim[None, :], mask=here, other=0.0)
+        v = tl.load(values + slot[:, None] * value_slot + kv_head * value_head + dim[None, :], mask=here, other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        logits = tl.where(place[None, :] < seen[:, None], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+
+    tl.store(
+        out + row[:, None] * out_row + head[:, None] * out_head + dim[None, :],
+        (mixed / total[:, None]).to(out.dtype.element_ty),
+        mask=live[:, None] & inside[None, :],
+    )
+
+
+def row_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float
+) -> torch.Tensor:
+    """Softmax attention of each row over the first ``visible`` slots of its request; softmax in float32.
+
+    Online softmax over blocks of context (FlashAttention-2, arXiv 2307.08691, Algorithm 1), the heads of a group
+    side by side as rows of one block.
+
+    Args:
+        query: (rows, heads, head_dim), fp16, bf16 or fp32; the last dimension is contiguous, here and below.
+        keys: (slots, kv_heads, head_dim), dtype of ``query``.
+        values: like ``keys``.
+        tiles: see :func:`make_tiles`.
+        scaling: factor of the logits.
+
+    Returns:
+        (rows, heads, head_dim), dtype of ``query``.
+    """
+    rows, heads, dim = query.shape
+    kv_heads = keys.shape[1]
+    out = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device)
+    _row_attention[(len(tiles.table), kv_heads)](
+        query,
+        keys,
+        values,
+        out,
+        tiles.table,
+        tiles.slots,
+        tiles.visible,
+        scaling * 1.4426950408889634,  # log2(e): exponentials are to base 2.
+        query.stride(0),
+        query.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        out.stride(0),
+        out.stride(1),
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        WIDTH=max(16, triton.next_power_of_2(dim)),
+        ROWS=BLOCK_ROWS,
+        CONTEXT=BLOCK_CONTEXT,
+        # The interpreter multiplies bf16 wrongly.
+        UPCAST=not query.is_cuda,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
