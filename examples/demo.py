@@ -160,14 +160,18 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def show(console: Console, rows: list[tuple[Any, ...]]) -> None:
-    table = Table(title="Full prefill (fusion off) against a3", show_lines=True)
-    for column in ("question", "exact / reused / recomputed / gap / tail", "full", "a3", "ratio", "answers: full, a3"):
-        table.add_column(column, overflow="fold")
+    table = Table(title="Full prefill (fusion off) against a3: time to first token", show_lines=True)
+    table.add_column("question, answer of each")
+    for column in ("tokens", "TTFT"):
+        table.add_column(column, no_wrap=True)
     for question, report, full_ms, a3_ms, full_answer, a3_answer in rows:
-        keys = ("prefix", "reused", "recomputed", "gap", "tail")
-        parts = " / ".join(str(report[key]) for key in keys) if report else "no report"
-        times = (f"{full_ms:.0f} ms", f"{a3_ms:.0f} ms", f"{full_ms / a3_ms:.1f}x")
-        table.add_row(question, parts, *times, f"{full_answer.strip()}\n---\n{a3_answer.strip()}")
+        names = {"prefix": "exact", "reused": "reused", "recomputed": "recomputed", "gap": "gap", "tail": "tail"}
+        parts = "\n".join(f"{report[key]:5} {name}" for key, name in names.items()) if report else "no report"
+        times = f"full {full_ms:5.0f} ms\na3   {a3_ms:5.0f} ms\n     {full_ms / a3_ms:5.1f}x"
+        answers = (
+            f"[bold]{question}[/bold]\n[dim]full:[/dim] {full_answer.strip()}\n[dim]a3:[/dim]   {a3_answer.strip()}"
+        )
+        table.add_row(answers, parts, times)
     console.print(table)
 
 

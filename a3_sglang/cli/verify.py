@@ -25,6 +25,7 @@ from a3_sglang.cli.common import (
     write_json,
 )
 from a3_sglang.server.debug import DUMP_VARIABLE
+from a3_sglang.server.support import RefusedError
 
 ANSWER = 8
 
@@ -216,21 +217,20 @@ def verify(
                 except AssertionError as error:
                     rows.append((name, False, str(error)))
         rows.append(("fusion engaged", checks.fused > 0, f"{checks.fused} requests were fused"))
-    rows.append(("8: refused at start", *_refusals()))
+    rows.append(("8: refused at start", *_refusal(model)))
     print_table(f"a3-sglang verify {model}", ("invariant", "", "measured"), [(n, mark(ok), t) for n, ok, t in rows])
     write_json(json, [{"check": n, "ok": ok, "measured": t} for n, ok, t in rows])
     if not all(ok for _, ok, _ in rows):
         raise typer.Exit(1)
 
 
-def _refusals() -> tuple[bool, str]:
+def _refusal(model: str) -> tuple[bool, str]:
     """8: a configuration that cannot be served is refused before anything is loaded."""
-    from types import SimpleNamespace
-
-    from a3_sglang.server.support import refusal
-
-    reason = refusal(SimpleNamespace(disable_radix_cache=True), SimpleNamespace(hf_config=SimpleNamespace()))
-    return reason is not None, reason or "--disable-radix-cache was accepted"
+    try:
+        with engine(model, "a3", disable_radix_cache=True):
+            return False, "an engine without a radix cache started"
+    except RefusedError as error:
+        return True, str(error)
 
 
 def answer(running: Any, ids: list[int], a3: Any = None, **more: Any) -> dict[str, Any]:
