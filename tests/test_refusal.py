@@ -51,6 +51,7 @@ CASES = {
         "MLA",
     ),
     "no radix cache": (LLAMA, ["--disable-radix-cache"], "disable-radix-cache"),
+    "KV in fp8": (LLAMA, ["--kv-cache-dtype", "fp8_e4m3"], "--kv-cache-dtype"),
     "bad ratio": (LLAMA, ["--a3-recompute-ratio", "1.5"], "--a3-recompute-ratio"),
     "unknown selector": (LLAMA, ["--a3-selector", "best"], "--a3-selector"),
 }

@@ -151,7 +151,7 @@ class A3Tree:
         if state.reason is not None:
             return None
         space, tokens = seams.namespace(key), seams.key_tokens(key)
-        prompt = len(req.origin_input_ids) + len(req.output_ids)
+        prompt = len(req.origin_input_ids)
         for _ in range(4):
             runs = self.index.find(space, tokens, prefix, state.options.min_span)
             plan = make_plan(runs, prefix, prompt, len(tokens), self.page_size)  # type: ignore[attr-defined]
@@ -349,7 +349,7 @@ class A3Tree:
         assert options is not None
         assert state.private is not None
         slots = torch.cat([seams.row(self, req)[: plan.prefix].to(torch.int64), state.private.to(torch.int64)])
-        tokens = torch.tensor(list(req.origin_input_ids) + list(req.output_ids), dtype=torch.int64, device=slots.device)
+        tokens = torch.tensor(list(req.origin_input_ids), dtype=torch.int64, device=slots.device)
         return Job(plan, tokens, slots, make_selector(options.selector), options.ratio)
 
     def _report(self, req: Any, job: Job | None, charged: float) -> None:

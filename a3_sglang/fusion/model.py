@@ -48,8 +48,11 @@ class SGLangModel(Model):
         self.depth = len(rotary)
         self.keys = [pool.get_key_buffer(layer) for layer in range(self.depth)]
         self.values = [pool.get_value_buffer(layer) for layer in range(self.depth)]
-        if self.keys[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UnsupportedModelError(f"KV in {self.keys[0].dtype} is not supported (only bf16, fp16 and fp32)")
+        kept = self.keys[0].dtype
+        if kept not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedModelError(f"KV in {kept} is not supported (only bf16, fp16 and fp32)")
+        if kept != runner.dtype:
+            raise UnsupportedModelError(f"KV in {kept} of a model in {runner.dtype} is not supported")
         tables: dict[int, RopeTable] = {}
         for module in rotary.values():
             if id(module) not in tables:

@@ -43,6 +43,9 @@ def refusal(server_args: Any, model_config: Any) -> str | None:
             return f"{kind} parallelism is not supported yet (--{name.replace('_', '-')} must be 1)"
     if getattr(server_args, "disaggregation_mode", None) not in _OFF:
         return "prefill-decode disaggregation is not supported"
+    kept, computed = getattr(server_args, "kv_cache_dtype", "auto"), str(model_config.dtype).removeprefix("torch.")
+    if kept not in ("auto", computed) and (kept, computed) != ("bf16", "bfloat16"):
+        return f"KV in {kept} of a model in {computed} is not supported yet (--kv-cache-dtype must be auto)"
     return model_refusal(model_config)
 
 

@@ -1,0 +1,228 @@
+"""The server that users start, over HTTP: native and OpenAI routes, bad options, clients that hang up, retraction."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import random
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import sglang
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+from traffic import MIN_REUSE
+
+from a3_sglang.cli.common import environment
+
+pytestmark = pytest.mark.engine
+
+_spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "examples" / "demo.py")
+assert _spec is not None
+assert _spec.loader is not None
+demo = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(demo)
+
+
+class Server:
+    """A running ``launch_server`` and texts to ask it about."""
+
+    def __init__(self, port: int, model: str, folder: Path) -> None:
+        self.tokenizer, self.folder = AutoTokenizer.from_pretrained(model), folder
+        self.port, self.random = port, random.Random(random.randrange(1 << 30))
+        self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        words = "river stone lamp garden winter letter music bridge silver harbor window candle forest market".split()
+        self.documents = [" ".join(self.random.choices(words, k=80)) + "." for _ in range(6)]
+
+    def text(self, order: list[int] | None = None) -> str:
+        chosen = order or self.random.sample(range(6), 4)
+        number = self.random.randrange(1 << 20)
+        return "\n\n".join(self.documents[i] for i in chosen) + f"\n\nQuestion {number}: which word stands first?"
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=body if isinstance(body, bytes) else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def generate(self, text: str, a3: Any, tokens: int = 4) -> tuple[int, Any]:
+        params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"a3": a3}}
+        return self.post("/generate", {"text": text, "sampling_params": params})
+
+    def kv(self, out: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What was in the slots after the last extend, (layers, tokens, kv_heads, head_dim) each."""
+        return torch.load(self.folder / f"{out['meta_info']['id']}.pt")
+
+    def flushed(self) -> bool:
+        """SGLang flushes only where nothing is in use."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            request = urllib.request.Request(f"http://127.0.0.1:{self.port}/flush_cache", data=b"")
+            try:
+                with urllib.request.urlopen(request, timeout=30):
+                    return True
+            except urllib.error.HTTPError:
+                time.sleep(0.3)
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port, folder = demo.free_port(), tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    # SGLang's own switch: while decoding, every now and then some requests lose their slots and wait again.
+    retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"}
+    variables = {"A3_MIN_REUSE": MIN_REUSE, "A3_DUMP_KV": str(folder), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as output, environment(**variables, **retract):
+        process = subprocess.Popen(
+            demo.command(model, port), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        demo.wait_until_ready(process, port, log, Console(stderr=True))
+        yield Server(port, model, folder)
+        assert process.poll() is None, log.read_text()[-3000:]
+    finally:
+        demo.stop(process)
+
+
+@pytest.fixture(autouse=True)
+def donors(server: Server) -> None:
+    """Every test starts with the six documents in the tree and nothing else."""
+    assert server.flushed()
+    for half in ([0, 1, 2], [3, 4, 5]):
+        status, out = server.generate(server.text(half), False)
+        assert status == 200
+        assert out["meta_info"]["a3"]["reason"] == "off"
+
+
+def parts(report: dict[str, Any]) -> int:
+    return sum(report[key] for key in ("prefix", "reused", "recomputed", "gap", "tail"))
+
+
+def test_native_route_reports_what_was_reused(server: Server) -> None:
+    status, out = server.generate(server.text([5, 1, 3]), True)
+    report = out["meta_info"]["a3"]
+    assert status == 200
+    assert report["reason"] is None
+    assert report["reused"] > 64
+    assert parts(report) == out["meta_info"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        ({"ratio": 2}, "custom_params.a3.ratio"),
+        ({"ratio": "half"}, "custom_params.a3.ratio"),
+        ({"selector": "best"}, "custom_params.a3.selector"),
+        ({"min_span": 1}, "custom_params.a3.min_span"),
+        ({"surprise": 1}, "custom_params.a3.surprise"),
+        (3, "custom_params.a3"),
+    ],
+)
+def test_bad_options_are_a_400_that_names_the_field(server: Server, bad: Any, field: str) -> None:
+    status, message = server.generate(server.text(), bad)
+    assert status == 400
+    assert field in message
+    for create, said in (
+        (server.openai.chat.completions.create, {"messages": [{"role": "user", "content": server.text()}]}),
+        (server.openai.completions.create, {"prompt": server.text()}),
+    ):
+        with pytest.raises(openai.BadRequestError, match=field.replace(".", r"\.")):
+            create(model="default", max_tokens=2, extra_body={"custom_params": {"a3": bad}}, **said)
+    status, out = server.generate(server.text(), {"ratio": 0.3})
+    assert status == 200
+    assert out["meta_info"]["a3"]["reason"] is None
+
+
+def test_openai_routes_report_too(server: Server) -> None:
+    more = {"custom_params": {"a3": {"ratio": 0.2}}, "return_meta_info": True}
+    chat = server.openai.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": server.text([2, 4, 0])}],
+        max_tokens=3,
+        extra_body=more,
+    )
+    report = demo.find_report(chat.model_dump())
+    assert report["reason"] is None
+    assert parts(report) == chat.usage.prompt_tokens
+    streamed = server.openai.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": server.text([2, 4, 0])}],
+        max_tokens=3,
+        stream=True,
+        extra_body={"custom_params": more["custom_params"]},
+    )
+    assert sum(bool(chunk.choices) for chunk in streamed) >= 2
+
+
+def test_clients_that_hang_up_leave_nothing_behind(server: Server) -> None:
+    """Before, in and after fusion: the server lets go of what they held."""
+    for wait in (0.0, 0.01, 0.05, 0.1, 0.3, 0.6):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        params = {"max_new_tokens": 400, "ignore_eos": True, "custom_params": {"a3": {"ratio": 0.5}}}
+        body = {"text": server.text(), "sampling_params": params, "stream": True}
+        connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+        time.sleep(wait)
+        connection.close()
+    assert server.flushed()
+    assert server.generate(server.text(), True)[0] == 200
+
+
+def test_frontend_programs_are_fused(server: Server) -> None:
+    """A program of SGLang's frontend language needs no change."""
+
+    @sglang.function
+    def compare(s: Any, first: str, second: str) -> None:
+        s += first
+        s += second
+        s += sglang.gen("answer", max_tokens=3, temperature=0)
+
+    url = f"http://127.0.0.1:{server.port}"
+    state = compare.run(server.text([4, 5]), server.text([0, 3]), backend=sglang.RuntimeEndpoint(url))
+    report = state.get_meta_info("answer")["a3"]
+    assert report["reason"] is None
+    assert report["reused"] + report["recomputed"] > 64
+
+
+def test_retracted_requests_are_fused_again(server: Server) -> None:
+    """A retracted request loses its private slots and gets others; its KV is right again, and all come back."""
+    ids = [server.tokenizer.encode(server.text()) for _ in range(4)]
+    params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, "custom_params": {"a3": {"ratio": 1.0}}}
+    status, outs = server.post("/generate", {"input_ids": ids, "sampling_params": params})
+    assert status == 200
+    retracted = [i for i, out in enumerate(outs) if out["meta_info"]["num_retractions"]]
+    assert retracted
+    for prompt, out in zip(ids, outs, strict=True):
+        assert out["meta_info"]["completion_tokens"] == 40
+        assert out["meta_info"]["a3"]["reason"] is None
+        assert parts(out["meta_info"]["a3"]) == len(prompt)
+    again = 0
+    for i in retracted:
+        mine = server.kv(outs[i])
+        length = mine["k"].shape[1]
+        # A request that was retracted before its first batch has nothing behind its prompt.
+        again += length > len(ids[i])
+        assert server.flushed()
+        whole = (ids[i] + outs[i]["output_ids"])[:length]
+        params = {"max_new_tokens": 1, "custom_params": {"a3": False}}
+        theirs = server.kv(server.post("/generate", {"input_ids": whole, "sampling_params": params})[1])
+        for part in ("k", "v"):
+            error = (mine[part].float() - theirs[part].float()).norm() / theirs[part].float().norm()
+            assert error < 0.02
+    assert again
+    assert server.flushed()
