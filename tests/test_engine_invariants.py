@@ -69,14 +69,19 @@ def beside_fused(traffic):
 
 
 def test_ratio_one_is_a_full_prefill(traffic):
-    """4: same greedy tokens, logprobs and KV on 20 random multi-chunk prompts."""
+    """4: same greedy tokens, logprobs and KV on 20 random multi-chunk prompts, gaps included."""
+    gaps = 0
     for _ in range(20):
         traffic.running.flush_cache()
         traffic.renew()
         traffic.ask(traffic.prompt(list(range(8))), False)
         ids = traffic.prompt(random.sample(range(7, -1, -1), 5))
+        # A passage that nobody has, before the last one.
+        at = len(ids) - 90
+        ids[at:at] = traffic.tokens(random.randrange(1, 60))
         fused = traffic.ask(ids, {"ratio": 1.0})
         report = fused["meta_info"]["a3"]
+        gaps += report["gap"]
         assert report["reason"] is None
         assert report["reused"] == 0
         assert report["recomputed"] > 64
@@ -88,6 +93,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
         end = len(ids) - report["tail"]
         for part in ("k", "v"):
             torch.testing.assert_close(mine[part][:, :end], theirs[part][:, :end], rtol=0, atol=0)
+    assert gaps > 0
 
 
 def test_moved_spans_have_fresh_layer_zero_kv(traffic):

@@ -19,8 +19,8 @@ import pytest
 import sglang
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 from traffic import MIN_REUSE
+from transformers import AutoTokenizer
 
 from a3_sglang.cli.common import environment
 
@@ -40,7 +40,22 @@ class Server:
         self.tokenizer, self.folder = AutoTokenizer.from_pretrained(model), folder
         self.port, self.random = port, random.Random(random.randrange(1 << 30))
         self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        words = "river stone lamp garden winter letter music bridge silver harbor window candle forest market".split()
+        words = [
+            "river",
+            "stone",
+            "lamp",
+            "garden",
+            "winter",
+            "letter",
+            "music",
+            "bridge",
+            "silver",
+            "harbor",
+            "window",
+            "candle",
+            "forest",
+            "market",
+        ]
         self.documents = [" ".join(self.random.choices(words, k=80)) + "." for _ in range(6)]
 
     def text(self, order: list[int] | None = None) -> str:
