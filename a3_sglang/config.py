@@ -15,6 +15,9 @@ REQUEST_KEY = "a3"
 
 Ratio = StrictFloat | StrictInt
 
+DONOR_MODES = ("harvest", "compiled")
+"""Where reusable KV may come from: what earlier requests left, or each chunk prefilled alone."""
+
 
 class ServerOptions(BaseModel):
     """Options of a server; every request starts from them.

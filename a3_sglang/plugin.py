@@ -12,7 +12,7 @@ from typing import Any
 
 from a3_sglang import seams
 from a3_sglang.config import REQUEST_KEY, ServerOptions, env_name, resolve
-from a3_sglang.server.debug import dump_kv
+from a3_sglang.server.debug import dump_kv, dump_logits
 from a3_sglang.server.support import RefusedError, refusal
 
 BACKEND = "a3"
@@ -99,14 +99,18 @@ def _create_tree(context: Any) -> Any:
 
 def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Fuse a batch's planned requests, then run it."""
-    if _tree is None or batch is None or not batch.forward_mode.is_extend():
+    if _tree is None or batch is None:
         return original(worker, batch, *args, **kwargs)
-    if _tree.fuse(batch.reqs):
+    if not batch.forward_mode.is_extend():
+        result = original(worker, batch, *args, **kwargs)
+    elif _tree.fuse(batch.reqs):
         with _tree.timed_extend(batch.reqs), _tree.extend_attention(batch):
             result = original(worker, batch, *args, **kwargs)
     else:
         result = original(worker, batch, *args, **kwargs)
-    dump_kv(_tree, batch)
+    if batch.forward_mode.is_extend():
+        dump_kv(_tree, batch)
+    dump_logits(batch, result)
     return result
 
 

@@ -18,7 +18,7 @@ from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup, TorchRowAttention
-from a3_sglang.selectors import Probe, Reuse
+from a3_sglang.selectors import Probe, Reuse, Rows
 
 MIN_SPAN = 8
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -32,9 +32,9 @@ class Listening(Probe):
     last: float = 0.75
     heard: list[torch.Tensor] = field(default_factory=list, compare=False)
 
-    def pick(self, relevance: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
         self.heard.append(relevance.clone())
-        return super().pick(relevance, positions, count)
+        return super().pick(relevance, rows, count)
 
 
 class World:
@@ -307,7 +307,7 @@ class FailingProbe(Llama):
 class FailingPick(Listening):
     """Fails once the probe has run."""
 
-    def pick(self, relevance: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
         raise IndexError("the rule failed")
 
 

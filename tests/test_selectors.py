@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a3_sglang.selectors import Probe, Reuse, Selector, make_selector, selector_names
+from a3_sglang.selectors import Epic, Full, Probe, Random, Reuse, Rows, Selector, make_selector, selector_names
 
 SELECTORS = [make_selector(name) for name in selector_names()]
 
 
 def test_names_make_what_they_say():
-    assert set(selector_names()) == {"probe", "reuse"}
-    assert {type(make_selector(name)) for name in ("probe", "reuse")} == {Probe, Reuse}
+    expected = {"probe": Probe, "epic": Epic, "random": Random, "reuse": Reuse, "full": Full}
+    assert {name: type(make_selector(name)) for name in selector_names()} == expected
     assert all(make_selector(name).name == name for name in selector_names())
 
 
@@ -24,8 +24,8 @@ def test_names_make_what_they_say():
 @given(reused=st.integers(0, 100_000), ratio=st.floats(0, 1))
 def test_budget_is_the_ratio_rounded_up(selector: Selector, reused: int, ratio: float):
     budget = selector.budget(ratio, reused)
-    if selector.name == "reuse":
-        assert budget == 0
+    if selector.name in ("reuse", "full"):
+        assert budget == (0 if selector.name == "reuse" else reused)
     else:
         assert budget - 1 < ratio * reused <= budget or budget == ratio * reused == 0
         assert budget <= reused
@@ -46,13 +46,43 @@ def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
     scores = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.5]), min_size=context, max_size=context))
     positions = sorted(data.draw(st.sets(st.integers(0, context - 1), min_size=1)))
     count = data.draw(st.integers(0, len(positions)))
-    arguments = torch.tensor(scores), torch.tensor(positions), count
+    rows = Rows(torch.tensor(positions), torch.zeros(len(positions), dtype=torch.int64))
     expected = sorted(sorted(positions, key=lambda p: (-scores[p], p))[:count])
-    for selector in SELECTORS:
-        picked = selector.pick(*arguments)
+    for _ in range(2):
+        picked = Probe().pick(torch.tensor(scores), rows, count)
         assert picked.dtype == torch.int64
         assert picked.tolist() == expected
-        assert selector.pick(*arguments).tolist() == expected
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.name)
+@given(data=st.data())
+def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject):
+    positions = sorted(data.draw(st.sets(st.integers(0, 300), min_size=1)))
+    count = data.draw(st.integers(0, len(positions)))
+    rows = Rows(torch.tensor(positions), torch.arange(len(positions)))
+    picked = selector.pick(torch.rand(301), rows, count)
+    assert picked.dtype == torch.int64
+    assert len(picked) == count
+    assert picked.tolist() == sorted(set(picked.tolist()) & set(positions))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 40))
+def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], head: int):
+    rows = Rows(torch.arange(sum(lengths)), torch.cat([torch.arange(length) for length in lengths]))
+    count = sum(min(head, length) for length in lengths)
+    picked = Epic().pick(torch.zeros(sum(lengths)), rows, count)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    expected = [s + i for s, length in zip(starts, lengths, strict=True) for i in range(min(head, length))]
+    assert picked.tolist() == expected
+
+
+def test_random_draws_evenly_and_again():
+    rows = Rows(torch.arange(4000), torch.arange(4000))
+    nothing = torch.zeros(4000)
+    picked = Random().pick(nothing, rows, 1000)
+    assert torch.equal(picked, Random().pick(nothing, rows, 1000))
+    assert not torch.equal(picked, Random(seed=1).pick(nothing, rows, 1000))
+    assert all(180 < int(((picked >= a) & (picked < a + 800)).sum()) < 220 + 20 for a in range(0, 4000, 800))
 
 
 @given(st.integers(1, 200))
@@ -71,5 +101,5 @@ def test_probe_band_of_known_models():
 
 
 @given(st.integers(1, 200))
-def test_reuse_asks_for_no_probe(depth: int):
-    assert not len(Reuse().probe_layers(depth))
+def test_only_the_probe_asks_for_one(depth: int):
+    assert [s.name for s in SELECTORS if len(s.probe_layers(depth))] == ["probe"]

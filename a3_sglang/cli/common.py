@@ -118,11 +118,19 @@ def vocabulary_of(model: str) -> int:
     return int(text.vocab_size) - 64
 
 
-def generate(running: Any, ids: Sequence[int], tokens: int = 1, a3: Any = None, **more: Any) -> dict[str, Any]:
-    """One greedy request; ``a3`` becomes ``custom_params["a3"]``."""
+def generate(
+    running: Any,
+    ids: Sequence[int],
+    tokens: int = 1,
+    a3: Any = None,
+    custom_params: dict[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One greedy request; ``a3`` becomes ``custom_params["a3"]`` beside what else is in there."""
     params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-    if a3 is not None:
-        params["custom_params"] = {"a3": a3}
+    custom = (custom_params or {}) | ({} if a3 is None else {"a3": a3})
+    if custom:
+        params["custom_params"] = custom
     return seams.ask(running, input_ids=list(ids), sampling_params=params, **more)
 
 

@@ -16,7 +16,7 @@ from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.rotation import RopeTable, copy_rotated
 from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup
 from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, relevance
-from a3_sglang.selectors import Selector
+from a3_sglang.selectors import Rows, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -340,8 +340,13 @@ def _select(job: Job, score: torch.Tensor | None) -> torch.Tensor:
         score = torch.zeros(job.plan.end, device=positions.device)
     elif not bool(torch.isfinite(score).all()):
         raise FloatingPointError("the probe's scores are not finite")
-    return job.selector.pick(score, positions, count)
+    return job.selector.pick(score, Rows(positions, positions - _span_starts(job.plan, positions.device)), count)
 
 
 def _reused_positions(plan: Plan, device: Any) -> torch.Tensor:
     return torch.cat([torch.arange(span.start, span.end, device=device) for span in plan.spans])
+
+
+def _span_starts(plan: Plan, device: Any) -> torch.Tensor:
+    """Where the span of each reused row begins."""
+    return torch.cat([torch.full((span.length,), span.start, device=device) for span in plan.spans])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from a3_sglang.selectors.base import Selector
+from a3_sglang.selectors.base import Rows, Selector
+from a3_sglang.selectors.epic import Epic
+from a3_sglang.selectors.full import Full
 from a3_sglang.selectors.probe import Probe
+from a3_sglang.selectors.random_rows import Random
 from a3_sglang.selectors.reuse import Reuse
 
-_SELECTORS: dict[str, type[Selector]] = {cls.name: cls for cls in (Probe, Reuse)}
+_SELECTORS: dict[str, type[Selector]] = {cls.name: cls for cls in (Probe, Epic, Random, Reuse, Full)}
 
 
 def selector_names() -> tuple[str, ...]:
@@ -19,4 +22,14 @@ def make_selector(name: str) -> Selector:
     return _SELECTORS[name]()
 
 
-__all__ = ["Probe", "Reuse", "Selector", "make_selector", "selector_names"]
+__all__ = [
+    "Epic",
+    "Full",
+    "Probe",
+    "Random",
+    "Reuse",
+    "Rows",
+    "Selector",
+    "make_selector",
+    "selector_names",
+]

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The reused rows of one request.
+
+    Attributes:
+        positions: int64 (reused,), ascending; where they stand in the prompt.
+        offsets: int64 (reused,), how far each stands behind the beginning of its span.
+    """
+
+    positions: torch.Tensor
+    offsets: torch.Tensor
 
 
 class Selector(ABC):
@@ -17,28 +31,32 @@ class Selector(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def probe_layers(self, depth: int) -> range:
-        """Layers whose question attention is wanted (contiguous; empty: the probe is not run).
+        """Layers whose question attention is wanted (contiguous; empty, the default: the probe is not run).
 
         Args:
             depth: number of layers of the model.
         """
+        return range(0)
 
     def budget(self, ratio: float, reused: int) -> int:
         """How many of ``reused`` rows are recomputed."""
         return min(reused, math.ceil(ratio * reused))
 
-    def pick(self, relevance: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
-        """The ``count`` positions to recompute, ascending.
+    @abstractmethod
+    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """How much each reused row deserves to be recomputed.
 
         Args:
-            relevance: float32 (context,); what the probe measured for each prompt position before the tail.
-            positions: int64 (reused,), ascending; the positions of reused rows.
-            count: how many to pick.
+            relevance: float32 (context,); what the probe measured for each prompt position before the tail, zero
+                where it was not run.
+            rows: the reused rows.
 
         Returns:
-            int64 (count,), ascending. Equal relevance goes to the earlier position.
+            float32 (reused,).
         """
-        order = torch.sort(relevance[positions], descending=True, stable=True).indices[:count]
-        return positions[order].sort().values
+
+    def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
+        """The ``count`` positions to recompute, int64 (count,), ascending; of equal scores the earlier position."""
+        order = torch.sort(self.scores(relevance, rows), descending=True, stable=True).indices[:count]
+        return rows.positions[order].sort().values

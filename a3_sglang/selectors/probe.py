@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a3_sglang.selectors.base import Selector
+import torch
+
+from a3_sglang.selectors.base import Rows, Selector
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,6 @@ class Probe(Selector):
     def probe_layers(self, depth: int) -> range:
         begin = int(self.first * depth)
         return range(begin, max(begin + 1, int(self.last * depth)))
+
+    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return relevance[rows.positions]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a3_sglang.selectors.base import Selector
+import torch
+
+from a3_sglang.selectors.base import Rows, Selector
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,8 @@ class Reuse(Selector):
 
     name: ClassVar[str] = "reuse"
 
-    def probe_layers(self, depth: int) -> range:
-        return range(0)
-
     def budget(self, ratio: float, reused: int) -> int:
         return 0
+
+    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return torch.zeros_like(rows.positions, dtype=torch.float32)

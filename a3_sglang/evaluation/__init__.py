@@ -1,0 +1,1 @@
+"""How far answers over reused KV are from the full prefill's."""
