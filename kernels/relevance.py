@@ -1,4 +1,4 @@
-"""How much a question attends to each position of its context."""
+"""How much a question takes from each position of its context."""
 
 from __future__ import annotations
 
@@ -87,14 +87,21 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def relevance(weights: torch.Tensor, rows: int) -> torch.Tensor:
-    """The question's mean attention to each position, summed over heads.
+def relevance(weights: torch.Tensor, rows: int, values: torch.Tensor) -> torch.Tensor:
+    """What each position gives to the question: attention, root mean square over its rows, times size of the value.
+
+    The mean square sides with positions that few rows of the question look at hard. A position whose value is small
+    adds little to the output however much attention it gets (sinks are such).
 
     Args:
-        weights: what :func:`attention_weights` returned for the question's rows.
+        weights: what :func:`attention_weights` returned for the question's rows, (kv_heads, group * rows, n).
         rows: how many rows these are.
+        values: (n, kv_heads, head_dim).
 
     Returns:
-        float32 (n,).
+        float32 (n,), summed over heads.
     """
-    return weights.sum((0, 1)) / rows
+    kv_heads, _, n = weights.shape
+    per_head = torch.linalg.vector_norm(weights.view(kv_heads, -1, rows, n), dim=2).sum(1) / rows**0.5
+    sizes = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+    return (per_head * sizes.T).sum(0)

@@ -66,7 +66,7 @@ def test_server_refusals_name_the_option(monkeypatch, option, text):
 
 def test_server_selector_refusal_lists_the_choices(monkeypatch):
     monkeypatch.setenv("A3_SELECTOR", "best")
-    with pytest.raises(ValueError, match="probe, reuse"):
+    with pytest.raises(ValueError, match="probe, epic, random, reuse, full"):
         ServerOptions.from_environment()
 
 

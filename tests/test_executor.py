@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,10 +27,11 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @dataclass(frozen=True)
 class Listening(Probe):
-    """The probe over layers 1 and 2 of 4; keeps the relevance it is given."""
+    """The probe over layers 1 and 2 of 4, wherever rows stand; keeps the relevance it is given."""
 
     first: float = 0.25
     last: float = 0.75
+    reach: float = math.inf
     heard: list[torch.Tensor] = field(default_factory=list, compare=False)
 
     def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
@@ -214,7 +216,11 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
         for layer in part:
             layer[gaps(job.plan)] = torch.nan
     attention = world.model.rows64(job.tokens, rows, *copied)[3]
-    score = sum(attention[layer].sum(1).mean(0) for layer in (1, 2))[: job.plan.end]
+    group = world.model.shape.heads // world.model.shape.kv_heads
+    score = torch.zeros(job.plan.end, dtype=torch.float64)
+    for layer in (1, 2):
+        sizes = copied[1][layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
+        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T).sum(0)[: job.plan.end]
     assert len(selector.heard) == 1
     assert_close(selector.heard[0].double(), score, rtol=1e-4, atol=1e-5)
     # The rows that rank highest are the ones recomputed.

@@ -28,23 +28,26 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
     visible = torch.randint(1, context + 1, (rows,), generator=generator)
     keys = keys[: int(visible.max())]
     weights = attention_weights(query, key_columns(keys), hidden_columns(visible), scaling)
-    mass = relevance(weights, rows)
+    values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
+    taken = relevance(weights, rows, values)
     exact = weights64(query, keys, visible, scaling)
     # (rows, heads, n) -> rows of one head of a group together.
     grouped = exact.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
-    assert weights.dtype == mass.dtype == torch.float32
+    assert weights.dtype == taken.dtype == torch.float32
     assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
-    assert_close(mass.double(), exact.sum(1).mean(0), rtol=1e-4, atol=1e-5)
+    sizes = values.double().norm(dim=-1).repeat_interleave(group, 1)
+    expected = (exact.pow(2).mean(0).sqrt() * sizes.T).sum(0)
+    assert_close(taken.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_few_rows_see_counts_little_and_large_logits_stay_finite():
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     query, keys = random_tensor(generator, 5, 4, 16) * 100, random_tensor(generator, 30, 2, 16) * 100
     weights = attention_weights(query.float(), key_columns(keys), hidden_columns(torch.arange(26, 31)), 1.0)
-    mass = relevance(weights, 5)
+    taken = relevance(weights, 5, torch.nn.functional.normalize(keys.float(), dim=-1))
     assert torch.isfinite(weights).all()
-    # The last position is seen by one row of five.
-    assert mass[29] <= 4 / 5
+    # The last position is seen by one row of five, in 4 heads.
+    assert taken[29] <= 4 * (1 / 5) ** 0.5
     assert (weights.view(4, 5, 30)[:, :4, 29] == 0).all()
-    # Each of the 4 heads gives away exactly one.
-    assert_close(mass.sum(), torch.tensor(4.0))
+    # Each of the 4 heads gives every row exactly one.
+    assert_close(weights.sum(), torch.tensor(20.0))

@@ -66,6 +66,15 @@ def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject
     assert picked.tolist() == sorted(set(picked.tolist()) & set(positions))
 
 
+def test_probe_discounts_rows_deep_in_their_span():
+    rows = Rows(torch.tensor([2, 9]), torch.tensor([0, 192]))
+    relevance = torch.zeros(10)
+    relevance[[2, 9]] = torch.tensor([1.0, 1.9])
+    assert Probe().pick(relevance, rows, 1).tolist() == [2]
+    relevance[9] = 2.1
+    assert Probe().pick(relevance, rows, 1).tolist() == [9]
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 40))
 def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], head: int):
     rows = Rows(torch.arange(sum(lengths)), torch.cat([torch.arange(length) for length in lengths]))
@@ -88,15 +97,15 @@ def test_random_draws_evenly_and_again():
 @given(st.integers(1, 200))
 def test_probe_reads_a_band_of_middle_layers(depth: int):
     layers = Probe().probe_layers(depth)
-    assert 1 <= len(layers) <= math.ceil(0.3 * depth) + 1
+    assert 1 <= len(layers) <= math.ceil(0.55 * depth) + 1
     assert layers.start >= 0
     assert layers.stop <= depth
     assert layers.step == 1
 
 
 def test_probe_band_of_known_models():
-    assert Probe().probe_layers(30) == range(12, 21)
-    assert Probe().probe_layers(32) == range(12, 22)
+    assert Probe().probe_layers(30) == range(7, 24)
+    assert Probe().probe_layers(32) == range(8, 25)
     assert Probe(first=0.0, last=1.0).probe_layers(7) == range(7)
 
 

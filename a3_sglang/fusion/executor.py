@@ -298,7 +298,7 @@ class _Probe:
         weights = self._take("weights", heads * self.rows * total, self.scores[:0])
         weights = attention_weights(query, key_columns(keys), self.hidden, scaling, weights)
         if layer in self.layers:
-            self.scores[self.known] += relevance(weights, self.rows)[:count]
+            self.scores[self.known] += relevance(weights, self.rows, values)[:count]
         mixed = torch.bmm(weights.to(values.dtype), values.movedim(0, 1).contiguous())
         return mixed.view(heads, self.rows, -1).movedim(0, 1)
 

@@ -12,22 +12,29 @@ from a3_sglang.selectors.base import Rows, Selector
 
 @dataclass(frozen=True)
 class Probe(Selector):
-    """Question attention over the reused KV at true positions, summed over a band of middle layers.
+    """Question attention over the reused KV at true positions, summed over layers, times how stale a row may be.
 
-    Related: ProphetKV (arXiv 2602.02579) averages all layers, InfoFlow KV (arXiv 2603.05353) takes late ones;
+    Attention counts by its root mean square over the question's rows and by the size of the value it reads
+    (``kernels/relevance.py``). The further a row stands behind the beginning of its span, the more of what it had
+    seen when it was computed stands before it now as well, so the less a recompute changes it: its score is divided
+    by ``sqrt(1 + offset / reach)``. How each part was chosen is measured in ``docs/quality.md``.
+
+    Related: ProphetKV (arXiv 2602.02579) takes the mean over all layers, InfoFlow KV (arXiv 2603.05353) late ones;
     A3 (arXiv 2511.17560, Section 4) scores fresh keys of layer 1 only.
 
     Attributes:
         first, last: the band of layers, as shares of the model's depth.
+        reach: tokens, see above.
     """
 
     name: ClassVar[str] = "probe"
-    first: float = 0.4
-    last: float = 0.7
+    first: float = 0.25
+    last: float = 0.8
+    reach: float = 64.0
 
     def probe_layers(self, depth: int) -> range:
         begin = int(self.first * depth)
         return range(begin, max(begin + 1, int(self.last * depth)))
 
     def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return relevance[rows.positions]
+        return relevance[rows.positions] * torch.rsqrt(1 + rows.offsets / self.reach)
