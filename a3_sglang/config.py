@@ -4,19 +4,50 @@ from __future__ import annotations
 
 import os
 import reprlib
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from a3_sglang.selectors import selector_names
+from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
 REQUEST_KEY = "a3"
 
-Ratio = StrictFloat | StrictInt
+AUTO: Literal["auto"] = "auto"
 
 DONOR_MODES = ("harvest", "compiled")
-"""Where reusable KV may come from: what earlier requests left, or each chunk prefilled alone."""
+"""Where reusable KV may come from: what any earlier request left, or what was prefilled to be reused."""
+
+
+def known_ratio(value: Any) -> Ratio:
+    """A share or ``"auto"``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f'must be a number between 0 and 1, or "{AUTO}"')
+
+
+def _read_ratio(value: Any) -> Ratio:
+    """The same from the text of an option."""
+    with suppress(TypeError, ValueError):
+        value = value if value == AUTO else float(value)
+    return known_ratio(value)
 
 
 class ServerOptions(BaseModel):
@@ -28,16 +59,22 @@ class ServerOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recompute_ratio: float = Field(0.15, ge=0, le=1, description="Share of the reused tokens that is recomputed.")
+    recompute_ratio: Annotated[Ratio, BeforeValidator(_read_ratio)] = Field(
+        0.15, description='Share of the reused tokens that is recomputed, or "auto".'
+    )
     selector: str = Field("probe", description="Rule that picks the reused tokens to recompute.")
     min_span: int = Field(32, ge=8, description="Shortest run of tokens that is reused.")
     min_reuse: int = Field(256, ge=1, description="With fewer reusable tokens a request gets a full prefill.")
-    donors: Literal["harvest"] = Field("harvest", description="Where reusable KV comes from.")
+    donors: Literal["harvest", "compiled"] = Field(
+        "harvest",
+        description="Where reusable KV comes from: what any earlier request left (harvest), or only requests that "
+        "say they are donors (compiled), so that answers do not depend on other traffic.",
+    )
 
     @field_validator("selector")
     @classmethod
-    def _known_selector(cls, name: str) -> str:
-        return known_selector(name)
+    def _known_selector(cls, name: str, others: ValidationInfo) -> str:
+        return suits(known_selector(name), others.data.get("recompute_ratio"))
 
     @classmethod
     def from_environment(cls) -> ServerOptions:
@@ -58,16 +95,10 @@ class RequestOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ratio: Ratio | None = None
+    ratio: Annotated[Ratio | None, BeforeValidator(lambda value: None if value is None else known_ratio(value))] = None
     selector: str | None = None
     min_span: StrictInt | None = None
-
-    @field_validator("ratio")
-    @classmethod
-    def _share(cls, ratio: Ratio | None) -> Ratio | None:
-        if ratio is not None and not 0 <= ratio <= 1:
-            raise ValueError("must be between 0 and 1")
-        return ratio
+    donor: StrictBool = False
 
     @field_validator("selector")
     @classmethod
@@ -76,12 +107,18 @@ class RequestOptions(BaseModel):
 
 
 class Effective(BaseModel):
-    """The options one request runs with."""
+    """The options one request runs with.
+
+    Attributes:
+        enabled: it may be fused.
+        donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     enabled: bool
-    ratio: float
+    donor: bool
+    ratio: Ratio
     selector: str
     min_span: int
     min_reuse: int
@@ -95,6 +132,20 @@ def known_selector(name: str) -> str:
     if name not in selector_names():
         raise ValueError(f"unknown selector {reprlib.repr(name)}; choose one of {', '.join(selector_names())}")
     return name
+
+
+def suits(selector: str, ratio: Ratio | None) -> str:
+    """The selector's name, where the rule can go with this ratio.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    measuring = [name for name in selector_names() if make_selector(name).attention]
+    if ratio == AUTO and selector not in measuring:
+        raise ValueError(
+            f'ratio "{AUTO}" needs a rule that measures attention ({", ".join(measuring)}), not {selector}'
+        )
+    return selector
 
 
 def resolve(server: ServerOptions, custom_params: Any) -> Effective:
@@ -124,10 +175,16 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
             f"custom_params.a3.min_span: must be at least {server.min_span}, the server's --a3-min-span "
             f"(shorter runs are not indexed), not {fields.min_span}"
         )
+    ratio = server.recompute_ratio if fields.ratio is None else fields.ratio
+    try:
+        selector = suits(fields.selector or server.selector, ratio)
+    except ValueError as error:
+        raise ValueError(f"custom_params.a3.selector: {error}") from None
     return Effective(
         enabled=enabled,
-        ratio=server.recompute_ratio if fields.ratio is None else float(fields.ratio),
-        selector=fields.selector or server.selector,
+        donor=fields.donor,
+        ratio=ratio,
+        selector=selector,
         min_span=fields.min_span or server.min_span,
         min_reuse=server.min_reuse,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -178,7 +178,8 @@ class Llama(Model):
         rows: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        correct: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Compute ``rows`` of a prompt over given KV of the other positions.
 
         Args:
@@ -186,19 +187,25 @@ class Llama(Model):
             rows: int64, ascending positions.
             keys: (prompt, kv_heads, head_dim) a layer; NaN where a position has no KV, which then is not seen.
             values: like ``keys``.
+            correct: called with each layer's number, its given keys and values, and the same with those of ``rows``
+                in place, which it may change before anything attends.
 
         Returns:
-            Keys and values with those of ``rows`` in place, the rows' last hidden states, and the attention weights
-            of every layer, (rows, heads, prompt).
+            Keys and values with those of ``rows`` in place, the rows' last hidden states, and of every layer the
+            attention weights, (rows, heads, prompt), and the queries, (rows, heads, head_dim).
         """
         shape, w = self.shape, {name: weight.double() for name, weight in self.weights.items()}
         keys, values = [k.double().clone() for k in keys], [v.double().clone() for v in values]
-        x, attention = w["embed"][tokens[rows]], []
+        x, attention, queries = w["embed"][tokens[rows]], [], []
         rope = self.ropes[0].cos_sin[rows]
         for layer in range(shape.depth):
             h = _norm(x, w[f"attention{layer}"])
             q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
+            given = keys[layer].clone(), values[layer].clone()
             q, keys[layer][rows], values[layer][rows] = rope64(q, rope, self.neox), rope64(k, rope, self.neox), v
+            if correct is not None:
+                correct(layer, *given, keys[layer], values[layer])
+            queries.append(q)
             group = shape.heads // shape.kv_heads
             logits = torch.einsum("rhd,nhd->rhn", q, keys[layer].repeat_interleave(group, 1)) * self.scaling
             # A position without KV is not there: it counts neither as key nor as value.
@@ -208,7 +215,7 @@ class Llama(Model):
             out = torch.einsum("rhn,nhd->rhd", attention[-1], values[layer].nan_to_num().repeat_interleave(group, 1))
             x = x + out.flatten(1) @ w[f"o{layer}"].T
             x = x + _mlp(x, w, layer)
-        return keys, values, x, attention
+        return keys, values, x, attention, queries
 
     def prefill64(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """KV of every layer and the last hidden states of a whole prompt."""

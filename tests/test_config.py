@@ -32,6 +32,7 @@ def test_server_defaults():
         ("recompute_ratio", "0", 0.0),
         ("recompute_ratio", "1", 1.0),
         ("recompute_ratio", "2.5e-1", 0.25),
+        ("recompute_ratio", "auto", "auto"),
         ("selector", "reuse", "reuse"),
         ("min_span", "8", 8),
         ("min_span", "64", 64),
@@ -66,8 +67,23 @@ def test_server_refusals_name_the_option(monkeypatch, option, text):
 
 def test_server_selector_refusal_lists_the_choices(monkeypatch):
     monkeypatch.setenv("A3_SELECTOR", "best")
-    with pytest.raises(ValueError, match="probe, epic, random, reuse, full"):
+    with pytest.raises(ValueError, match="probe, a3, cacheblend, epic, random, reuse, full"):
         ServerOptions.from_environment()
+
+
+def test_auto_goes_with_rules_that_measure_attention_only(monkeypatch):
+    monkeypatch.setenv("A3_RECOMPUTE_RATIO", "auto")
+    monkeypatch.setenv("A3_SELECTOR", "a3")
+    assert ServerOptions.from_environment().recompute_ratio == "auto"
+    for selector in ("epic", "cacheblend", "random", "reuse", "full"):
+        monkeypatch.setenv("A3_SELECTOR", selector)
+        with pytest.raises(ValueError, match=r"^--a3-selector: .*\(probe, a3\)"):
+            ServerOptions.from_environment()
+        with pytest.raises(ValueError, match=r"^custom_params\.a3\.selector: .*\(probe, a3\)"):
+            resolve(ServerOptions(selector=selector), {"a3": {"ratio": "auto"}})
+        with pytest.raises(ValueError, match=r"^custom_params\.a3\.selector: "):
+            resolve(ServerOptions(recompute_ratio="auto"), {"a3": {"selector": selector}})
+    assert resolve(ServerOptions(), {"a3": {"ratio": "auto"}}).ratio == "auto"
 
 
 # ---- request

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Llama
+from reference import Llama, rope64
 from torch.testing import assert_close
 
+import a3_sglang.fusion.executor as executor_module
 from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.fusion.drift import BLOCK, KEYS, VALUES, Correlation
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup, TorchRowAttention
-from a3_sglang.selectors import Probe, Reuse, Rows
+from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
 
 MIN_SPAN = 8
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -29,14 +33,15 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 class Listening(Probe):
     """The probe over layers 1 and 2 of 4, wherever rows stand; keeps the relevance it is given."""
 
+    spreads: ClassVar[bool] = False
     first: float = 0.25
     last: float = 0.75
     reach: float = math.inf
     heard: list[torch.Tensor] = field(default_factory=list, compare=False)
 
-    def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
+    def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
         self.heard.append(relevance.clone())
-        return super().pick(relevance, rows, count)
+        return super().pick(relevance, rows, budget)
 
 
 class World:
@@ -78,7 +83,7 @@ class World:
             parts += [self.tokens(gap), donor[begin : begin + span]]
         return np.concatenate([*parts, self.tokens(tail)])
 
-    def job(self, prompt: np.ndarray, prefix: int, selector: Probe | Reuse, ratio: float, executor: Executor) -> Job:
+    def job(self, prompt: np.ndarray, prefix: int, selector: Selector, ratio: float, executor: Executor) -> Job:
         """A planned job: the prefix's KV in place, the spans copied."""
         plan = make_plan(self.index.find("space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
@@ -164,6 +169,68 @@ def test_any_ratio_equals_the_definition(seed, prefix, parts, tail, ratio):
         assert_close(after, before, rtol=0, atol=0)
 
 
+@dataclass(frozen=True)
+class Spreading(Listening):
+    spreads: ClassVar[bool] = True
+
+
+def kriging64(model: Llama, plan: Plan, chosen: torch.Tensor, kind: Correlation, turned: bool):
+    """What :class:`Spreading` does to one layer's keys or values, row by row from the definition."""
+    table = model.ropes[0].cos_sin.double()
+    back = torch.cat([table[:, : table.shape[1] // 2], -table[:, table.shape[1] // 2 :]], -1)
+
+    def share(a: int, b: int) -> float:
+        d = abs(a - b)
+        return kind.span + kind.far * math.exp(-d / kind.reach) + kind.near * math.exp(-d / kind.close)
+
+    def correct(given: torch.Tensor, fresh: torch.Tensor) -> None:
+        before = fresh.clone()
+        for span in plan.spans:
+            for start in range(span.start, span.end, BLOCK):
+                block = range(start, min(start + BLOCK, span.end))
+                known = [p for p in block if p in chosen.tolist()]
+                drift = before[known] - given[known]
+                if turned:
+                    drift = rope64(drift, back[known], model.neox)
+                among = [[1.0 if a == b else share(a, b) for b in known] for a in known]
+                for p in set(block) - set(known):
+                    toward = torch.tensor([share(p, a) for a in known], dtype=torch.float64)
+                    weights = toward @ torch.linalg.inv(torch.tensor(among, dtype=torch.float64)) if known else toward
+                    moved = (weights[:, None, None] * drift).sum(0)
+                    fresh[p] += rope64(moved[None], table[[p]], model.neox)[0] if turned else moved
+
+    return correct
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 60), st.floats(0.05, 0.95), st.booleans())
+def test_drift_is_spread_by_the_definition(seed, prefix, parts, tail, ratio, short_blocks):
+    with pytest.MonkeyPatch.context() as patch:
+        if short_blocks:
+            for module in (executor_module, sys.modules[__name__]):
+                patch.setattr(module, "BLOCK", 7)
+        world = World(seed)
+        executor = executor_of(world)
+        job = world.job(world.prompt(prefix, parts, tail), prefix, Spreading(), ratio, executor)
+        copied = kv(world.model, job)
+        executor.run([job], Timings())
+        keys, values = (
+            kriging64(world.model, job.plan, job.recomputed, kind, turned)
+            for kind, turned in ((KEYS, True), (VALUES, False))
+        )
+
+        def correct(layer, given_keys, given_values, fresh_keys, fresh_values):
+            if layer:
+                keys(given_keys, fresh_keys)
+                values(given_values, fresh_values)
+
+        rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
+        expected = world.model.rows64(job.tokens, rows, *copied, correct)[:2]
+    found = kv(world.model, job)
+    for part in (0, 1):
+        assert_close(context(found[part], job.plan), context(expected[part], job.plan), **TOLERANCE)
+
+
 @several
 @given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.sampled_from([Probe(), Reuse()]))
 def test_ratio_zero_computes_the_gaps_and_nothing_else(seed, prefix, parts, tail, selector):
@@ -206,7 +273,7 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     copied = kv(world.model, job)
     executor.run([job], Timings())
     rows = torch.arange(max(job.plan.end, len(job.tokens) - QUESTION_TOKENS), len(job.tokens))
-    count = selector.budget(ratio, job.plan.reused)
+    (count,) = selector.budget(ratio, job.plan.reused)
     if count == job.plan.reused:
         assert selector.heard == []
         return
@@ -228,6 +295,68 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     assert len(job.recomputed) == count
     assert (score[job.recomputed] >= threshold - 1e-5).all()
     assert (job.recomputed.diff() > 0).all()
+
+
+@dataclass(frozen=True)
+class Watching(A3):
+    """Keeps the layer it measures."""
+
+    seen: list[FreshLayer] = field(default_factory=list, compare=False)
+
+    def measure(self, layer: FreshLayer) -> torch.Tensor:
+        self.seen.append(layer)
+        return super().measure(layer)
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.integers(3, 400))
+def test_first_layers_are_those_of_a_full_prefill(seed, prefix, parts, tail, slice_rows):
+    world = World(seed)
+    executor = executor_of(world, slice_rows)
+    selector = Watching()
+    job = world.job(world.prompt(prefix, parts, tail), prefix, selector, 0.3, executor)
+    copied = kv(world.model, job)[1][1][prefix : job.plan.end].clone()
+    executor.run([job], Timings())
+    if not job.chooses:
+        assert selector.seen == []
+        return
+    (layer,) = selector.seen
+    everything = torch.arange(len(job.tokens))
+    empty = [torch.full((len(everything), 2, 8), torch.nan)] * world.model.depth
+    keys, values, _, _, queries = world.model.rows64(job.tokens, everything, empty, empty)
+    assert_close(layer.query.double(), queries[1][job.plan.end :], **TOLERANCE)
+    assert_close(layer.key.double(), keys[1][prefix:], **TOLERANCE)
+    assert_close(layer.value.double(), values[1][prefix:], **TOLERANCE)
+    spans = reused(job.plan) - prefix
+    assert_close(layer.copied.double()[spans], copied[spans], rtol=0, atol=0)
+
+
+@several
+@given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 90), st.floats(0.01, 0.9))
+def test_behind_the_first_layers_only_chosen_rows_and_gaps_are_fresh(seed, prefix, parts, tail, ratio):
+    world = World(seed)
+    executor = executor_of(world)
+    selector = CacheBlend()
+    job = world.job(world.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
+    copied, exact = kv(world.model, job), world.model.prefill64(job.tokens)
+    change = (exact[1][1] - copied[1][1])[reused(job.plan)].pow(2).flatten(1).sum(1)
+    executor.run([job], Timings())
+    if not job.chooses:
+        return
+    (count,) = selector.budget(ratio, job.plan.reused)
+    least = change.sort(descending=True).values[count - 1]
+    chosen = torch.isin(reused(job.plan), job.recomputed)
+    assert len(job.recomputed) == count
+    assert (change[chosen] >= least - 1e-5).all()
+    for part in (0, 1):
+        for layer in range(job.selector.fresh_layers):
+            copied[part][layer][: job.plan.end] = exact[part][layer][: job.plan.end]
+    rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
+    expected, found = world.model.rows64(job.tokens, rows, *copied)[:2], kv(world.model, job)
+    for part in (0, 1):
+        assert_close(context(found[part], job.plan), context(expected[part], job.plan), **TOLERANCE)
+    depth, size = world.model.depth, job.plan.end - prefix
+    assert job.charged(depth) == pytest.approx((2 * size + (count + job.plan.gap) * (depth - 2)) / (depth * size))
 
 
 def test_after_ratio_one_the_tail_equals_a_full_prefill():
@@ -313,7 +442,7 @@ class FailingProbe(Llama):
 class FailingPick(Listening):
     """Fails once the probe has run."""
 
-    def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
+    def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
         raise IndexError("the rule failed")
 
 

@@ -6,16 +6,43 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
-from a3_sglang.selectors import Epic, Full, Probe, Random, Reuse, Rows, Selector, make_selector, selector_names
+from a3_sglang.selectors import (
+    A3,
+    CacheBlend,
+    Epic,
+    FreshLayer,
+    Full,
+    Probe,
+    Random,
+    Reuse,
+    Rows,
+    Selector,
+    make_selector,
+    selector_names,
+)
+from a3_sglang.selectors.base import AUTO_CAP, AUTO_FLOOR, AUTO_SHARE
 
 SELECTORS = [make_selector(name) for name in selector_names()]
 
 
+def exactly(count: int) -> range:
+    return range(count, count + 1)
+
+
 def test_names_make_what_they_say():
-    expected = {"probe": Probe, "epic": Epic, "random": Random, "reuse": Reuse, "full": Full}
+    expected = {
+        "probe": Probe,
+        "a3": A3,
+        "cacheblend": CacheBlend,
+        "epic": Epic,
+        "random": Random,
+        "reuse": Reuse,
+        "full": Full,
+    }
     assert {name: type(make_selector(name)) for name in selector_names()} == expected
     assert all(make_selector(name).name == name for name in selector_names())
 
@@ -23,20 +50,23 @@ def test_names_make_what_they_say():
 @pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.name)
 @given(reused=st.integers(0, 100_000), ratio=st.floats(0, 1))
 def test_budget_is_the_ratio_rounded_up(selector: Selector, reused: int, ratio: float):
-    budget = selector.budget(ratio, reused)
+    (count,) = selector.budget(ratio, reused)
     if selector.name in ("reuse", "full"):
-        assert budget == (0 if selector.name == "reuse" else reused)
+        assert count == (0 if selector.name == "reuse" else reused)
     else:
-        assert budget - 1 < ratio * reused <= budget or budget == ratio * reused == 0
-        assert budget <= reused
+        assert count - 1 < ratio * reused <= count or count == ratio * reused == 0
+        assert count <= reused
 
 
 @given(st.integers(0, 100_000))
 def test_budget_edges(reused: int):
     probe = Probe()
-    assert probe.budget(0.0, reused) == 0
-    assert probe.budget(1.0, reused) == reused
-    assert probe.budget(1e-9, reused) == min(1, reused)
+    assert probe.budget(0.0, reused) == exactly(0)
+    assert probe.budget(1.0, reused) == exactly(reused)
+    assert probe.budget(1e-9, reused) == exactly(min(1, reused))
+    auto = probe.budget("auto", reused)
+    assert auto[0] == probe.budget(AUTO_FLOOR, reused)[0]
+    assert auto[-1] == probe.budget(AUTO_CAP, reused)[0]
 
 
 @given(st.data())
@@ -49,7 +79,7 @@ def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
     rows = Rows(torch.tensor(positions), torch.zeros(len(positions), dtype=torch.int64))
     expected = sorted(sorted(positions, key=lambda p: (-scores[p], p))[:count])
     for _ in range(2):
-        picked = Probe().pick(torch.tensor(scores), rows, count)
+        picked = Probe().pick(torch.tensor(scores), rows, exactly(count))
         assert picked.dtype == torch.int64
         assert picked.tolist() == expected
 
@@ -60,7 +90,7 @@ def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject
     positions = sorted(data.draw(st.sets(st.integers(0, 300), min_size=1)))
     count = data.draw(st.integers(0, len(positions)))
     rows = Rows(torch.tensor(positions), torch.arange(len(positions)))
-    picked = selector.pick(torch.rand(301), rows, count)
+    picked = selector.pick(torch.rand(301), rows, exactly(count))
     assert picked.dtype == torch.int64
     assert len(picked) == count
     assert picked.tolist() == sorted(set(picked.tolist()) & set(positions))
@@ -70,16 +100,16 @@ def test_probe_discounts_rows_deep_in_their_span():
     rows = Rows(torch.tensor([2, 9]), torch.tensor([0, 192]))
     relevance = torch.zeros(10)
     relevance[[2, 9]] = torch.tensor([1.0, 1.9])
-    assert Probe().pick(relevance, rows, 1).tolist() == [2]
+    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [2]
     relevance[9] = 2.1
-    assert Probe().pick(relevance, rows, 1).tolist() == [9]
+    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [9]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 40))
 def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], head: int):
     rows = Rows(torch.arange(sum(lengths)), torch.cat([torch.arange(length) for length in lengths]))
     count = sum(min(head, length) for length in lengths)
-    picked = Epic().pick(torch.zeros(sum(lengths)), rows, count)
+    picked = Epic().pick(torch.zeros(sum(lengths)), rows, exactly(count))
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
     expected = [s + i for s, length in zip(starts, lengths, strict=True) for i in range(min(head, length))]
     assert picked.tolist() == expected
@@ -88,9 +118,9 @@ def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], h
 def test_random_draws_evenly_and_again():
     rows = Rows(torch.arange(4000), torch.arange(4000))
     nothing = torch.zeros(4000)
-    picked = Random().pick(nothing, rows, 1000)
-    assert torch.equal(picked, Random().pick(nothing, rows, 1000))
-    assert not torch.equal(picked, Random(seed=1).pick(nothing, rows, 1000))
+    picked = Random().pick(nothing, rows, exactly(1000))
+    assert torch.equal(picked, Random().pick(nothing, rows, exactly(1000)))
+    assert not torch.equal(picked, Random(seed=1).pick(nothing, rows, exactly(1000)))
     assert all(180 < int(((picked >= a) & (picked < a + 800)).sum()) < 220 + 20 for a in range(0, 4000, 800))
 
 
@@ -112,3 +142,52 @@ def test_probe_band_of_known_models():
 @given(st.integers(1, 200))
 def test_only_the_probe_asks_for_one(depth: int):
     assert [s.name for s in SELECTORS if len(s.probe_layers(depth))] == ["probe"]
+
+
+@given(st.data())
+def test_auto_covers_its_share_between_floor_and_cap(data: st.DataObject):
+    drawn = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=400)
+    relevance = torch.tensor(data.draw(drawn), dtype=torch.float32)
+    rows = Rows(torch.arange(len(relevance)), torch.zeros(len(relevance), dtype=torch.int64))
+    budget = Probe().budget("auto", len(relevance))
+    picked = Probe().pick(relevance, rows, budget)
+    assert len(picked) in budget
+    total = relevance.double().sum()
+    if len(picked) < budget[-1]:
+        assert relevance[picked].double().sum() >= AUTO_SHARE * total * (1 - 1e-9)
+    if len(picked) > budget[0]:
+        # One row fewer would not have done.
+        assert relevance[picked].double().sum() - relevance[picked].min() < AUTO_SHARE * total * (1 + 1e-9)
+
+
+def fresh_layer(generator: torch.Generator, context: int, tail: int, kv_heads: int, group: int) -> FreshLayer:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, 8, generator=generator)
+
+    n = context + tail
+    return FreshLayer(
+        random(tail, kv_heads * group), random(n, kv_heads), random(n, kv_heads), random(context, kv_heads)
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
+def test_a3_is_the_papers_attention(context: int, tail: int, kv_heads: int, group: int, seed: int):
+    """Row by row from the definition: one softmax over concatenated heads, causal, then sums and means of 5."""
+    layer = fresh_layer(torch.Generator().manual_seed(seed), context, tail, kv_heads, group)
+    key = layer.key.double().repeat_interleave(group, 1).flatten(1)
+    summed = torch.zeros(context, dtype=torch.float64)
+    for i in range(tail):
+        q = layer.query[i].double().flatten()
+        logits = key[: context + i + 1] @ q / len(q) ** 0.5
+        summed += torch.softmax(logits, 0)[:context]
+    padded = torch.nn.functional.pad(summed, (2, 2))
+    expected = torch.stack([padded[j : j + 5].mean() for j in range(context)])
+    assert_close(A3().measure(layer).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**31))
+def test_cacheblend_is_the_change_of_values(context: int, tail: int, seed: int):
+    layer = fresh_layer(torch.Generator().manual_seed(seed), context, tail, 2, 2)
+    expected = (layer.value[:context] - layer.copied).double().pow(2).flatten(1).sum(1)
+    assert_close(CacheBlend().measure(layer).double(), expected, rtol=1e-4, atol=1e-6)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from a3_sglang.fusion.drift import BLOCK, Drift
 from a3_sglang.fusion.plan import Plan
-from a3_sglang.fusion.rotation import RopeTable, copy_rotated
+from a3_sglang.fusion.rotation import RopeTable, copy_rotated, rotate
 from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup
 from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, relevance
-from a3_sglang.selectors import Rows, Selector
+from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +87,24 @@ class Job:
         selector, ratio: which reused rows are recomputed.
         recomputed: int64, positions of the reused rows that were recomputed, ascending; set by :meth:`Executor.run`.
         probed_rows, probed_layers: size of the probe.
+        fresh_layers: layers, from layer 0 on, that were computed for all rows.
     """
 
     plan: Plan
     tokens: torch.Tensor
     slots: torch.Tensor
     selector: Selector
-    ratio: float
+    ratio: Ratio
     recomputed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     probed_rows: int = 0
     probed_layers: int = 0
+    fresh_layers: int = 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the budget leaves the selector a choice."""
+        budget = self.selector.budget(self.ratio, self.plan.reused)
+        return budget[-1] > 0 and budget[0] < self.plan.reused
 
     @property
     def exact(self) -> bool:
@@ -103,9 +112,14 @@ class Job:
         return len(self.recomputed) == self.plan.reused
 
     def charged(self, depth: int) -> float:
-        """Rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail)."""
-        rows = (len(self.recomputed) + self.plan.gap) * depth + self.probed_rows * self.probed_layers
-        return rows / (depth * (self.plan.end - self.plan.prefix))
+        """Rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail).
+
+        A layer's row counts once: that chosen rows pass through the ``fresh_layers`` twice is our doing, not that of
+        the methods which ask for them.
+        """
+        context = self.plan.end - self.plan.prefix
+        rows = context * self.fresh_layers + (len(self.recomputed) + self.plan.gap) * (depth - self.fresh_layers)
+        return (rows + self.probed_rows * self.probed_layers) / (depth * context)
 
 
 @dataclass(slots=True)
@@ -164,6 +178,9 @@ class Executor:
         try:
             with timings.add("probe_ms"):
                 scores = self._probe(jobs)
+                for i, job in enumerate(jobs):
+                    if job.chooses and job.selector.fresh_layers:
+                        scores[i] = self._compute_first_layers(job)
             with timings.add("select_ms"):
                 for job, score in zip(jobs, scores, strict=True):
                     job.recomputed = _select(job, score)
@@ -179,8 +196,7 @@ class Executor:
         asked: list[tuple[Job, range]] = []
         for job in jobs:
             layers = job.selector.probe_layers(self.model.depth)
-            count = job.selector.budget(job.ratio, job.plan.reused)
-            if len(layers) and 0 < count < job.plan.reused:
+            if job.chooses and len(layers):
                 asked.append((job, layers))
         if not asked:
             return [None] * len(jobs)
@@ -199,51 +215,141 @@ class Executor:
         by_job = {id(p.job): p.scores for p in probes}
         return [by_job.get(id(job)) for job in jobs]
 
+    def _compute_first_layers(self, job: Job) -> torch.Tensor:
+        """Compute the layers that the selector wants in full; what it measures on the last of them, (end,)."""
+        first = _FirstLayers(self, job)
+        rows = torch.arange(job.plan.prefix, len(job.tokens), device=job.slots.device)
+        for part in rows.split(self.slice_rows):
+            self.model.forward(job.tokens[part], part, first)
+        job.fresh_layers = job.selector.fresh_layers
+        return first.scores()
+
     def _recompute(self, jobs: Sequence[Job]) -> None:
         """One pass over the chosen rows and the gaps of all jobs; more where they exceed ``slice_rows``."""
-        work: list[tuple[Job, torch.Tensor]] = []
+        work: list[_Part] = []
         pending = 0
         for job in jobs:
             gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
             rows = torch.cat([job.recomputed, *gaps]).sort().values
+            begin = job.plan.prefix
             # Slices of one request go in order of position, so that each finds the KV before it fresh.
             while len(rows):
-                part = rows[: self.slice_rows - pending]
-                work.append((job, part))
+                part, rows = rows.tensor_split([self.slice_rows - pending])
+                end = int(rows[0]) if len(rows) else job.plan.end
+                work.append(_Part(job, part, begin, end))
+                begin = end
                 pending += len(part)
-                rows = rows[len(part) :]
                 if pending == self.slice_rows:
                     self._pass(work)
                     work, pending = [], 0
         if work:
             self._pass(work)
 
-    def _pass(self, work: Sequence[tuple[Job, torch.Tensor]]) -> None:
-        groups, begin = [], 0
-        for job, rows in work:
+    def _pass(self, work: Sequence[_Part]) -> None:
+        groups, spreads, at = [], [], 0
+        for part in work:
+            job, rows = part.job, part.rows
             # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
             context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
-            groups.append(RowGroup(begin, begin + len(rows), context, rows + 1, job.exact))
-            begin += len(rows)
+            groups.append(RowGroup(at, at + len(rows), context, rows + 1, job.exact))
+            if job.selector.spreads and not job.exact:
+                spreads.append(_Spread(self.model, part, at))
+            at += len(rows)
         self.model.forward(
-            torch.cat([job.tokens[rows] for job, rows in work]),
-            torch.cat([rows for _, rows in work]),
-            RowsAttention(self, torch.cat([job.slots[rows] for job, rows in work]), groups, kv_only=True),
+            torch.cat([part.job.tokens[part.rows] for part in work]),
+            torch.cat([part.rows for part in work]),
+            RowsAttention(
+                self, torch.cat([part.job.slots[part.rows] for part in work]), groups, spreads=spreads, kv_only=True
+            ),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of one job that go through the model in one pass: all it recomputes of ``[begin, end)``."""
+
+    job: Job
+    rows: torch.Tensor
+    begin: int
+    end: int
+
+
+class _Spread:
+    """Takes the drift that recomputed rows show off the reused rows between them; see ``fusion/drift.py``."""
+
+    def __init__(self, model: Model, part: _Part, at: int) -> None:
+        job, device = part.job, part.rows.device
+        here = [
+            (max(span.start, part.begin), min(span.end, part.end))
+            for span in job.plan.spans
+            if span.start < part.end and part.begin < span.end
+        ]
+        reused = torch.cat([torch.arange(a, b, device=device) for a, b in here]) if here else part.rows[:0]
+        chosen = torch.isin(reused, job.recomputed)
+        self._model, self._turns = model, _Turns(model, reused)
+        self._chosen, self._kept = (mask.nonzero().flatten() for mask in (chosen, ~chosen))
+        self._rows = at + torch.searchsorted(part.rows, reused[chosen])
+        self._slots = job.slots[reused]
+        starts = [start for a, b in here for start in range(a, b, BLOCK)]
+        self._drift = Drift(reused[chosen], reused[~chosen], starts)
+
+    def __call__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Correct the layer's kept rows; the chosen rows' slots still hold what was copied.
+
+        Args:
+            layer: the layer's number.
+            key: (rows, kv_heads, head_dim), those of the pass, after RoPE.
+            value: like ``key``.
+        """
+        keys, values = self._model.keys[layer], self._model.values[layer]
+        known, wanted = self._slots[self._chosen], self._slots[self._kept]
+        drift = key[self._rows].float() - keys[known].float()
+        moved = self._drift.of_keys(self._turns.back(layer, drift, self._chosen))
+        keys[wanted] = (keys[wanted].float() + self._turns.forth(layer, moved, self._kept)).to(keys.dtype)
+        moved = self._drift.of_values(value[self._rows].float() - values[known].float())
+        values[wanted] = (values[wanted].float() + moved).to(values.dtype)
+
+
+class _Turns:
+    """Keys from their positions to position 0 and back, computed once for all layers that turn alike."""
+
+    def __init__(self, model: Model, positions: torch.Tensor) -> None:
+        self._ropes, self._positions, self._origin = model.ropes, positions, torch.zeros_like(positions)
+        self._kept: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def back(self, layer: int, keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self._turn(layer, keys, rows, False)
+
+    def forth(self, layer: int, keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self._turn(layer, keys, rows, True)
+
+    def _turn(self, layer: int, keys: torch.Tensor, rows: torch.Tensor, forth: bool) -> torch.Tensor:
+        rope = self._ropes[layer]
+        name = id(rope), forth
+        if name not in self._kept:
+            ways = (self._origin[rows], self._positions[rows])
+            self._kept[name] = rope.turn(*(ways if forth else ways[::-1]))
+        return rotate(keys, *self._kept[name], rope.neox)
 
 
 class RowsAttention(Attend):
     """Rows whose KV is written to their slots before they attend.
 
     Args:
+        spreads: what is done before, while the slots still hold the copied KV.
         kv_only: nothing but the rows' KV is wanted, so the pass ends with the last layer's.
     """
 
     def __init__(
-        self, executor: Executor, slots: torch.Tensor, groups: Sequence[RowGroup], kv_only: bool = False
+        self,
+        executor: Executor,
+        slots: torch.Tensor,
+        groups: Sequence[RowGroup],
+        spreads: Sequence[_Spread] = (),
+        kv_only: bool = False,
     ) -> None:
         self._model, self._attention = executor.model, executor.attention
-        self._slots, self._groups = slots, groups
+        self._slots, self._groups, self._spreads = slots, groups, spreads
         self._run: Attention | None = None
         self._last = executor.model.depth - 1 if kv_only else -1
 
@@ -251,6 +357,9 @@ class RowsAttention(Attend):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         keys, values = self._model.keys[layer], self._model.values[layer]
+        if layer:  # KV of layer 0 has seen no context, so it has no drift.
+            for spread in self._spreads:
+                spread(layer, key, value)
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
         if layer == self._last:
@@ -329,18 +438,66 @@ class _ProbeAttention(Attend):
         return out
 
 
+class _FirstLayers(Attend):
+    """All rows behind one job's exact prefix, in slices by position; the context's KV goes to its slots."""
+
+    def __init__(self, executor: Executor, job: Job) -> None:
+        self._model, self._attention, self._job = executor.model, executor.attention, job
+        self._last = job.selector.fresh_layers - 1
+        self._copied = self._model.values[self._last].index_select(0, job.slots[job.plan.prefix :])
+        self._tail: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._queries: list[torch.Tensor] = []
+        self._at = job.plan.prefix
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        job, end = self._job, self._at + len(query)
+        context = max(min(job.plan.end - self._at, len(query)), 0)
+        pools = self._model.keys[layer], self._model.values[layer]
+        for pool, own in zip(pools, (key, value), strict=True):
+            pool.index_copy_(0, job.slots[self._at : self._at + context], own[:context].to(pool.dtype))
+        tail = self._tail.setdefault(layer, [])
+        tail.append((key[context:], value[context:]))
+        if layer == self._last:
+            self._queries.append(query[context:])
+            self._at = end
+            raise PassOver
+        keys, values = (
+            torch.cat([pool[job.slots], *parts]) for pool, parts in zip(pools, zip(*tail, strict=True), strict=True)
+        )
+        visible = torch.arange(self._at, end, device=query.device) + 1
+        group = RowGroup(0, len(query), torch.arange(len(keys), device=query.device), visible, True)
+        run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
+        return run(query, keys, values, scaling)
+
+    def scores(self) -> torch.Tensor:
+        """What the selector measures, float32 (end,); zero where nothing is reused."""
+        job, layer = self._job, self._last
+        own = slice(job.plan.prefix, None)
+        key, value = (
+            torch.cat([pool[layer][job.slots[own]], *parts])
+            for pool, parts in zip(
+                (self._model.keys, self._model.values), zip(*self._tail[layer], strict=True), strict=True
+            )
+        )
+        measured = job.selector.measure(FreshLayer(torch.cat(self._queries), key, value, self._copied))
+        scores = torch.zeros(job.plan.end, device=job.slots.device)
+        reused = _reused_positions(job.plan, job.slots.device)
+        scores[reused] = measured[reused - job.plan.prefix]
+        return scores
+
+
 def _select(job: Job, score: torch.Tensor | None) -> torch.Tensor:
     positions = _reused_positions(job.plan, job.slots.device)
-    count = job.selector.budget(job.ratio, len(positions))
-    if count == len(positions):
-        return positions
-    if count == 0:
-        return positions[:0]
+    budget = job.selector.budget(job.ratio, len(positions))
+    if not job.chooses:
+        return positions[: budget[0]]
     if score is None:
         score = torch.zeros(job.plan.end, device=positions.device)
     elif not bool(torch.isfinite(score).all()):
-        raise FloatingPointError("the probe's scores are not finite")
-    return job.selector.pick(score, Rows(positions, positions - _span_starts(job.plan, positions.device)), count)
+        raise FloatingPointError("the scores of reused rows are not finite")
+    return job.selector.pick(score, Rows(positions, positions - _span_starts(job.plan, positions.device)), budget)
 
 
 def _reused_positions(plan: Plan, device: Any) -> torch.Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+
+Ratio = float | Literal["auto"]
+"""Share of the reused rows that is recomputed; ``"auto"`` lets the question's attention decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,39 @@ class Rows:
     offsets: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class FreshLayer:
+    """One layer of one request, computed for all rows behind the exact prefix: first the context, then the tail.
+
+    Attributes:
+        query: (tail, heads, head_dim), after RoPE.
+        key: (context + tail, kv_heads, head_dim), after RoPE.
+        value: like ``key``.
+        copied: (context, kv_heads, head_dim), the values that were copied; arbitrary where nothing was reused.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    copied: torch.Tensor
+
+
 class Selector(ABC):
     """Ranks reused rows; the executor recomputes those that rank highest, as many as the budget allows.
 
-    A subclass is a frozen dataclass of its options. It sees tensors only, nothing of SGLang.
+    A subclass is a frozen dataclass of its options. It sees tensors only, nothing of SGLang. What it ranks by is
+    measured either by the probe (:meth:`probe_layers`) or on the first layers computed in full
+    (:attr:`fresh_layers`, :meth:`measure`), or not at all.
     """
 
     name: ClassVar[str]
+    fresh_layers: ClassVar[int] = 0
+    """So many layers, from layer 0 on, are computed for all rows before any are chosen."""
+    attention: ClassVar[bool] = False
+    """Whether scores are shares of the question's attention, which ``ratio="auto"`` needs."""
+
+    spreads: ClassVar[bool] = False
+    """Whether what the recompute changes is also taken off the rows between (``fusion/drift.py``)."""
 
     def probe_layers(self, depth: int) -> range:
         """Layers whose question attention is wanted (contiguous; empty, the default: the probe is not run).
@@ -39,24 +68,47 @@ class Selector(ABC):
         """
         return range(0)
 
-    def budget(self, ratio: float, reused: int) -> int:
-        """How many of ``reused`` rows are recomputed."""
-        return min(reused, math.ceil(ratio * reused))
+    def measure(self, layer: FreshLayer) -> torch.Tensor:
+        """Relevance of the context's rows, float32 (context,), from the last of the :attr:`fresh_layers`."""
+        raise NotImplementedError
+
+    def budget(self, ratio: Ratio, reused: int) -> range:
+        """How many of ``reused`` rows are recomputed, from the least to the most, one or more counts."""
+        if ratio == "auto":
+            return range(_rows(AUTO_FLOOR, reused), _rows(AUTO_CAP, reused) + 1)
+        count = _rows(ratio, reused)
+        return range(count, count + 1)
 
     @abstractmethod
     def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
         """How much each reused row deserves to be recomputed.
 
         Args:
-            relevance: float32 (context,); what the probe measured for each prompt position before the tail, zero
-                where it was not run.
+            relevance: float32 (context,); what was measured for each prompt position before the tail, zero where
+                nothing was.
             rows: the reused rows.
 
         Returns:
-            float32 (reused,).
+            float32 (reused,), not negative where :attr:`attention` is set.
         """
 
-    def pick(self, relevance: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
-        """The ``count`` positions to recompute, int64 (count,), ascending; of equal scores the earlier position."""
-        order = torch.sort(self.scores(relevance, rows), descending=True, stable=True).indices[:count]
-        return rows.positions[order].sort().values
+    def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
+        """Positions to recompute, int64, ascending; of equal scores the earlier position.
+
+        Where ``budget`` leaves a choice, they are as many as it takes to cover :data:`AUTO_SHARE` of all scores.
+        """
+        ranked = torch.sort(self.scores(relevance, rows), descending=True, stable=True)
+        count = budget[0]
+        if len(budget) > 1:
+            covered = ranked.values.double().cumsum(0)
+            needed = 1 + int((covered < AUTO_SHARE * covered[-1]).sum())
+            count = min(max(needed, budget[0]), budget[-1])
+        return rows.positions[ranked.indices[:count]].sort().values
+
+
+AUTO_SHARE, AUTO_FLOOR, AUTO_CAP = 0.6, 0.05, 0.4
+"""With ``ratio="auto"``: share of the scores to cover, and shares of the reused rows that bound the budget."""
+
+
+def _rows(ratio: float, reused: int) -> int:
+    return min(reused, math.ceil(ratio * reused))

@@ -28,6 +28,8 @@ class Probe(Selector):
     """
 
     name: ClassVar[str] = "probe"
+    attention: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
     first: float = 0.25
     last: float = 0.8
     reach: float = 64.0

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.selectors.base import Rows, Selector
+from a3_sglang.selectors.base import Ratio, Rows, Selector
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Reuse(Selector):
 
     name: ClassVar[str] = "reuse"
 
-    def budget(self, ratio: float, reused: int) -> int:
-        return 0
+    def budget(self, ratio: Ratio, reused: int) -> range:
+        return range(1)
 
     def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
         return torch.zeros_like(rows.positions, dtype=torch.float32)
