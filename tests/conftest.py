@@ -48,11 +48,11 @@ def model() -> str:
 
 @pytest.fixture(scope="module")
 def traffic(model: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Traffic]:
-    """An engine with the backend a3; a module's ``ENGINE`` dict overrides its arguments."""
+    """An engine with the backend a3; a module's ``ENGINE`` dict overrides its arguments, ``OPTIONS`` its options."""
     folder = tmp_path_factory.mktemp("kv")
     arguments = {"chunked_prefill_size": 2048, "max_total_tokens": 16384} | getattr(request.module, "ENGINE", {})
     with (
-        environment(A3_DUMP_KV=str(folder), A3_MIN_REUSE=MIN_REUSE),
+        environment(A3_DUMP_KV=str(folder), A3_MIN_REUSE=MIN_REUSE, **getattr(request.module, "OPTIONS", {})),
         engine(model, "a3", **arguments) as running,
     ):
         yield Traffic(running, seed=random.randrange(1 << 30), folder=folder)

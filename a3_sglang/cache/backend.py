@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class A3Tree:
         self.index: AnyPositionIndex | None = None
         self.executor: Executor | None = None
         self.waiting: dict[str, Any] = {}
+        self._inserting: Any = None
         super().__init__(*args, **kwargs)
 
     def start(self, options: ServerOptions, executor: Executor, capacity: int) -> None:
@@ -104,11 +105,28 @@ class A3Tree:
         result = super().insert(params)  # type: ignore[misc]
         if self.index is not None:
             try:
-                self.index.add(seams.namespace(params.key), seams.key_tokens(params.key))
+                self.index.add(seams.namespace(params.key), seams.key_tokens(params.key)[: self._donated()])
             except Exception:
                 logger.exception("a3: a donor could not be indexed; the index starts anew")
                 self.index.clear()
         return result
+
+    def _donated(self) -> int | None:
+        """How many tokens of what is being inserted may be reused elsewhere; None for all."""
+        if self.options.donors == "harvest":
+            return None
+        req = self._inserting
+        # The answer to a donor is none.
+        return len(req.origin_input_ids) if req is not None and self._options_of(req).donor else 0
+
+    @contextmanager
+    def _insertion(self, req: Any) -> Iterator[None]:
+        """While the tree inserts on a request's behalf."""
+        before, self._inserting = self._inserting, req
+        try:
+            yield
+        finally:
+            self._inserting = before
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -134,6 +152,8 @@ class A3Tree:
             state.plan, state.reason = None, "the search failed"
         if state.plan is None or result.host_hit_length:
             return result
+        if state.plan.prefix < seams.matched_length(result):
+            result = super().match_prefix(replace(params, key=params.key[: state.plan.prefix]))  # type: ignore[misc]
         return result._replace(
             last_host_node=result.last_device_node,
             best_match_node=result.last_device_node,
@@ -142,30 +162,38 @@ class A3Tree:
 
     def _plan(self, req: Any, state: RequestState, key: Any, prefix: int) -> Plan | None:
         assert self.index is not None
-        if state.options is None:
-            state.options = resolve(self.options, req.sampling_params.custom_params)
+        options = self._options_of(req)
         seen = (self.index.version, len(key), prefix)
         if state.seen == seen:
             return state.plan
-        state.seen, state.reason = seen, _unfit(req, state.options)
+        state.seen, state.reason = seen, _unfit(req, options)
         if state.reason is not None:
             return None
         space, tokens = seams.namespace(key), seams.key_tokens(key)
-        prompt = len(req.origin_input_ids)
+        prompt, held_prefix = len(req.origin_input_ids), prefix
         for _ in range(4):
-            runs = self.index.find(space, tokens, prefix, state.options.min_span)
+            if self.options.donors == "compiled":
+                # What else the tree holds of the prompt would make the answer depend on other requests.
+                prefix = min(held_prefix, self.index.known_prefix(space, tokens))
+            runs = self.index.find(space, tokens, prefix, options.min_span)
             plan = make_plan(runs, prefix, prompt, len(tokens), self.page_size)  # type: ignore[attr-defined]
             reused = plan.reused if plan else 0
-            if reused < state.options.min_reuse:
-                state.reason = f"{reused} reusable tokens, fewer than min_reuse {state.options.min_reuse}"
+            if reused < options.min_reuse:
+                state.reason = f"{reused} reusable tokens, fewer than min_reuse {options.min_reuse}"
                 return None
             assert plan is not None
             held = [self._held(space, span.run) for span in plan.spans]
             if all(held):
-                state.seen = (self.index.version, len(key), prefix)
+                state.seen = (self.index.version, len(key), held_prefix)
                 return plan
         state.reason = "the donors were evicted"
         return None
+
+    def _options_of(self, req: Any) -> Effective:
+        state = state_of(req)
+        if state.options is None:
+            state.options = resolve(self.options, req.sampling_params.custom_params)
+        return state.options
 
     def _held(self, space: Hashable, run: Run) -> bool:
         """Whether the tree still has this run; the index forgets it where not."""
@@ -261,25 +289,30 @@ class A3Tree:
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         if not self._fused(req):
-            super().checkpoint(req, up_to=up_to, **kwargs)  # type: ignore[misc]
+            with self._insertion(req):
+                super().checkpoint(req, up_to=up_to, **kwargs)  # type: ignore[misc]
 
     def on_release(self, req: Any, **kwargs: Any) -> None:
         if self._fused(req):
             kwargs = dict.fromkeys(kwargs, False)
-        super().on_release(req, **kwargs)  # type: ignore[misc]
+        with self._insertion(req):
+            super().on_release(req, **kwargs)  # type: ignore[misc]
 
     def insert_req(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         if not self._fused(req):
-            super().insert_req(req, up_to=up_to, **kwargs)  # type: ignore[misc]
+            with self._insertion(req):
+                super().insert_req(req, up_to=up_to, **kwargs)  # type: ignore[misc]
 
     def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
         if self._fused(req):
             seams.keep_row_as_prefix(self, req)
-        else:
+            return
+        with self._insertion(req):
             super().cache_unfinished_req(req, *args, **kwargs)  # type: ignore[misc]
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, **kwargs: Any) -> None:
-        super().cache_finished_req(req, is_insert=is_insert and not self._fused(req), **kwargs)  # type: ignore[misc]
+        with self._insertion(req):
+            super().cache_finished_req(req, is_insert=is_insert and not self._fused(req), **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _fused(req: Any) -> bool:
@@ -391,6 +424,8 @@ def _unfit(req: Any, options: Effective) -> str | None:
     """Why this request gets a full prefill whatever the index holds."""
     if not options.enabled:
         return "off"
+    if options.donor:
+        return "the request is a donor"
     if getattr(req, "lora_id", None) is not None:
         return "the request uses a LoRA adapter"
     if getattr(req, "input_embeds", None) is not None:

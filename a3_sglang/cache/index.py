@@ -220,6 +220,14 @@ class AnyPositionIndex:
         while self.capacity is not None and self._tokens > self.capacity and len(self._segments) > 1:
             self._drop(next(iter(self._segments.values())), 0)
 
+    def known_prefix(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> int:
+        """How many of a prompt's first tokens are a donor's first tokens too, in whole blocks and pages."""
+        blocks = len(tokens) // self.block
+        path = np.asarray(tokens, np.int32)[: blocks * self.block]
+        chain = self._chain_hashes(self._block_hashes(path.reshape(blocks, self.block), namespace))
+        _, known = self._longest_known(namespace, path, chain)
+        return known * self.block // self._unit * self._unit
+
     def forget(self, segment: Segment, keep: int) -> None:
         """The tree holds only the first ``keep`` tokens of this segment's path: drop what lies behind."""
         node = segment

@@ -1,0 +1,85 @@
+"""Compiled donors on the real engine: what an answer is does not depend on who asked before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from traffic import Traffic, answer
+
+pytestmark = [pytest.mark.engine, pytest.mark.core]
+
+OPTIONS = {"A3_DONORS": "compiled"}
+ORDER = [2, 5, 0, 7]
+
+
+def compile_documents(traffic: Traffic) -> list[dict[str, Any]]:
+    donors = [traffic.system + document for document in traffic.documents]
+    return [traffic.ask(ids, {"donor": True}, tokens=1)["meta_info"]["a3"] for ids in donors]
+
+
+def strip(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: report[name] for name in ("prefix", "reused", "recomputed", "gap", "tail", "reason")}
+
+
+def test_answers_do_not_depend_on_other_traffic(traffic: Traffic):
+    traffic.renew()
+    traffic.running.flush_cache()
+    question = traffic.tokens(40)
+    prompt = traffic.prompt(ORDER, 0) + question
+    reports = compile_documents(traffic)
+    assert all(report["reason"] == "the request is a donor" and report["reused"] == 0 for report in reports)
+    first = traffic.ask(prompt)
+    report = first["meta_info"]["a3"]
+    assert report["reason"] is None
+    assert report["reused"] > report["recomputed"] > 0
+    # Traffic that leaves other KV of the same chunks, and exact prefixes of the very prompt.
+    for order in ([5, 0, 2, 7], [7, 2, 5, 0], [2, 5, 1, 3], ORDER[:2], ORDER):
+        traffic.ask(traffic.prompt(order), False, tokens=2)
+        traffic.ask(traffic.prompt(order), None, tokens=2)
+    plain = traffic.ask(prompt + traffic.tokens(30), False, tokens=2)["meta_info"]
+    assert plain["a3"]["prefix"] > len(traffic.system) + 40
+    again = traffic.ask(prompt)
+    assert strip(again["meta_info"]["a3"]) == strip(report)
+    assert answer(again) == answer(first)
+    assert all((traffic.kv(again)[part] == traffic.kv(first)[part]).all() for part in "kv")
+
+
+def test_only_donors_are_reused(traffic: Traffic):
+    traffic.renew()
+    traffic.running.flush_cache()
+    traffic.ask(traffic.prompt(ORDER), False)
+    report = traffic.ask(traffic.prompt(ORDER[::-1]))["meta_info"]["a3"]
+    assert report["reused"] + report["recomputed"] == 0
+    assert report["reason"].startswith("0 reusable tokens")
+
+
+def test_the_answer_to_a_donor_is_no_donor(traffic: Traffic):
+    traffic.renew()
+    traffic.running.flush_cache()
+    donor = traffic.system + traffic.tokens(120)
+    said = traffic.ask(donor, {"donor": True}, tokens=90)["output_ids"]
+    report = traffic.ask(traffic.tokens(40) + donor[len(traffic.system) :] + said + traffic.tokens(40))["meta_info"]["a3"]
+    assert 0 < report["reused"] + report["recomputed"] <= 120
+
+
+def test_a_fresh_engine_with_other_traffic_says_the_same(traffic: Traffic):
+    """Rounding aside: which request computed the system part first decides in which batch its KV was computed."""
+    traffic.renew()
+    question = traffic.tokens(40)
+    prompt = traffic.prompt(ORDER, 0) + question
+    seen = []
+    for before in ([[1, 2, 3]], [[7, 6], ORDER]):
+        traffic.running.flush_cache()
+        for order in before:
+            traffic.ask(traffic.prompt(order), False)
+        compile_documents(traffic)
+        out = traffic.ask(prompt)
+        seen.append((answer(out), strip(out["meta_info"]["a3"]), traffic.kv(out)))
+    (one, one_report, one_kv), (other, other_report, other_kv) = seen
+    assert one_report == other_report
+    assert one[0] == other[0]
+    assert one[1] == pytest.approx(other[1], abs=0.05)
+    for part in "kv":
+        error = (one_kv[part].float() - other_kv[part].float()).norm() / one_kv[part].float().norm()
+        assert error < 0.02
