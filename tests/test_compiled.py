@@ -59,7 +59,9 @@ def test_the_answer_to_a_donor_is_no_donor(traffic: Traffic):
     traffic.running.flush_cache()
     donor = traffic.system + traffic.tokens(120)
     said = traffic.ask(donor, {"donor": True}, tokens=90)["output_ids"]
-    report = traffic.ask(traffic.tokens(40) + donor[len(traffic.system) :] + said + traffic.tokens(40))["meta_info"]["a3"]
+    report = traffic.ask(traffic.tokens(40) + donor[len(traffic.system) :] + said + traffic.tokens(40))["meta_info"][
+        "a3"
+    ]
     assert 0 < report["reused"] + report["recomputed"] <= 120
 
 

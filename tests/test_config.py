@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from a3_sglang.config import Effective, ServerOptions, env_name, resolve
 
-DEFAULT = Effective(enabled=True, ratio=0.15, selector="probe", min_span=32, min_reuse=256)
+DEFAULT = Effective(enabled=True, donor=False, ratio=0.15, selector="probe", min_span=32, min_reuse=256)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def test_server_defaults():
         ("min_span", "64", 64),
         ("min_reuse", "1", 1),
         ("donors", "harvest", "harvest"),
+        ("donors", "compiled", "compiled"),
     ],
 )
 def test_server_options_from_the_environment(monkeypatch, option, text, value):
@@ -123,6 +124,7 @@ def test_a_request_overrides_single_options(ratio, selector, min_span):
         *[("ratio", float(text)) for text in ("nan", "inf", "-inf")],
         *[("selector", value) for value in ("", "Probe", "no such", 3, True, ["probe"], "x" * 10_000, "a\nb")],
         *[("min_span", value) for value in (31, 0, -1, True, 64.0, 64.5, "64", float("nan"), float("inf"), [64])],
+        *[("donor", value) for value in (1, "true", None, [])],
         *[("min_reuse", 1), ("recompute_ratio", 0.5), ("Ratio", 0.5), ("enabled", True)],
     ],
 )
@@ -142,8 +144,12 @@ def test_odd_field_names_stay_on_one_short_line(name):
     assert len(str(caught.value)) < 300
 
 
+def test_a_request_can_be_a_donor():
+    assert resolve(ServerOptions(), {"a3": {"donor": True}}) == DEFAULT.model_copy(update={"donor": True})
+
+
 def test_an_unknown_field_is_told_the_known_ones():
-    with pytest.raises(ValueError, match="ratio, selector, min_span"):
+    with pytest.raises(ValueError, match="ratio, selector, min_span, donor"):
         resolve(ServerOptions(), {"a3": {"budget": 1}})
 
 

@@ -116,6 +116,17 @@ def test_ways_start_with_the_references_and_ask_fixed_rules_once():
     ]
 
 
+def test_auto_is_asked_of_rules_that_measure_attention():
+    ways = parse_ways("probe,a3,epic", "auto,0.1", "harvest")
+    assert [way[:2] for way in ways[2:]] == [
+        ("probe", "auto"),
+        ("probe", 0.1),
+        ("a3", "auto"),
+        ("a3", 0.1),
+        ("epic", 0.1),
+    ]
+
+
 def test_passages_are_the_same_tokens_in_prompt_and_donors(model: str):
     writer = Writer(AutoTokenizer.from_pretrained(model), passages=3, passage_tokens=100, seed=1)
     questions = make("facts", 3, 4, 12, seed=0)
@@ -144,6 +155,8 @@ def test_eval_on_the_engine(model: str, tmp_path):
         "ratios": "0.15",
         "donors": "harvest,compiled",
         "limit": 2,
+        "start": 0,
+        "charged": False,
         "passages": 3,
         "passage_tokens": 150,
         "seed": 5,
@@ -160,6 +173,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
         assert rows["full", donors]["charged"] == 1
         assert rows["reuse", donors]["charged"] == 0
         assert rows["reuse", donors]["kl"] > max(rows[NOISE, donors]["kl"], 1e-6)
+        assert rows["probe", donors]["kl"] < rows["reuse", donors]["kl"]
         assert 0.15 <= rows["probe", donors]["charged"] < 0.35
         assert rows["probe", donors]["charged"] > rows["random", donors]["charged"] >= 0.15
         assert all(row["n"] == 2 for row in rows.values())
@@ -171,3 +185,9 @@ def test_eval_on_the_engine(model: str, tmp_path):
     assert json.loads(out.read_text()) == before
     with pytest.raises(typer.BadParameter, match="other settings"):
         evaluate(**arguments | {"seed": 6})
+    # Two other questions at equal cost: the rule that computes layers in full gets fewer rows.
+    equal = {"selectors": "probe,cacheblend", "ratios": "0.2", "donors": "compiled", "start": 2, "charged": True}
+    evaluate(**arguments | equal | {"cells": None})
+    for row in json.loads(out.read_text())["rows"][2:]:
+        assert row["charged"] == pytest.approx(0.2, abs=0.005)
+        assert row["n"] == 2

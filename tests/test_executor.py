@@ -196,7 +196,7 @@ def kriging64(model: Llama, plan: Plan, chosen: torch.Tensor, kind: Correlation,
                 for p in set(block) - set(known):
                     toward = torch.tensor([share(p, a) for a in known], dtype=torch.float64)
                     weights = toward @ torch.linalg.inv(torch.tensor(among, dtype=torch.float64)) if known else toward
-                    moved = (weights[:, None, None] * drift).sum(0)
+                    moved = kind.trust * (weights[:, None, None] * drift).sum(0)
                     fresh[p] += rope64(moved[None], table[[p]], model.neox)[0] if turned else moved
 
     return correct

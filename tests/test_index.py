@@ -111,8 +111,10 @@ def test_finds_what_brute_force_finds(world, page_size):
         path = run.path().tolist()
         assert prompt[run.start : run.end] == path[run.offset :]
         assert held(donors, namespace, path) == len(path)
-    expected = oracle(donors, namespace, prompt, start, index.block, math.lcm(index.block, page_size))
+    unit = math.lcm(index.block, page_size)
+    expected = oracle(donors, namespace, prompt, start, index.block, unit)
     assert [(run.start, run.length) for run in found] == expected
+    assert index.known_prefix(namespace, prompt) == held(donors, namespace, prompt) // unit * unit
 
 
 @settings(max_examples=150, deadline=None)

@@ -7,6 +7,7 @@ import json as json_module
 import statistics
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -26,15 +27,21 @@ from a3_sglang.cli.common import (
     progress_console,
     write_json,
 )
-from a3_sglang.config import DONOR_MODES, known_selector
+from a3_sglang.config import AUTO, DONOR_MODES, known_ratio, known_selector, suits
 from a3_sglang.evaluation import scores
 from a3_sglang.evaluation.prompts import Case, Writer
-from a3_sglang.evaluation.questions import TASKS, Question, load, make
+from a3_sglang.evaluation.questions import TASKS, load, make
+from a3_sglang.selectors import Ratio, make_selector
 from a3_sglang.server.debug import ANSWER_KEY, LOGITS_VARIABLE
 
 ANSWER_TOKENS = 12
 NOISE = "noise"
 """Another plain request for the same prompt: what the engine's own rounding makes of it."""
+FIXED: dict[str, Ratio] = {"full": 1.0, "reuse": 0.0}
+"""Rules to which the ratio says nothing."""
+
+Way = tuple[str, Ratio, str]
+"""How a question is asked: selector, ratio, donors."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Cell:
 
     question: int
     selector: str
-    ratio: float
+    ratio: Ratio
     donors: str
     kl: float
     agreement: float
@@ -52,7 +59,7 @@ class Cell:
     charged: float
 
     @property
-    def key(self) -> tuple[int, str, float, str]:
+    def key(self) -> tuple[int, str, Ratio, str]:
         return self.question, self.selector, self.ratio, self.donors
 
 
@@ -61,17 +68,19 @@ class Evaluation:
 
     Args:
         running: the engine.
+        donors: the mode it runs in.
         folder: where it leaves logits.
         tokenizer: of the model.
+        depth: layers of the model.
+        charged: ratios are charged budgets, see :meth:`_ratio`.
     """
 
-    def __init__(self, running: Any, folder: Path, tokenizer: Any) -> None:
-        self.running, self.folder, self.tokenizer = running, folder, tokenizer
+    def __init__(self, running: Any, donors: str, folder: Path, tokenizer: Any, depth: int, charged: bool) -> None:
+        self.running, self.donors, self.folder, self.tokenizer = running, donors, folder, tokenizer
+        self.depth, self.charged = depth, charged
 
-    def cells(
-        self, number: int, case: Case, right: tuple[str, ...], wanted: list[tuple[str, float, str]]
-    ) -> Iterator[Cell]:
-        """One question in all wanted ways ``(selector, ratio, donors)``."""
+    def cells(self, number: int, case: Case, right: tuple[str, ...], wanted: list[Way]) -> Iterator[Cell]:
+        """One question in all wanted ways, whose donors are this engine's."""
         self._flush()
         reference, plain = self._ask(case.prompt, False, ANSWER_TOKENS)
         teacher = plain["output_ids"]
@@ -79,7 +88,7 @@ class Evaluation:
         teacher = teacher[:end]
         reference = reference[:end]
 
-        def cell(way: tuple[str, float, str], option: Any) -> Cell:
+        def cell(way: Way, option: Any) -> Cell:
             logits, out = self._ask(case.prompt, option, teacher)
             report = out["meta_info"]["a3"]
             if option is not False and report["reason"] is not None:
@@ -99,16 +108,27 @@ class Evaluation:
                 charged=report["charged"],
             )
 
-        for donors in dict.fromkeys(way[2] for way in wanted):
-            if any(way[0] == NOISE for way in wanted if way[2] == donors):
-                # The first request left the prompt in the tree, so this one computes little of it again.
-                yield cell((NOISE, 0.0, donors), False)
-            self._flush()
-            for ids in case.donors[donors]:
-                generate(self.running, ids, a3=False)
-            for selector, ratio, mode in wanted:
-                if mode == donors and selector != NOISE:
-                    yield cell((selector, ratio, donors), {"selector": selector, "ratio": ratio})
+        if any(way[0] == NOISE for way in wanted):
+            # The first request left the prompt in the tree, so this one computes little of it again.
+            yield cell((NOISE, 0.0, self.donors), False)
+        self._flush()
+        for ids in case.donors[self.donors]:
+            generate(self.running, ids, a3={"donor": True})
+        for way in wanted:
+            if way[0] != NOISE:
+                yield cell(way, {"selector": way[0], "ratio": self._ratio(case, way)})
+
+    def _ratio(self, case: Case, way: Way) -> Ratio:
+        """The nominal ratio of a way; where charged budgets are equal, the one with which the rule costs as much."""
+        selector, ratio, _ = way
+        if not self.charged or ratio == AUTO or selector in FIXED:
+            return ratio
+        out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": ratio})
+        report = out["meta_info"]["a3"]
+        reused = report["reused"] + report["recomputed"]
+        row = (1 - make_selector(selector).fresh_layers / self.depth) / (reused + report["gap"])
+        rows = report["recomputed"] + (ratio - report["charged"]) / row
+        return float(min(max(rows / reused, 0), 1))
 
     def _ask(self, ids: list[int], option: Any, answer: int | list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Logits (tokens, vocabulary) and the engine's answer; a list of token ids is forced on it."""
@@ -135,9 +155,15 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="JSON file of questions with passages and answers.")] = None,
     task: Annotated[str, typer.Option(help=f"Made-up questions, without --data: {', '.join(TASKS)}.")] = "facts",
     selectors: Annotated[str, typer.Option(help="Comma-separated rules.")] = "probe,epic,random,reuse",
-    ratios: Annotated[str, typer.Option(help="Comma-separated shares of reused tokens to recompute.")] = "0.15",
+    ratios: Annotated[
+        str, typer.Option(help="Comma-separated shares of reused tokens to recompute, or auto.")
+    ] = "0.15",
+    charged: Annotated[
+        bool, typer.Option("--charged", help="Ratios are charged budgets: every rule recomputes so many rows.")
+    ] = False,
     donors: Annotated[str, typer.Option(help="Comma-separated: harvest, compiled.")] = "harvest",
     limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 24,
+    start: Annotated[int, typer.Option(min=0, help="Questions to pass over.")] = 0,
     passages: Annotated[int, typer.Option(min=2, help="Passages a question keeps.")] = 5,
     passage_tokens: Annotated[int, typer.Option(min=64, help="Tokens a passage keeps.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of made-up questions and of the passages' order.")] = 0,
@@ -147,45 +173,63 @@ def evaluate(
     """Mean KL divergence to the full prefill, agreement, F1 and exact match of every selector.
 
     Every prompt is asked on the real engine: first with fusion off, which is the reference; then its passages are
-    left in the tree by other requests (see --donors), and each selector answers. For KL and agreement the reference's
-    greedy answer is forced, 12 tokens at most. The row `full` recomputes everything, `noise` is the reference asked
-    again.
+    left in the tree by other requests, and each selector answers. The passages come from one earlier prompt, in
+    another order among foreign ones (harvest), or each was prefilled behind the prompt's own beginning (compiled).
+    For KL and agreement the reference's greedy answer is forced, 12 tokens at most. The row `full` recomputes
+    everything, `noise` is the reference asked again.
     """
-    from transformers import AutoTokenizer
+    import sglang
+    from transformers import AutoConfig, AutoTokenizer
 
     ways = parse_ways(selectors, ratios, donors)
     if task not in TASKS:
         raise typer.BadParameter(f"unknown task {task!r}; choose one of {', '.join(TASKS)}", param_hint="--task")
     try:
-        questions = load(data) if data else make(task, limit, passages, passage_tokens // 25, seed)
+        # One more is made up than asked: each takes foreign passages from the next.
+        questions = load(data) if data else make(task, start + limit + 1, passages, passage_tokens // 25, seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(model)
+    depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     writer = Writer(tokenizer, passages, passage_tokens, seed)
-    count = min(limit, len(questions))
-    settings = _settings(model, questions, passages, passage_tokens, seed)
+    numbers = range(start, min(start + limit, len(questions) - (data is None)))
+    if not numbers:
+        raise typer.BadParameter(f"there are only {len(questions)} questions", param_hint="--start")
+    count = len(numbers)
+    source = hashlib.sha256(data.read_bytes()).hexdigest()[:16] if data else task
+    settings = {
+        "model_path": model,
+        "questions": source,
+        "passages": passages,
+        "passage_tokens": passage_tokens,
+        "seed": seed,
+        "charged": charged,
+        "sglang": sglang.__version__,
+    }
     done = {cell.key: cell for cell in _kept(cells, settings)}
-    with (
-        tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,
-        environment(**{LOGITS_VARIABLE: folder, "A3_MIN_REUSE": "64"}),
-        Progress(console=progress_console) as progress,
-        engine(
-            model, "a3", disable_overlap_schedule=True, chunked_prefill_size=4 * (passages + 2) * (passage_tokens + 32)
-        ) as running,
-    ):
-        asking = Evaluation(running, Path(folder), tokenizer)
+    prefill = 4 * (passages + 2) * (passage_tokens + 32)
+    with Progress(console=progress_console) as progress:
         steps = progress.add_task("asking", total=count * len(ways), completed=0)
-        for number in range(count):
-            missing = [way for way in ways if (number, *way) not in done]
-            progress.advance(steps, len(ways) - len(missing))
-            if not missing:
+        for mode in dict.fromkeys(way[2] for way in ways):
+            missing = {n: [way for way in ways if way[2] == mode and (n, *way) not in done] for n in numbers}
+            progress.advance(steps, sum(way[2] == mode for way in ways) * count - sum(map(len, missing.values())))
+            if not any(missing.values()):
                 continue
-            case = writer.case(questions, number)
-            for cell in asking.cells(number, case, questions[number].answers, missing):
-                done[cell.key] = cell
-                _keep(cells, settings, cell)
-                progress.advance(steps)
-    rows = [summary(way, [done[(number, *way)] for number in range(count)]) for way in ways]
+            with (
+                tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,
+                environment(**{LOGITS_VARIABLE: folder, "A3_MIN_REUSE": "64", "A3_DONORS": mode}),
+                engine(model, "a3", disable_overlap_schedule=True, chunked_prefill_size=prefill) as running,
+            ):
+                asking = Evaluation(running, mode, Path(folder), tokenizer, depth, charged)
+                for number, wanted in missing.items():
+                    if not wanted:
+                        continue
+                    case = writer.case(questions, number)
+                    for cell in asking.cells(number, case, questions[number].answers, wanted):
+                        done[cell.key] = cell
+                        _keep(cells, settings, cell)
+                        progress.advance(steps)
+    rows = [summary(way, [done[(number, *way)] for number in numbers]) for way in ways]
     title = (
         f"a3-sglang eval {model}, {count} questions of {data or task}, {passages} passages of {passage_tokens} tokens"
     )
@@ -194,8 +238,10 @@ def evaluate(
     write_json(json, {"rows": rows, "data": str(data or task), "model": model, **settings})
 
 
-def parse_ways(selectors: str, ratios: str, donors: str) -> list[tuple[str, float, str]]:
+def parse_ways(selectors: str, ratios: str, donors: str) -> list[Way]:
     """All combinations ``(selector, ratio, donors)``, with the reference rows first in every donor mode.
+
+    Rules that cannot go with the ratio ``auto`` are left out there.
 
     Raises:
         typer.BadParameter: names the option and what it accepts.
@@ -205,45 +251,29 @@ def parse_ways(selectors: str, ratios: str, donors: str) -> list[tuple[str, floa
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--selectors") from None
     try:
-        shares = [float(ratio) for ratio in ratios.split(",")]
+        shares = [known_ratio(AUTO if ratio.strip() == AUTO else float(ratio)) for ratio in ratios.split(",")]
     except ValueError:
-        shares = [-1.0]
-    if not all(0 <= share <= 1 for share in shares):
-        raise typer.BadParameter(f"numbers between 0 and 1, with commas, not {ratios!r}", param_hint="--ratios")
+        message = f'numbers between 0 and 1 or "{AUTO}", with commas, not {ratios!r}'
+        raise typer.BadParameter(message, param_hint="--ratios") from None
     modes = [mode.strip() for mode in donors.split(",")]
     if unknown := set(modes) - set(DONOR_MODES):
         message = f"unknown donor mode {sorted(unknown)[0]!r}; choose from {', '.join(DONOR_MODES)}"
         raise typer.BadParameter(message, param_hint="--donors")
-    ways: list[tuple[str, float, str]] = []
+    ways: list[Way] = []
     for mode in modes:
         ways += [(NOISE, 0.0, mode), ("full", 1.0, mode)]
-        # The ratio says nothing to these two.
-        fixed = {"full": 1.0, "reuse": 0.0}
-        ways += [(name, fixed.get(name, share), mode) for name, share in product(names, shares)]
+        for name, share in product(names, shares):
+            with suppress(ValueError):
+                ways.append((name, FIXED[name], mode) if name in FIXED else (suits(name, share), share, mode))
     return list(dict.fromkeys(ways))
 
 
-def summary(way: tuple[str, float, str], cells: list[Cell]) -> dict[str, Any]:
+def summary(way: Way, cells: list[Cell]) -> dict[str, Any]:
     """The row of one way over all questions."""
     row: dict[str, Any] = dict(zip(("selector", "ratio", "donors"), way, strict=True))
     for name in ("kl", "agreement", "f1", "em", "charged"):
         row[name] = round(statistics.mean(getattr(cell, name) for cell in cells), 5)
     return row | {"n": len(cells)}
-
-
-def _settings(model: str, questions: list[Question], passages: int, passage_tokens: int, seed: int) -> dict[str, Any]:
-    """What single results depend on; kept beside them."""
-    import sglang
-
-    text = "".join(question.model_dump_json() for question in questions)
-    return {
-        "model_path": model,
-        "questions": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "passages": passages,
-        "passage_tokens": passage_tokens,
-        "seed": seed,
-        "sglang": sglang.__version__,
-    }
 
 
 def _kept(path: Path | None, settings: dict[str, Any]) -> Iterator[Cell]:
