@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from a3_sglang.fusion.drift import KEYS, VALUES, Correlation
 from a3_sglang.fusion.executor import Attend, Model, PassOver
+from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.rotation import RopeTable
 
 # The tensors of these tests are tiny: threads would only wait for each other.
@@ -90,6 +95,8 @@ def attention64(
 
 # ---- a model
 
+EPSILON = 1e-5
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -103,10 +110,11 @@ class Shape:
     inner: int = 48
     vocabulary: int = 101
     positions: int = 512
+    base: float = 10_000.0
 
 
 class Llama(Model):
-    """RMSNorm, RoPE, GQA and SwiGLU over a pool of KV slots, in float32 with random weights.
+    """RMSNorm, RoPE, GQA and SwiGLU over a pool of KV slots, in float32 with random weights or those of a folder.
 
     Every slot starts as NaN, so whatever reads a slot that nothing wrote shows. ``computed`` counts rows whose QKV
     was computed, summed over layers.
@@ -134,12 +142,42 @@ class Llama(Model):
                 self.weights[f"{norm}{layer}"] = 1 + 0.1 * random_tensor(generator, shape.hidden)
         self.weights = {name: weight.float() for name, weight in self.weights.items()}
         self.neox, self.scaling = True, shape.head_dim**-0.5
-        table = RopeTable(cos_sin(inverse_frequencies(shape.head_dim), shape.positions).float(), self.neox)
+        table = RopeTable(cos_sin(inverse_frequencies(shape.head_dim, shape.base), shape.positions).float(), self.neox)
         self.ropes = dict.fromkeys(range(shape.depth), table)
         pool = (slots, shape.kv_heads, shape.head_dim)
         self.keys = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
         self.values = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
         self._override: Attend | None = None
+
+    @classmethod
+    def load(cls, folder: Path, positions: int = 2048) -> Llama:
+        """A model that transformers saved, with room for no KV."""
+        config = json.loads((folder / "config.json").read_text())
+        shape = Shape(
+            depth=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_dim=config["hidden_size"] // config["num_attention_heads"],
+            inner=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            positions=positions,
+            base=config["rope_parameters"]["rope_theta"],
+        )
+        assert math.isclose(config["rms_norm_eps"], EPSILON, rel_tol=1e-3)
+        model = cls(slots=0, shape=shape)
+        stored = load_file(folder / "model.safetensors")
+        names = {"embed": "embed_tokens"}
+        for layer in range(shape.depth):
+            names |= {f"{n}{layer}": f"layers.{layer}.self_attn.{n}_proj" for n in "qkvo"}
+            names |= {f"{n}{layer}": f"layers.{layer}.mlp.{n}_proj" for n in ("gate", "up", "down")}
+            names[f"attention{layer}"] = f"layers.{layer}.input_layernorm"
+            names[f"mlp{layer}"] = f"layers.{layer}.post_attention_layernorm"
+        for name, long in names.items():
+            weight = stored[f"model.{long}.weight"].float()
+            assert weight.shape == model.weights[name].shape
+            model.weights[name] = weight
+        return model
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
         with suppress(PassOver):
@@ -224,8 +262,50 @@ class Llama(Model):
         return self.rows64(tokens, torch.arange(len(tokens)), empty, empty)[:3]
 
 
+def spread64(model: Llama, plan: Plan, chosen: torch.Tensor, block: int) -> Callable[..., None]:
+    """How recomputed rows correct the rows between them, row by row from the definition; for :meth:`Llama.rows64`."""
+    table = model.ropes[0].cos_sin.double()
+    half = table.shape[1] // 2
+    back = torch.cat([table[:, :half], -table[:, half:]], -1)
+    recomputed = set(chosen.tolist())
+
+    def correlation(kind: Correlation, a: int, b: int) -> float:
+        d = abs(a - b)
+        return kind.span + kind.far * math.exp(-d / kind.reach) + kind.near * math.exp(-d / kind.close)
+
+    def blocks() -> Iterator[tuple[list[int], list[int]]]:
+        for span in plan.spans:
+            for start in range(span.start, span.end, block):
+                rows = range(start, min(start + block, span.end))
+                yield [p for p in rows if p in recomputed], [p for p in rows if p not in recomputed]
+
+    def weights(kind: Correlation, known: list[int], wanted: list[int]) -> torch.Tensor:
+        among = [[1.0 if a == b else correlation(kind, a, b) for b in known] for a in known]
+        toward = [[correlation(kind, p, a) for a in known] for p in wanted]
+        return kind.trust * torch.tensor(toward, dtype=torch.float64) @ torch.linalg.inv(torch.tensor(among).double())
+
+    plans = [
+        (known, wanted, *(weights(kind, known, wanted) for kind in (KEYS, VALUES)))
+        for known, wanted in blocks()
+        if known and wanted
+    ]
+
+    def correct(
+        layer: int, given_keys: torch.Tensor, given_values: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        if not layer:
+            return
+        for known, wanted, key_weights, value_weights in plans:
+            drift = rope64(keys[known] - given_keys[known], back[known], model.neox)
+            keys[wanted] += rope64(torch.einsum("wk,khd->whd", key_weights, drift), table[wanted], model.neox)
+            drift = values[known] - given_values[known]
+            values[wanted] += torch.einsum("wk,khd->whd", value_weights, drift)
+
+    return correct
+
+
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPSILON) * weight
 
 
 def _mlp(x: torch.Tensor, w: dict[str, torch.Tensor], layer: int) -> torch.Tensor:

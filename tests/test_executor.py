@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import sys
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Llama, rope64
+from reference import Llama, spread64
 from torch.testing import assert_close
 
 import a3_sglang.fusion.executor as executor_module
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.fusion.drift import BLOCK, KEYS, VALUES, Correlation
+from a3_sglang.fusion.drift import BLOCK
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup, TorchRowAttention
@@ -174,56 +173,18 @@ class Spreading(Listening):
     spreads: ClassVar[bool] = True
 
 
-def kriging64(model: Llama, plan: Plan, chosen: torch.Tensor, kind: Correlation, turned: bool):
-    """What :class:`Spreading` does to one layer's keys or values, row by row from the definition."""
-    table = model.ropes[0].cos_sin.double()
-    back = torch.cat([table[:, : table.shape[1] // 2], -table[:, table.shape[1] // 2 :]], -1)
-
-    def share(a: int, b: int) -> float:
-        d = abs(a - b)
-        return kind.span + kind.far * math.exp(-d / kind.reach) + kind.near * math.exp(-d / kind.close)
-
-    def correct(given: torch.Tensor, fresh: torch.Tensor) -> None:
-        before = fresh.clone()
-        for span in plan.spans:
-            for start in range(span.start, span.end, BLOCK):
-                block = range(start, min(start + BLOCK, span.end))
-                known = [p for p in block if p in chosen.tolist()]
-                drift = before[known] - given[known]
-                if turned:
-                    drift = rope64(drift, back[known], model.neox)
-                among = [[1.0 if a == b else share(a, b) for b in known] for a in known]
-                for p in set(block) - set(known):
-                    toward = torch.tensor([share(p, a) for a in known], dtype=torch.float64)
-                    weights = toward @ torch.linalg.inv(torch.tensor(among, dtype=torch.float64)) if known else toward
-                    moved = kind.trust * (weights[:, None, None] * drift).sum(0)
-                    fresh[p] += rope64(moved[None], table[[p]], model.neox)[0] if turned else moved
-
-    return correct
-
-
 @settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 60), st.floats(0.05, 0.95), st.booleans())
 def test_drift_is_spread_by_the_definition(seed, prefix, parts, tail, ratio, short_blocks):
+    block = 7 if short_blocks else BLOCK
     with pytest.MonkeyPatch.context() as patch:
-        if short_blocks:
-            for module in (executor_module, sys.modules[__name__]):
-                patch.setattr(module, "BLOCK", 7)
+        patch.setattr(executor_module, "BLOCK", block)
         world = World(seed)
         executor = executor_of(world)
         job = world.job(world.prompt(prefix, parts, tail), prefix, Spreading(), ratio, executor)
         copied = kv(world.model, job)
         executor.run([job], Timings())
-        keys, values = (
-            kriging64(world.model, job.plan, job.recomputed, kind, turned)
-            for kind, turned in ((KEYS, True), (VALUES, False))
-        )
-
-        def correct(layer, given_keys, given_values, fresh_keys, fresh_values):
-            if layer:
-                keys(given_keys, fresh_keys)
-                values(given_values, fresh_values)
-
+        correct = spread64(world.model, job.plan, job.recomputed, block)
         rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
         expected = world.model.rows64(job.tokens, rows, *copied, correct)[:2]
     found = kv(world.model, job)

@@ -33,6 +33,7 @@ class RequestState:
         reason: why there is no plan.
         private: the request's own slots behind its exact prefix, int64; None where it was not fused.
         waiting: slots are allocated and copied, the fusion has not run.
+        recomputed: positions of the reused rows that were recomputed, int64.
         exact: all KV of the request is as a full prefill makes it.
         reported: the report of this admission is written.
     """
@@ -43,6 +44,7 @@ class RequestState:
     reason: str | None = None
     private: torch.Tensor | None = None
     waiting: bool = False
+    recomputed: torch.Tensor | None = None
     exact: bool = True
     reported: bool = False
 
@@ -143,7 +145,7 @@ class A3Tree:
             return result
         state = state_of(req)
         self._drop_unused(req, state)
-        state.private, state.exact, state.reported = None, True, False
+        state.private, state.recomputed, state.exact, state.reported = None, None, True, False
         try:
             state.plan = self._plan(req, state, params.key, seams.matched_length(result))
         except Exception:
@@ -333,7 +335,7 @@ class A3Tree:
             self.executor.run(jobs, self.timings)
         for req, job in zip(fresh, jobs, strict=True):
             state = state_of(req)
-            state.waiting, state.exact = False, job.exact
+            state.waiting, state.recomputed, state.exact = False, job.recomputed, job.exact
             self.waiting.pop(req.rid, None)
             self._report(req, job, job.charged(self.executor.model.depth))
         for req in reqs:

@@ -17,6 +17,7 @@ DUMP_VARIABLE = "A3_DUMP_KV"
 def dump_kv(tree: Any, batch: Any) -> None:
     """Save ``{"k", "v"}`` of every request of an extend batch, each (layers, tokens, kv_heads, head_dim).
 
+    Beside them ``"recomputed"``: positions of the reused rows that were recomputed, None where nothing was fused.
     Does nothing unless ``A3_DUMP_KV`` names a folder. Files are whole when they appear.
     """
     folder = os.environ.get(DUMP_VARIABLE)
@@ -28,6 +29,7 @@ def dump_kv(tree: Any, batch: Any) -> None:
         kv = {
             "k": torch.stack([keys.index_select(0, slots) for keys in model.keys]).cpu(),
             "v": torch.stack([values.index_select(0, slots) for values in model.values]).cpu(),
+            "recomputed": req.a3.recomputed,
         }
         target = Path(folder) / f"{req.rid}.pt"
         torch.save(kv, target.with_suffix(".part"))
