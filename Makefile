@@ -8,6 +8,9 @@ MATRIX := 0.5.17 0.5.21
 PYTEST_ARGS ?=
 # More arguments for the demo.
 DEMO_ARGS ?=
+# Questions for make quality, and more arguments for it: QUALITY_ARGS="--only questions"
+DATA ?=
+QUALITY_ARGS ?=
 
 # PYTHONSAFEPATH keeps the clone off the import path, here and in the processes that SGLang starts: what is tested
 # is the installed package, the way a user has it.
@@ -17,7 +20,7 @@ PYTEST := -P -m pytest tests -ra --import-mode=append
 CHECKED := a3_sglang kernels tests examples benchmarks tools support
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint bin model clean-cache
+.PHONY: help demo test test-matrix lint quality bin model clean-cache
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: *##' $(firstword $(MAKEFILE_LIST)) | awk -F': *## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +47,10 @@ lint:  ## check style (ruff) and types (mypy); changes nothing
 	"$$bin/python" -P -m ruff check $(CHECKED) && \
 	"$$bin/python" -P -m ruff format --check $(CHECKED) && \
 	"$$bin/python" -P -m mypy -p a3_sglang
+
+quality:  ## measure all selectors for docs/quality.md: make quality DATA=questions.json (takes hours on two cores)
+	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
+	env $(RUN_SETTINGS) "$$bin/python" -P benchmarks/quality.py --model "$$model" --data "$(DATA)" $(QUALITY_ARGS)
 
 bin:  ## print the folder with the environment's python
 	@$(ENVIRONMENT) bin
