@@ -41,8 +41,7 @@ def runs(data: Path) -> dict[str, list[list[str]]]:
         ],
         "equal": [[*dev, *both, "--charged", "--selectors", f"probe,{baselines}", "--ratios", "0.15,0.2"]],
         "held-out": [
-            ["--data", str(data), "--start", "30", "--limit", str(HELD_OUT), *both]
-            + ["--selectors", f"probe,{baselines}", "--ratios", "0.15"]
+            ["--data", str(data), "--start", "30", "--limit", str(HELD_OUT), *both, "--selectors", f"probe,{baselines}"]
         ],
         **tasks,
     }

@@ -81,6 +81,7 @@ def ttft(
     figures["full_ms"] = round(min(statistics.median(stock), median["full_ms"]), 3)
     figures["alternating_full_ms"] = round(median["full_ms"], 3)
     figures["speedup"] = round(figures["full_ms"] / median["a3_ms"], 3)
+    figures["selection_share"] = round((median["probe_ms"] + median["select_ms"]) / median["a3_ms"], 4)
     figures["repeats_full_ms"], figures["repeats_a3_ms"] = stock, [pair["a3_ms"] for pair in pairs]
     figures["nothing_to_reuse"] = round(
         statistics.median(n["a3_ms"] for n in idle) / statistics.median(n["full_ms"] for n in idle), 4
@@ -101,6 +102,7 @@ def ttft(
             ("full prefill", f"{figures['full_ms']:.0f} ms"),
             ("a3", f"{median['a3_ms']:.0f} ms"),
             *(("  " + name, value) for name, value in parts),
+            ("  of it selection (probe and select)", f"{figures['selection_share']:.1%}"),
             ("speed-up", f"{figures['speedup']:.2f}x"),
             ("nothing to reuse, a3 / stock", f"{figures['nothing_to_reuse']:.3f}"),
         ],

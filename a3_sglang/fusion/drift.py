@@ -59,8 +59,8 @@ class Correlation:
         return self.trust * torch.cholesky_solve(self(known, wanted), torch.linalg.cholesky(among)).T.contiguous()
 
 
-KEYS = Correlation(span=0.2, far=0.25, reach=200, near=0.2, close=4, trust=0.8)
-VALUES = Correlation(span=0.07, far=0.18, reach=150, near=0.2, close=4, trust=0.7)
+KEYS = Correlation(span=0.2, far=0.25, reach=200, near=0.2, close=4, trust=0.7)
+VALUES = Correlation(span=0.07, far=0.18, reach=150, near=0.2, close=4, trust=0.4)
 """Measured; see ``docs/quality.md``."""
 
 

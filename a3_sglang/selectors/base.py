@@ -106,7 +106,7 @@ class Selector(ABC):
         return rows.positions[ranked.indices[:count]].sort().values
 
 
-AUTO_SHARE, AUTO_FLOOR, AUTO_CAP = 0.6, 0.05, 0.4
+AUTO_SHARE, AUTO_FLOOR, AUTO_CAP = 0.7, 0.05, 0.4
 """With ``ratio="auto"``: share of the scores to cover, and shares of the reused rows that bound the budget."""
 
 
