@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Where there is no GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported, which is
 # here, and not in the processes of the engines.
@@ -24,6 +25,10 @@ from traffic import MIN_REUSE, Traffic
 from a3_sglang.cli.common import engine, environment
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+# How long an example takes says nothing about what it shows.
+settings.register_profile("a3", deadline=None)
+settings.load_profile("a3")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
