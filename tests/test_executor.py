@@ -387,6 +387,29 @@ def test_slices_give_the_same_kv(slice_rows):
     assert_full_prefill(sliced_world.model, sliced_jobs[1])
 
 
+@pytest.mark.parametrize("slice_rows", [1, 5, 16])
+def test_each_slice_spreads_its_own_drift(slice_rows):
+    world = World(torch.seed() % 2**31)
+    executor = executor_of(world, slice_rows)
+    job = world.job(world.prompt(9, [(4, 30), (11, 12), (0, 40), (6, 20)], 40), 9, Spreading(), 0.4, executor)
+    keys, values = kv(world.model, job)
+    executor.run([job], Timings())
+    rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
+    assert len(rows) > slice_rows
+    begin = job.plan.prefix
+    for part in rows.split(slice_rows):
+        later = rows[rows > part[-1]]
+        end = int(later[0]) if len(later) else job.plan.end
+        clipped = [(span, max(span.start, begin), min(span.end, end)) for span in job.plan.spans]
+        spans = tuple(dataclasses.replace(span, start=a, length=b - a) for span, a, b in clipped if a < b)
+        chosen = job.recomputed[torch.isin(job.recomputed, part)]
+        correct = spread64(world.model, Plan(begin, end, spans), chosen, BLOCK)
+        keys, values = world.model.rows64(job.tokens, part, keys, values, correct)[:2]
+        begin = end
+    for expected, found in zip((keys, values), kv(world.model, job), strict=True):
+        assert_close(context(found, job.plan), context(expected, job.plan), **TOLERANCE)
+
+
 # ---- what goes wrong
 
 

@@ -82,7 +82,7 @@ class Drift:
     """
 
     def __init__(self, known: torch.Tensor, wanted: torch.Tensor, starts: Sequence[int]) -> None:
-        cuts = torch.tensor(starts, device=known.device)
+        cuts = torch.tensor(starts, dtype=known.dtype, device=known.device)
         edges = zip(
             *(pairwise([*torch.searchsorted(rows, cuts).tolist(), len(rows)]) for rows in (known, wanted)), strict=True
         )

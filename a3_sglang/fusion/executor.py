@@ -286,12 +286,11 @@ class _Spread:
         ]
         reused = torch.cat([torch.arange(a, b, device=device) for a, b in here]) if here else part.rows[:0]
         chosen = torch.isin(reused, job.recomputed)
-        self._model, self._turns = model, _Turns(model, reused)
-        self._chosen, self._kept = (mask.nonzero().flatten() for mask in (chosen, ~chosen))
-        self._rows = at + torch.searchsorted(part.rows, reused[chosen])
-        self._slots = job.slots[reused]
-        starts = [start for a, b in here for start in range(a, b, BLOCK)]
-        self._drift = Drift(reused[chosen], reused[~chosen], starts)
+        self._model, self._chosen, self._kept = model, reused[chosen], reused[~chosen]
+        self._known, self._wanted = job.slots[self._chosen], job.slots[self._kept]
+        self._rows = at + torch.searchsorted(part.rows, self._chosen)
+        self._drift = Drift(self._chosen, self._kept, [start for a, b in here for start in range(a, b, BLOCK)])
+        self._turns: dict[int, tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def __call__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Correct the layer's kept rows; the chosen rows' slots still hold what was copied.
@@ -301,35 +300,16 @@ class _Spread:
             key: (rows, kv_heads, head_dim), those of the pass, after RoPE.
             value: like ``key``.
         """
-        keys, values = self._model.keys[layer], self._model.values[layer]
-        known, wanted = self._slots[self._chosen], self._slots[self._kept]
-        drift = key[self._rows].float() - keys[known].float()
-        moved = self._drift.of_keys(self._turns.back(layer, drift, self._chosen))
-        keys[wanted] = (keys[wanted].float() + self._turns.forth(layer, moved, self._kept)).to(keys.dtype)
-        moved = self._drift.of_values(value[self._rows].float() - values[known].float())
-        values[wanted] = (values[wanted].float() + moved).to(values.dtype)
-
-
-class _Turns:
-    """Keys from their positions to position 0 and back, computed once for all layers that turn alike."""
-
-    def __init__(self, model: Model, positions: torch.Tensor) -> None:
-        self._ropes, self._positions, self._origin = model.ropes, positions, torch.zeros_like(positions)
-        self._kept: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def back(self, layer: int, keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self._turn(layer, keys, rows, False)
-
-    def forth(self, layer: int, keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self._turn(layer, keys, rows, True)
-
-    def _turn(self, layer: int, keys: torch.Tensor, rows: torch.Tensor, forth: bool) -> torch.Tensor:
-        rope = self._ropes[layer]
-        name = id(rope), forth
-        if name not in self._kept:
-            ways = (self._origin[rows], self._positions[rows])
-            self._kept[name] = rope.turn(*(ways if forth else ways[::-1]))
-        return rotate(keys, *self._kept[name], rope.neox)
+        keys, values, rope = self._model.keys[layer], self._model.values[layer], self._model.ropes[layer]
+        if id(rope) not in self._turns:
+            back = rope.turn(self._chosen, torch.zeros_like(self._chosen))
+            self._turns[id(rope)] = back, rope.turn(torch.zeros_like(self._kept), self._kept)
+        back, forth = self._turns[id(rope)]
+        drift = rotate(key[self._rows].float() - keys[self._known].float(), *back, rope.neox)
+        moved = rotate(self._drift.of_keys(drift), *forth, rope.neox)
+        keys[self._wanted] = (keys[self._wanted].float() + moved).to(keys.dtype)
+        moved = self._drift.of_values(value[self._rows].float() - values[self._known].float())
+        values[self._wanted] = (values[self._wanted].float() + moved).to(values.dtype)
 
 
 class RowsAttention(Attend):
