@@ -36,7 +36,7 @@ def runs(data: Path) -> dict[str, list[list[str]]]:
     return {
         "questions": [
             [*dev, *both, "--selectors", f"probe,{baselines},reuse", "--ratios", "0.15"],
-            [*dev, *both, "--selectors", "probe", "--ratios", "0.05,0.3,auto"],
+            [*dev, *both, "--selectors", "probe", "--ratios", "0.05,auto,0.3"],
             [*dev, *both, "--selectors", baselines, "--ratios", "0.3"],
         ],
         "equal": [[*dev, *both, "--charged", "--selectors", f"probe,{baselines}", "--ratios", "0.15,0.2"]],
@@ -115,11 +115,12 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="JSON file of questions")
     parser.add_argument("--results", default=Path("benchmarks/results"), type=Path)
     parser.add_argument("--docs", default=Path("docs"), type=Path)
-    parser.add_argument("--only", default="", help="comma-separated names of runs")
+    parser.add_argument("--only", default="", help=f"comma-separated names of runs: {', '.join(TITLES)}")
+    parser.add_argument("--first", type=int, help="only so many calls of each run")
     args = parser.parse_args()
     wanted = runs(args.data)
     for name in [name for name in args.only.split(",") if name] or wanted:
-        measure(args.model, name, wanted[name], args.results)
+        measure(args.model, name, wanted[name][: args.first], args.results)
     parts = []
     for name, title in TITLES.items():
         path = args.results / f"quality-{name}.json"
