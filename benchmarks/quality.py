@@ -20,6 +20,9 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+# Element names that stay the same from run to run.
+plt.rcParams["svg.hashsalt"] = "a3"
+
 RULES = ("probe", "a3", "cacheblend", "epic", "random")
 COLUMNS = ("donors", "selector", "ratio", "charged", "kl", "agreement", "f1", "em", "n")
 QUESTIONS, HELD_OUT = 24, 10
@@ -67,8 +70,7 @@ def measure(model: str, name: str, calls: list[list[str]], results: Path) -> dic
         out = results / f"quality-{name}.part.json"
         command = ["a3-sglang", "eval", "--model", model, *call]
         kept = ["--cells", str(results / f"quality-{name}.cells.jsonl"), "--json", str(out)]
-        program = "import sys; from a3_sglang.cli import main; sys.exit(main())"
-        subprocess.run([sys.executable, "-P", "-c", program, *command[1:], *kept], check=True)
+        subprocess.run([Path(sys.executable).with_name("a3-sglang"), *command[1:], *kept], check=True)
         figures |= json.loads(out.read_text())
         rows |= {(row["donors"], row["selector"], row["ratio"]): row for row in figures["rows"]}
         commands.append(" ".join(["a3-sglang eval --model MODEL", *(Path(a).name if "/" in a else a for a in call)]))
