@@ -60,6 +60,12 @@ def rope64(x: torch.Tensor, cos_sin_rows: torch.Tensor, neox: bool) -> torch.Ten
     return torch.cat([torch.view_as_real(turned).flatten(-2), rest], -1)
 
 
+def backwards(cos_sin_rows: torch.Tensor) -> torch.Tensor:
+    """The rows that undo these in :func:`rope64`."""
+    cos, sin = cos_sin_rows.chunk(2, -1)
+    return torch.cat([cos, -sin], -1)
+
+
 # ---- attention
 
 
@@ -262,11 +268,20 @@ class Llama(Model):
         return self.rows64(tokens, torch.arange(len(tokens)), empty, empty)[:3]
 
 
+def reused(plan: Plan) -> torch.Tensor:
+    """Positions of a plan's reused rows."""
+    return torch.cat([torch.arange(span.start, span.end) for span in plan.spans])
+
+
+def gaps(plan: Plan) -> torch.Tensor:
+    """Positions of a plan's gaps."""
+    return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
+
+
 def spread64(model: Llama, plan: Plan, chosen: torch.Tensor, block: int) -> Callable[..., None]:
     """How recomputed rows correct the rows between them, row by row from the definition; for :meth:`Llama.rows64`."""
     table = model.ropes[0].cos_sin.double()
-    half = table.shape[1] // 2
-    back = torch.cat([table[:, :half], -table[:, half:]], -1)
+    back = backwards(table)
     recomputed = set(chosen.tolist())
 
     def correlation(kind: Correlation, a: int, b: int) -> float:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Llama, spread64
+from reference import Llama, gaps, reused, spread64
 from torch.testing import assert_close
 
 import a3_sglang.fusion.executor as executor_module
@@ -116,14 +116,6 @@ def kv(model: Llama, job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def context(layers: list[torch.Tensor], plan: Plan) -> torch.Tensor:
     return torch.stack([layer[: plan.end] for layer in layers])
-
-
-def reused(plan: Plan) -> torch.Tensor:
-    return torch.cat([torch.arange(span.start, span.end) for span in plan.spans])
-
-
-def gaps(plan: Plan) -> torch.Tensor:
-    return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
 
 
 def assert_full_prefill(model: Llama, job: Job) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import Llama, rope64, spread64
+from reference import Llama, backwards, gaps, reused, rope64, spread64
 from traffic import Traffic
 
 from a3_sglang.cache.index import AnyPositionIndex
@@ -35,23 +35,20 @@ class Fused:
         self.engine, self.report = traffic.kv(out), out["meta_info"]["a3"]
         self.tokens, self.oracle = torch.tensor(prompt), oracle
         self.plan = self._plan(donor, prompt)
-        self.reused = torch.cat([torch.arange(span.start, span.end) for span in self.plan.spans])
-        gaps = [torch.arange(*gap) for gap in self.plan.gaps()]
+        self.reused = reused(self.plan)
         assert self.plan.prefix == self.report["prefix"]
         assert len(self.reused) == self.report["reused"] + self.report["recomputed"]
         self.recomputed = self.engine["recomputed"]
-        self.rows = torch.cat([self.recomputed, *gaps]).sort().values
+        self.rows = torch.cat([self.recomputed, gaps(self.plan)]).sort().values
         # The oracle's own KV of the donor, moved; of the prefix it is the prompt's own.
         self.exact = oracle.prefill64(self.tokens)[:2]
         of_donor = oracle.prefill64(torch.tensor(donor))[:2]
         self.copied = [[layer.clone() for layer in part] for part in self.exact]
         table = oracle.ropes[0].cos_sin.double()
-        half = table.shape[1] // 2
         for span in self.plan.spans:
             new, old = slice(span.start, span.end), slice(span.offset, span.offset + span.length)
             for layer in range(oracle.depth):
-                back = torch.cat([table[old, :half], -table[old, half:]], -1)
-                raw = rope64(of_donor[0][layer][old], back, oracle.neox)
+                raw = rope64(of_donor[0][layer][old], backwards(table[old]), oracle.neox)
                 self.copied[0][layer][new] = rope64(raw, table[new], oracle.neox)
                 self.copied[1][layer][new] = of_donor[1][layer][old]
 

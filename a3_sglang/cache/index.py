@@ -198,12 +198,10 @@ class AnyPositionIndex:
 
     def add(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> None:
         """Make a path of the tree a donor. Known leading blocks are not stored again."""
-        blocks = len(tokens) // self._unit * self._unit // self.block
+        path, content, chain = self._path_hashes(namespace, tokens)
+        blocks = len(content)
         if not blocks:
             return
-        path = np.asarray(tokens, np.int32)[: blocks * self.block]
-        content = self._block_hashes(path.reshape(blocks, self.block), namespace)
-        chain = self._chain_hashes(content)
         segment, known = self._longest_known(namespace, path, chain)
         if known < blocks:
             known -= known % (self._unit // self.block)
@@ -222,9 +220,7 @@ class AnyPositionIndex:
 
     def known_prefix(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> int:
         """How many of a prompt's first tokens are a donor's first tokens too, in whole blocks and pages."""
-        blocks = len(tokens) // self.block
-        path = np.asarray(tokens, np.int32)[: blocks * self.block]
-        chain = self._chain_hashes(self._block_hashes(path.reshape(blocks, self.block), namespace))
+        path, _, chain = self._path_hashes(namespace, tokens)
         _, known = self._longest_known(namespace, path, chain)
         return known * self.block // self._unit * self._unit
 
@@ -320,6 +316,14 @@ class AnyPositionIndex:
         for segment in segments:
             kept = by_owner[segment.number][: len(segment.tokens) // self.block]
             self._index_blocks(segment, 0, hashes[kept], chains[kept])
+
+    def _path_hashes(
+        self, namespace: Hashable, tokens: Sequence[int] | Tokens
+    ) -> tuple[Tokens, npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """The whole units at a path's beginning, their blocks' content hashes and their chain hashes."""
+        path = np.asarray(tokens, np.int32)[: len(tokens) // self._unit * self._unit]
+        content = self._block_hashes(path.reshape(-1, self.block), namespace)
+        return path, content, self._chain_hashes(content)
 
     def _block_hashes(self, windows: npt.NDArray[np.int32], namespace: Hashable) -> npt.NDArray[np.uint64]:
         """Polynomial hashes of windows of ``block`` tokens, shape (n, block) -> (n,)."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.selectors.base import FreshLayer, Rows, Selector
+from a3_sglang.selectors.base import FreshLayer, Selector
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,3 @@ class A3(Selector):
         logits[:, context:].masked_fill_(later, float("-inf"))
         attention = torch.softmax(logits, -1)[:, :context].sum(0)
         return torch.nn.functional.avg_pool1d(attention.view(1, 1, -1), self.pool, 1, self.pool // 2).view(-1)
-
-    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return relevance[rows.positions]

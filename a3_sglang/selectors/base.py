@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -43,7 +42,7 @@ class FreshLayer:
     copied: torch.Tensor
 
 
-class Selector(ABC):
+class Selector:
     """Ranks reused rows; the executor recomputes those that rank highest, as many as the budget allows.
 
     A subclass is a frozen dataclass of its options. It sees tensors only, nothing of SGLang. What it ranks by is
@@ -79,9 +78,8 @@ class Selector(ABC):
         count = _rows(ratio, reused)
         return range(count, count + 1)
 
-    @abstractmethod
     def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """How much each reused row deserves to be recomputed.
+        """How much each reused row deserves to be recomputed: what was measured for it, unless a rule knows better.
 
         Args:
             relevance: float32 (context,); what was measured for each prompt position before the tail, zero where
@@ -91,6 +89,7 @@ class Selector(ABC):
         Returns:
             float32 (reused,), not negative where :attr:`attention` is set.
         """
+        return relevance[rows.positions]
 
     def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
         """Positions to recompute, int64, ascending; of equal scores the earlier position.

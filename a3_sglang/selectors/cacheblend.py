@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.selectors.base import FreshLayer, Rows, Selector
+from a3_sglang.selectors.base import FreshLayer, Selector
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,3 @@ class CacheBlend(Selector):
     def measure(self, layer: FreshLayer) -> torch.Tensor:
         context = len(layer.copied)
         return (layer.value[:context].float() - layer.copied.float()).square().sum((1, 2))
-
-    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return relevance[rows.positions]

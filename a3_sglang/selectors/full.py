@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from a3_sglang.selectors.base import Ratio, Rows, Selector
+from a3_sglang.selectors.base import Ratio, Selector
 
 
 @dataclass(frozen=True)
@@ -18,6 +16,3 @@ class Full(Selector):
 
     def budget(self, ratio: Ratio, reused: int) -> range:
         return range(reused, reused + 1)
-
-    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return torch.zeros_like(rows.positions, dtype=torch.float32)

@@ -39,4 +39,4 @@ class Probe(Selector):
         return range(begin, max(begin + 1, int(self.last * depth)))
 
     def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return relevance[rows.positions] * torch.rsqrt(1 + rows.offsets / self.reach)
+        return super().scores(relevance, rows) * torch.rsqrt(1 + rows.offsets / self.reach)
