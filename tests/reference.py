@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from a3_sglang.fusion.drift import KEYS, VALUES, Correlation
+from a3_sglang.drift import KEYS, VALUES, Correlation
 from a3_sglang.fusion.executor import Attend, Model, PassOver
 from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.rotation import RopeTable

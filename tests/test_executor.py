@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import a3_sglang.fusion.executor as executor_module
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.fusion.drift import BLOCK
+from a3_sglang.drift import BLOCK
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup, TorchRowAttention
@@ -30,7 +30,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @dataclass(frozen=True)
 class Listening(Probe):
-    """The probe over layers 1 and 2 of 4, wherever rows stand; keeps the relevance it is given."""
+    """The probe over layers 1 and 2 of 4, which takes what is highest; keeps the relevance it is given."""
 
     spreads: ClassVar[bool] = False
     first: float = 0.25
@@ -41,6 +41,9 @@ class Listening(Probe):
     def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
         self.heard.append(relevance.clone())
         return super().pick(relevance, rows, budget)
+
+    def choose(self, scores: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
+        return Selector.choose(self, scores, rows, count)
 
 
 class World:

@@ -11,7 +11,7 @@ from reference import Llama, backwards, gaps, reused, rope64, spread64
 from traffic import Traffic
 
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.fusion.drift import BLOCK
+from a3_sglang.drift import BLOCK
 from a3_sglang.fusion.executor import QUESTION_TOKENS
 from a3_sglang.fusion.plan import Plan, make_plan
 from a3_sglang.selectors import Probe, Rows

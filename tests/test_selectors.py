@@ -79,7 +79,7 @@ def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
     rows = Rows(torch.tensor(positions), torch.zeros(len(positions), dtype=torch.int64))
     expected = sorted(sorted(positions, key=lambda p: (-scores[p], p))[:count])
     for _ in range(2):
-        picked = Probe().pick(torch.tensor(scores), rows, exactly(count))
+        picked = A3().pick(torch.tensor(scores), rows, exactly(count))
         assert picked.dtype == torch.int64
         assert picked.tolist() == expected
 
@@ -97,12 +97,13 @@ def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject
 
 
 def test_probe_discounts_rows_deep_in_their_span():
-    rows = Rows(torch.tensor([2, 9]), torch.tensor([0, 192]))
-    relevance = torch.zeros(10)
-    relevance[[2, 9]] = torch.tensor([1.0, 1.9])
-    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [2]
-    relevance[9] = 2.1
-    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [9]
+    rows = Rows(torch.arange(400), torch.cat([torch.arange(100), torch.arange(300)]))
+    relevance = torch.zeros(400)
+    # 192 rows behind its beginning a row's score counts (1 + 192 / 256) ** -0.5, which is 0.756.
+    relevance[[0, 292]] = torch.tensor([1.0, 1.3])
+    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [0]
+    relevance[292] = 1.35
+    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [292]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 40))
@@ -151,13 +152,17 @@ def test_auto_covers_its_share_between_floor_and_cap(data: st.DataObject):
     rows = Rows(torch.arange(len(relevance)), torch.zeros(len(relevance), dtype=torch.int64))
     budget = Probe().budget("auto", len(relevance))
     picked = Probe().pick(relevance, rows, budget)
-    assert len(picked) in budget
-    total = relevance.double().sum()
-    if len(picked) < budget[-1]:
-        assert relevance[picked].double().sum() >= AUTO_SHARE * total * (1 - 1e-9)
-    if len(picked) > budget[0]:
+    count = len(picked)
+    assert count in budget
+    ranked = relevance.double().sort(descending=True).values
+    covered = AUTO_SHARE * ranked.sum()
+    if count < budget[-1]:
+        assert ranked[:count].sum() >= covered * (1 - 1e-9)
+    if count > budget[0]:
         # One row fewer would not have done.
-        assert relevance[picked].double().sum() - relevance[picked].min() < AUTO_SHARE * total * (1 + 1e-9)
+        assert ranked[: count - 1].sum() < covered * (1 + 1e-9)
+    # A rule without an order of its own takes those very rows.
+    assert_close(relevance[A3().pick(relevance, rows, budget)].double().sort(descending=True).values, ranked[:count])
 
 
 def fresh_layer(generator: torch.Generator, context: int, tail: int, kv_heads: int, group: int) -> FreshLayer:

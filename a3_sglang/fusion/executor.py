@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.fusion.drift import BLOCK, Drift
+from a3_sglang.drift import BLOCK, Drift
 from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.rotation import RopeTable, copy_rotated, rotate
 from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup
@@ -275,7 +275,7 @@ class _Part:
 
 
 class _Spread:
-    """Takes the drift that recomputed rows show off the reused rows between them; see ``fusion/drift.py``."""
+    """Takes the drift that recomputed rows show off the reused rows between them; see ``drift.py``."""
 
     def __init__(self, model: Model, part: _Part, at: int) -> None:
         job, device = part.job, part.rows.device

@@ -57,7 +57,7 @@ class Selector:
     """Whether scores are shares of the question's attention, which ``ratio="auto"`` needs."""
 
     spreads: ClassVar[bool] = False
-    """Whether what the recompute changes is also taken off the rows between (``fusion/drift.py``)."""
+    """Whether what the recompute changes is also taken off the rows between (``drift.py``)."""
 
     def probe_layers(self, depth: int) -> range:
         """Layers whose question attention is wanted (contiguous; empty, the default: the probe is not run).
@@ -92,17 +92,21 @@ class Selector:
         return relevance[rows.positions]
 
     def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
-        """Positions to recompute, int64, ascending; of equal scores the earlier position.
+        """Positions to recompute, int64, ascending.
 
         Where ``budget`` leaves a choice, they are as many as it takes to cover :data:`AUTO_SHARE` of all scores.
         """
-        ranked = torch.sort(self.scores(relevance, rows), descending=True, stable=True)
+        scores = self.scores(relevance, rows)
         count = budget[0]
         if len(budget) > 1:
-            covered = ranked.values.double().cumsum(0)
+            covered = scores.double().sort(descending=True).values.cumsum(0)
             needed = 1 + int((covered < AUTO_SHARE * covered[-1]).sum())
             count = min(max(needed, budget[0]), budget[-1])
-        return rows.positions[ranked.indices[:count]].sort().values
+        return rows.positions[self.choose(scores, rows, count)].sort().values
+
+    def choose(self, scores: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
+        """Indices of ``count`` rows, int64: those with the highest scores, of equal ones the earlier."""
+        return scores.sort(descending=True, stable=True).indices[:count]
 
 
 AUTO_SHARE, AUTO_FLOOR, AUTO_CAP = 0.7, 0.05, 0.4
