@@ -33,16 +33,15 @@ def runs(data: Path) -> dict[str, list[list[str]]]:
     both, dev = ["--donors", "harvest,compiled"], ["--data", str(data), "--limit", str(QUESTIONS)]
     baselines = ",".join(RULES[1:])
     tasks = {
-        f"task-{task}": [["--task", task, "--limit", "12", *both, "--selectors", f"probe,{baselines}"]]
+        f"task-{task}": [["--task", task, "--limit", "6", *both, "--selectors", f"probe,{baselines}"]]
         for task in ("fact", "facts", "tracking", "queries")
     }
     return {
         "questions": [
             [*dev, *both, "--selectors", f"probe,{baselines},reuse", "--ratios", "0.15"],
             [*dev, *both, "--selectors", "probe", "--ratios", "0.05,auto,0.3"],
-            [*dev, *both, "--selectors", baselines, "--ratios", "0.3"],
         ],
-        "equal": [[*dev, *both, "--charged", "--selectors", f"probe,{baselines}", "--ratios", "0.15,0.2"]],
+        "equal": [[*dev, *both, "--charged", "--selectors", f"probe,{baselines}", "--ratios", "0.15"]],
         "held-out": [
             ["--data", str(data), "--start", "30", "--limit", str(HELD_OUT), *both, "--selectors", f"probe,{baselines}"]
         ],
@@ -90,11 +89,11 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join([*("    " + command for command in figures["commands"]), "", *lines])
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
-    """KL against charged budget, a panel per donor mode, a line per rule between reusing and recomputing all."""
+def draw(every: list[dict[str, Any]], path: Path) -> None:
+    """KL against charged budget, a panel per donor mode, a line per rule from reusing all as it is upwards."""
     picture, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for panel, donors in zip(panels, ("harvest", "compiled"), strict=True):
-        rows = [row for row in figures["rows"] if row["donors"] == donors]
+        rows = [row for row in every if row["donors"] == donors]
         (reuse,) = (row for row in rows if row["selector"] == "reuse")
         for rule in RULES:
             points = [(r["charged"], r["kl"]) for r in rows if r["selector"] == rule and r["ratio"] != "auto"]
@@ -123,14 +122,15 @@ def main() -> None:
     wanted = runs(args.data)
     for name in [name for name in args.only.split(",") if name] or wanted:
         measure(args.model, name, wanted[name][: args.first], args.results)
-    parts = []
+    parts, on_questions = [], []
     for name, title in TITLES.items():
         path = args.results / f"quality-{name}.json"
         if path.exists():
             figures = json.loads(path.read_text())
             parts.append(f"### {title}\n\n{table(figures)}\n")
-            if name == "questions":
-                draw(figures, args.docs / "quality.svg")
+            if name in ("questions", "equal"):
+                on_questions += figures["rows"]
+    draw(on_questions, args.docs / "quality.svg")
     page = args.docs / "quality.md"
     head, rest = page.read_text().split("<!-- figures -->\n")
     _, tail = rest.split("<!-- end of figures -->\n")

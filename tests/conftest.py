@@ -12,11 +12,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+KERNELS = ("copy", "question", "row_attention")
+"""Modules that have Triton kernels."""
+
 # Where there is no GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported, which is
 # here, and not in the processes of the engines.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-for module in ("triton.experimental.gluon.language", "a3_sglang.kernels.row_attention"):
+for module in ("triton.experimental.gluon.language", *(f"a3_sglang.kernels.{name}" for name in KERNELS)):
     importlib.import_module(module)
 os.environ.pop("TRITON_INTERPRET", None)
 

@@ -19,9 +19,10 @@ from torch.testing import assert_close
 import a3_sglang.fusion.executor as executor_module
 from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.drift import BLOCK
+from a3_sglang.fusion.device import TorchDevice
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
-from a3_sglang.fusion.row_attention import RowGroup, TorchRowAttention
+from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
 
 MIN_SPAN = 8
@@ -105,7 +106,7 @@ class World:
 
 
 def executor_of(world: World, slice_rows: int = 8192) -> Executor:
-    return Executor(world.model, TorchRowAttention(), slice_rows)
+    return Executor(world.model, TorchDevice(), slice_rows)
 
 
 def kv(model: Llama, job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

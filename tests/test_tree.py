@@ -14,8 +14,8 @@ from reference import Llama, Shape
 from a3_sglang import seams
 from a3_sglang.cache.backend import A3Tree, state_of
 from a3_sglang.config import ServerOptions
+from a3_sglang.fusion.device import TorchDevice
 from a3_sglang.fusion.executor import Executor
-from a3_sglang.fusion.row_attention import TorchRowAttention
 
 # Their constructors are those of the newest SGLang.
 pytestmark = pytest.mark.engine
@@ -52,7 +52,7 @@ class Cache:
             tree_components=(ComponentType.FULL,),
         )
         self.tree = type("Tree", (A3Tree, UnifiedRadixCache), {})(params)
-        self.executor = Executor(self.model, TorchRowAttention())
+        self.executor = Executor(self.model, TorchDevice())
         self.tree.start(OPTIONS, self.executor, capacity=SLOTS)
 
     def key(self, tokens: list[int]):

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from a3_sglang.drift import BLOCK, Drift
+from a3_sglang.fusion.device import Device
 from a3_sglang.fusion.plan import Plan
-from a3_sglang.fusion.rotation import RopeTable, copy_rotated, rotate
-from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup
-from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, relevance
+from a3_sglang.fusion.question_attention import Asking, Question
+from a3_sglang.fusion.rotation import RopeTable, rotate
+from a3_sglang.fusion.row_attention import Attention, RowGroup
 from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
 
 logger = logging.getLogger(__name__)
@@ -144,14 +145,21 @@ class Executor:
 
     Args:
         model: see :class:`Model`.
-        attention: how rows attend on this device.
+        device: how it runs where the model's KV lies.
         slice_rows: rows that go through the model at once, at most.
     """
 
-    def __init__(self, model: Model, attention: RowAttention, slice_rows: int = 8192) -> None:
+    def __init__(self, model: Model, device: Device, slice_rows: int = 8192) -> None:
         self.model = model
-        self.attention = attention
+        self.device = device
         self.slice_rows = slice_rows
+        layers: dict[int, list[int]] = {}
+        for layer in range(model.depth):
+            layers.setdefault(id(model.ropes[layer]), []).append(layer)
+        self._pools = [
+            (model.ropes[same[0]], device.pools([model.keys[i] for i in same], [model.values[i] for i in same]))
+            for same in layers.values()
+        ]
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
         """Copy KV rows between slots in all layers, keys turned from their old to their new positions.
@@ -162,12 +170,8 @@ class Executor:
             old: int64 (n,), positions of the keys in ``source``.
             new: int64 (n,), positions they are turned to.
         """
-        turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in range(self.model.depth):
-            rope = self.model.ropes[layer]
-            if id(rope) not in turns:
-                turns[id(rope)] = rope.turn(old, new)
-            copy_rotated(self.model.keys[layer], self.model.values[layer], source, target, turns[id(rope)], rope.neox)
+        for rope, pools in self._pools:
+            self.device.copy(pools, source, target, rope.turn(old, new), rope.neox)
 
     def run(self, jobs: Sequence[Job], timings: Timings) -> None:
         """Make the KV between each job's prefix and tail ready, in place.
@@ -193,27 +197,18 @@ class Executor:
 
     def _probe(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
         """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""
-        asked: list[tuple[Job, range]] = []
-        for job in jobs:
+        bands: dict[range, list[int]] = {}
+        for i, job in enumerate(jobs):
             layers = job.selector.probe_layers(self.model.depth)
             if job.chooses and len(layers):
-                asked.append((job, layers))
-        if not asked:
-            return [None] * len(jobs)
-        depth = max(layers.stop for _, layers in asked)
-        probes, begin = [], 0
-        for job, layers in asked:
-            rows = min(QUESTION_TOKENS, len(job.tokens) - job.plan.end)
-            probes.append(_Probe(job, layers, begin, rows))
-            job.probed_rows, job.probed_layers = rows, depth
-            begin += rows
-        self.model.forward(
-            torch.cat([p.job.tokens[-p.rows :] for p in probes]),
-            torch.cat([p.positions for p in probes]),
-            _ProbeAttention(self, probes),
-        )
-        by_job = {id(p.job): p.scores for p in probes}
-        return [by_job.get(id(job)) for job in jobs]
+                bands.setdefault(layers, []).append(i)
+        scores: list[torch.Tensor | None] = [None] * len(jobs)
+        for layers, asked in bands.items():
+            attention = _ProbeAttention(self, [jobs[i] for i in asked], layers)
+            self.model.forward(attention.tokens, attention.positions, attention)
+            for i, score in zip(asked, attention.by_job(), strict=True):
+                scores[i] = score
+        return scores
 
     def _compute_first_layers(self, job: Job) -> torch.Tensor:
         """Compute the layers that the selector wants in full; what it measures on the last of them, (end,)."""
@@ -328,7 +323,7 @@ class RowsAttention(Attend):
         spreads: Sequence[_Spread] = (),
         kv_only: bool = False,
     ) -> None:
-        self._model, self._attention = executor.model, executor.attention
+        self._model, self._attention = executor.model, executor.device.rows
         self._slots, self._groups, self._spreads = slots, groups, spreads
         self._run: Attention | None = None
         self._last = executor.model.depth - 1 if kv_only else -1
@@ -349,80 +344,56 @@ class RowsAttention(Attend):
         return self._run(query, keys, values, scaling)
 
 
-class _Probe:
-    """The question of one job: its last rows, over the prefix and the spans as they were copied."""
-
-    def __init__(self, job: Job, layers: range, begin: int, rows: int) -> None:
-        device = job.slots.device
-        self.job, self.layers, self.begin, self.rows = job, layers, begin, rows
-        self.positions = torch.arange(len(job.tokens) - rows, len(job.tokens), device=device)
-        known = torch.cat([torch.arange(job.plan.prefix, device=device), _reused_positions(job.plan, device)])
-        self.known, self.slots = known, job.slots[known]
-        self.hidden = hidden_columns(torch.arange(1, rows + 1, device=device) + len(known))
-        self.scores = torch.zeros(job.plan.end, device=device)
-        self._room: dict[str, torch.Tensor] = {}
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        own: Sequence[torch.Tensor],
-        pools: Sequence[torch.Tensor],
-        scaling: float,
-    ) -> torch.Tensor:
-        """Attention over the known context and the rows themselves, whose KV gets no slot.
-
-        Args:
-            layer: the layer's number.
-            query: (rows, heads, head_dim).
-            own: keys and values of the rows, each (rows, kv_heads, head_dim).
-            pools: keys and values of the layer, each (slots, kv_heads, head_dim).
-            scaling: factor of the logits.
-        """
-        heads, count, total = query.shape[1], len(self.known), len(self.known) + self.rows
-        keys, values = (self._take(name, total, x[:0]) for name, x in zip("kv", own, strict=True))
-        for context, pool, fresh in zip((keys, values), pools, own, strict=True):
-            torch.index_select(pool, 0, self.slots, out=context[:count])
-            context[count:] = fresh
-        weights = self._take("weights", heads * self.rows * total, self.scores[:0])
-        weights = attention_weights(query, key_columns(keys), self.hidden, scaling, weights)
-        if layer in self.layers:
-            self.scores[self.known] += relevance(weights, self.rows, values)[:count]
-        mixed = torch.bmm(weights.to(values.dtype), values.movedim(0, 1).contiguous())
-        return mixed.view(heads, self.rows, -1).movedim(0, 1)
-
-    def _take(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
-        """Room for ``count`` rows like those of ``like``; the same for all layers."""
-        if name not in self._room:
-            self._room[name] = like.new_empty(count, *like.shape[1:])
-        return self._room[name]
-
-
 class _ProbeAttention(Attend):
-    """The pass ends with the last layer that is asked for."""
+    """The last rows of some jobs over their prefixes and spans as they were copied.
 
-    def __init__(self, executor: Executor, probes: Sequence[_Probe]) -> None:
-        self._model, self._probes = executor.model, probes
-        self._last = max(probe.layers.stop for probe in probes) - 1
+    They see nothing of gaps and of the tail before them, get no slots and write no KV. The pass ends with the last
+    layer that is asked for.
+    """
+
+    def __init__(self, executor: Executor, jobs: Sequence[Job], layers: range) -> None:
+        self._model, self._device = executor.model, executor.device
+        self._jobs, self._layers = jobs, layers
+        self._known, self._questions, positions, begin = [], [], [], 0
+        for job in jobs:
+            device, end = job.slots.device, len(job.tokens)
+            rows = min(QUESTION_TOKENS, end - job.plan.end)
+            job.probed_rows, job.probed_layers = rows, layers.stop
+            known = torch.cat([torch.arange(job.plan.prefix, device=device), _reused_positions(job.plan, device)])
+            self._known.append(known)
+            self._questions.append(Question(begin, begin + rows, job.slots[known]))
+            positions.append(torch.arange(end - rows, end, device=device))
+            begin += rows
+        self.tokens = torch.cat([job.tokens[at] for job, at in zip(jobs, positions, strict=True)])
+        self.positions = torch.cat(positions)
+        self._scores = torch.zeros(sum(map(len, self._known)), device=self.positions.device)
+        self._ask: Asking | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        out = torch.empty_like(query)
+        if self._ask is None:
+            self._ask = self._device.questions.plan(self._questions, query.shape[1], key.shape[1])
         pools = self._model.keys[layer], self._model.values[layer]
-        for probe in self._probes:
-            part = slice(probe.begin, probe.begin + probe.rows)
-            out[part] = probe.attend(layer, query[part], (key[part], value[part]), pools, scaling)
-        if layer == self._last:
+        out = self._ask(query, (key, value), pools, scaling, self._scores if layer in self._layers else None)
+        if layer == self._layers[-1]:
             raise PassOver
         return out
+
+    def by_job(self) -> list[torch.Tensor]:
+        """Scores of each job's positions before its tail, float32 (end,); zero where nothing was known."""
+        parts = self._scores.split([len(known) for known in self._known])
+        return [
+            part.new_zeros(job.plan.end).index_copy_(0, known, part)
+            for job, known, part in zip(self._jobs, self._known, parts, strict=True)
+        ]
 
 
 class _FirstLayers(Attend):
     """All rows behind one job's exact prefix, in slices by position; the context's KV goes to its slots."""
 
     def __init__(self, executor: Executor, job: Job) -> None:
-        self._model, self._attention, self._job = executor.model, executor.attention, job
+        self._model, self._attention, self._job = executor.model, executor.device.rows, job
         self._last = job.selector.fresh_layers - 1
         self._copied = self._model.values[self._last].index_select(0, job.slots[job.plan.prefix :])
         self._tail: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}

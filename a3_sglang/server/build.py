@@ -8,9 +8,9 @@ from typing import Any
 from a3_sglang import seams
 from a3_sglang.cache.backend import A3Tree
 from a3_sglang.config import ServerOptions
+from a3_sglang.fusion.device import TorchDevice, TritonDevice
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.model import SGLangModel, UnsupportedModelError
-from a3_sglang.fusion.row_attention import TorchRowAttention, TritonRowAttention
 from a3_sglang.server.support import RefusedError, refusal
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def build_tree(context: Any) -> Any:
     except UnsupportedModelError as error:
         raise RefusedError(f"--radix-cache-backend a3: {error}") from None
     tree = seams.create_tree(context, A3Tree)
-    attention = TritonRowAttention() if model.keys[0].is_cuda else TorchRowAttention()
-    tree.start(options, Executor(model, attention), capacity=model.keys[0].shape[0])
-    logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(attention).__name__, options)
+    device = TritonDevice() if model.keys[0].is_cuda else TorchDevice()
+    tree.start(options, Executor(model, device), capacity=model.keys[0].shape[0])
+    logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(device).__name__, options)
     return tree

@@ -1,0 +1,75 @@
+"""What the executor does differently on a CPU and on CUDA."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from a3_sglang.fusion.question_attention import QuestionAttention, TorchQuestionAttention, TritonQuestionAttention
+from a3_sglang.fusion.rotation import copy_rotated
+from a3_sglang.fusion.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
+
+Turn = tuple[torch.Tensor, torch.Tensor]
+
+
+class Device(ABC):
+    """The heavy parts of a fused prefill on one kind of device."""
+
+    rows: RowAttention
+    questions: QuestionAttention
+
+    @abstractmethod
+    def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+        """What :meth:`copy` needs to know of layers that share a rotary table.
+
+        Args:
+            keys: (slots, heads, head_dim) of each layer; they stay where they are.
+            values: like ``keys``.
+        """
+
+    @abstractmethod
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+        """Copy KV rows between slots in all these layers, turning the keys.
+
+        Args:
+            pools: what :meth:`pools` returned.
+            source: int64 (n,), slots to copy from.
+            target: int64 (n,), slots to copy to; none of ``source``.
+            turn: what :meth:`a3_sglang.fusion.rotation.RopeTable.turn` returned for these rows.
+            neox: pairing of the dimensions.
+        """
+
+
+class TorchDevice(Device):
+    """PyTorch's own operations; meant for a CPU."""
+
+    def __init__(self) -> None:
+        self.rows, self.questions = TorchRowAttention(), TorchQuestionAttention()
+
+    def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+        return list(zip(keys, values, strict=True))
+
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+        for keys, values in pools:
+            copy_rotated(keys, values, source, target, turn, neox)
+
+
+class TritonDevice(Device):
+    """The kernels in ``kernels/``, on CUDA."""
+
+    def __init__(self) -> None:
+        self.rows, self.questions = TritonRowAttention(), TritonQuestionAttention()
+
+    def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+        # Imported here: a machine without a GPU need not have Triton.
+        from a3_sglang.kernels.copy import Pools
+
+        return Pools.of(keys, values)
+
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+        from a3_sglang.kernels.copy import copy_rotated_layers
+
+        copy_rotated_layers(pools, source, target, turn, neox)
