@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -60,20 +60,40 @@ class Correlation:
         """Each row's own part."""
         return 1 - self.span - self.far - self.near
 
-    def weights(self, known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Weights that predict the drift at ``wanted`` positions from that at ``known`` ones.
-
-        Returns:
-            float32 (wanted, known).
-        """
-        among = self(known, known)
-        among.diagonal().add_(self.own)
-        return self.trust * torch.cholesky_solve(self(known, wanted), torch.linalg.cholesky(among)).T.contiguous()
-
 
 KEYS = Correlation(span=0.2, far=0.25, reach=200, near=0.2, close=4, trust=0.85)
 VALUES = Correlation(span=0.07, far=0.18, reach=150, near=0.2, close=4, trust=0.5)
 """Measured; see ``docs/quality.md``."""
+
+
+class Blocks:
+    """Rows of spans in blocks of at most :data:`BLOCK`, padded to the length of the longest.
+
+    All sizes are known on the host, so nothing here waits for a device.
+
+    Args:
+        lengths: rows of each span; the rows of all spans are numbered through.
+        device: where the rows' tensors lie.
+
+    Attributes:
+        shape: (blocks, size).
+        place: int64 (rows,), where each row stands in a flattened (blocks, size).
+    """
+
+    def __init__(self, lengths: Sequence[int], device: Any) -> None:
+        cut = [min(BLOCK, length - at) for length in lengths for at in range(0, length, BLOCK)]
+        size = max(cut, default=0)
+        self.shape = len(cut), size
+        places = [torch.arange(n) + i * size for i, n in enumerate(cut)]
+        self.place = torch.cat(places or [torch.arange(0)]).to(device, non_blocking=True)
+
+    def spread(self, of_rows: torch.Tensor, other: float) -> torch.Tensor:
+        """Something of all rows as (blocks, size), with ``other`` where there is none."""
+        return (
+            of_rows.new_full((self.shape[0] * self.shape[1],), other)
+            .index_copy_(0, self.place, of_rows)
+            .view(self.shape)
+        )
 
 
 ROUNDS = 16
@@ -82,7 +102,12 @@ IN_PLAY = 2.5
 """Of every block it looks at so many times the share of rows that are wanted: those with the highest weights."""
 
 
-def informative(weight: torch.Tensor, offsets: torch.Tensor, count: int) -> torch.Tensor:
+def in_play(blocks: Blocks, count: int) -> int:
+    """How many rows of a block :func:`informative` chooses at most, where it chooses ``count`` of all."""
+    return min(blocks.shape[1], math.ceil(IN_PLAY * count / max(1, len(blocks.place)) * blocks.shape[1]))
+
+
+def informative(weight: torch.Tensor, blocks: Blocks, count: int) -> torch.Tensor:
     """The rows to know, so that the least of the others' drift stays unknown.
 
     Each round takes the rows whose drift of keys, once known, lowers the most the variance that is left, summed over
@@ -91,98 +116,98 @@ def informative(weight: torch.Tensor, offsets: torch.Tensor, count: int) -> torc
 
     Args:
         weight: float32 (n,), not negative; what a row's drift matters.
-        offsets: int64 (n,), how far each row stands behind the beginning of its span; spans back to back, whole.
+        blocks: of the n rows; rows of different blocks tell nothing about each other.
         count: rows to choose, at most n.
 
     Returns:
         int64 (count,), indices, in the order in which they were chosen.
     """
-    rows, starts = torch.arange(len(offsets), device=offsets.device), offsets % BLOCK == 0
-    block, at = starts.cumsum(0) - 1, offsets % BLOCK
-    blocks, size = int(starts.sum()), min(int(offsets.max()) + 1, BLOCK)
-    dense = weight.new_full((blocks, size), -1)
-    dense[block, at] = weight
-    width = min(size, math.ceil(IN_PLAY * count / len(offsets) * size))
-    weights, play = (x[:, :width] for x in dense.sort(dim=1, descending=True, stable=True))
-    number = rows.new_zeros(blocks, size).index_put_((block, at), rows).gather(1, play).flatten()
-    taken, weights = (weights < 0).flatten(), weights.clamp(min=0)
+    width = in_play(blocks, count)
+    weights, play = (x[:, :width] for x in blocks.spread(weight, -1).sort(dim=1, descending=True, stable=True))
+    number = blocks.spread(torch.arange(len(weight), device=weight.device), 0).gather(1, play).flatten()
+    taken, weights = (weights < 0).flatten(), weights.clamp(min=0).contiguous()
     covariance = KEYS(play, play)
     chosen: list[torch.Tensor] = []
-    for part in rows[:count].tensor_split(ROUNDS):
+    for part in torch.arange(count).tensor_split(ROUNDS):
         spread = covariance.diagonal(dim1=1, dim2=2)
         told = (covariance.square() @ weights[..., None]).squeeze(-1) + KEYS.own * (KEYS.own + 2 * spread) * weights
         gain = (told / (spread + KEYS.own)).flatten().masked_fill(taken, -1)
         best = gain.sort(descending=True, stable=True).indices[: len(part)]
         chosen.append(number[best])
         # What is known has nothing left to gain.
-        taken[best] = True
-        weights.flatten()[best] = 0
-        _know(covariance, best)
+        taken.index_fill_(0, best, True)
+        weights.view(-1).index_fill_(0, best, 0)
+        known = torch.zeros_like(taken).index_fill_(0, best, True).view(play.shape)
+        _condition(covariance, *_known_first(known, len(part)))
     return torch.cat(chosen)
 
 
-def _know(covariance: torch.Tensor, known: torch.Tensor) -> None:
-    """Condition (blocks, n, n) in place on the drift of some rows, numbered through all blocks."""
-    blocks, width, _ = covariance.shape
-    known = known.sort().values
-    block = known // width
-    counts = torch.bincount(block, minlength=blocks)
-    slot = torch.arange(len(known), device=known.device) - (counts.cumsum(0) - counts)[block]
-    # Blocks with fewer known rows than others are filled up with rows that tell nothing.
-    row = known.new_zeros(blocks, int(counts.max()))
-    real = torch.zeros_like(row, dtype=torch.bool)
-    row[block, slot], real[block, slot] = known % width, True
-    toward = covariance.gather(1, row[..., None].expand(-1, -1, width)) * real[..., None]
-    among = toward.gather(2, row[:, None].expand(-1, row.shape[1], -1)) * real[:, None]
-    among.diagonal(dim1=1, dim2=2).add_(torch.where(real, KEYS.own, 1.0))
-    part = torch.linalg.solve_triangular(torch.linalg.cholesky(among), toward, upper=False)
+def _known_first(known: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of the known rows of each block, and which of them are real, both (blocks, width).
+
+    Args:
+        known: bool (blocks, size).
+        most: rows known in a block, at most. A device is not asked how many there are; a CPU is, which saves work.
+    """
+    most = min(most, known.shape[1])
+    if known.device.type == "cpu":
+        most = int(known.sum(1).max()) if len(known) else 0
+    real, columns = (x[:, :most] for x in known.sort(dim=1, descending=True, stable=True))
+    return columns, real
+
+
+def _condition(covariance: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> None:
+    """Condition (blocks, n, n) in place on the drift of the rows in ``columns``, where they are ``real``."""
+    toward = covariance.gather(1, columns[..., None].expand(-1, -1, covariance.shape[2])) * real[..., None]
+    among = toward.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) * real[:, None]
+    part = torch.linalg.solve_triangular(_factor(among, real, KEYS.own), toward, upper=False)
     covariance.baddbmm_(part.transpose(1, 2), part, alpha=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    known: slice
-    wanted: slice
-    keys: torch.Tensor
-    values: torch.Tensor
+def _factor(among: torch.Tensor, real: torch.Tensor, own: float) -> torch.Tensor:
+    """Cholesky factor of the known rows' covariance, their own parts added; columns that are not real stand alone."""
+    among.diagonal(dim1=1, dim2=2).add_(torch.where(real, own, 1.0))
+    # Without looking whether it worked, which would wait for the device: the own parts keep it positive definite.
+    return torch.linalg.cholesky_ex(among).L
 
 
 class Drift:
-    """Predicts the drift of some rows of a request from that of others.
+    """Predicts the drift of all rows of some spans from that of a few.
 
     Args:
-        known: int64 (n,), ascending positions of recomputed rows.
-        wanted: int64 (m,), ascending positions of the rows to predict.
-        starts: ascending positions at which blocks begin; rows of different blocks tell nothing about each other.
+        known: int64 (n,), numbers of the recomputed rows, ascending.
+        blocks: of all rows.
+        most: how many rows of a block are known at most.
     """
 
-    def __init__(self, known: torch.Tensor, wanted: torch.Tensor, starts: Sequence[int]) -> None:
-        cuts = torch.tensor(starts, dtype=known.dtype, device=known.device)
-        edges = zip(
-            *(pairwise([*torch.searchsorted(rows, cuts).tolist(), len(rows)]) for rows in (known, wanted)), strict=True
-        )
-        self._size = len(wanted)
-        self._blocks = [
-            _Block(
-                slice(*a), slice(*b), *(kind.weights(known[slice(*a)], wanted[slice(*b)]) for kind in (KEYS, VALUES))
-            )
-            for a, b in edges
-            if a[0] < a[1] and b[0] < b[1]
-        ]
+    def __init__(self, known: torch.Tensor, blocks: Blocks, most: int) -> None:
+        self._place = blocks.place
+        mask = torch.zeros_like(blocks.place, dtype=torch.bool).index_fill_(0, known, True)
+        columns, real = _known_first(blocks.spread(mask, False), most)
+        order = torch.zeros_like(blocks.place).index_copy_(0, known, torch.arange(len(known), device=known.device))
+        self._source = blocks.spread(order, 0).gather(1, columns)
+        self._keys, self._values = (_weights(kind, columns, real, blocks.shape[1]) for kind in (KEYS, VALUES))
 
     def of_keys(self, drift: torch.Tensor) -> torch.Tensor:
-        """Predicted drift, float32 (m, heads, head_dim), from the known rows' (n, heads, head_dim).
+        """Predicted drift of all rows, float32 (rows, heads, head_dim), from the known rows' (n, heads, head_dim).
 
-        Zero in blocks where nothing is known.
+        Zero in blocks where nothing is known; of the known rows it is not their own.
         """
-        return self._predict(drift, [block.keys for block in self._blocks])
+        return self._predict(drift, self._keys)
 
     def of_values(self, drift: torch.Tensor) -> torch.Tensor:
         """Like :meth:`of_keys`."""
-        return self._predict(drift, [block.values for block in self._blocks])
+        return self._predict(drift, self._values)
 
-    def _predict(self, drift: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        out = drift.new_zeros(self._size, *drift.shape[1:])
-        for block, weight in zip(self._blocks, weights, strict=True):
-            out[block.wanted] = (weight @ drift[block.known].flatten(1)).view(-1, *drift.shape[1:])
-        return out
+    def _predict(self, drift: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if not len(drift):
+            return drift.new_zeros(len(self._place), *drift.shape[1:])
+        predicted = torch.bmm(weights, drift.flatten(1)[self._source])
+        return predicted.flatten(0, 1).index_select(0, self._place).view(-1, *drift.shape[1:])
+
+
+def _weights(kind: Correlation, columns: torch.Tensor, real: torch.Tensor, size: int) -> torch.Tensor:
+    """Weights that predict every row of a block from its known ones, float32 (blocks, size, known)."""
+    among = kind(columns, columns) * (real[:, :, None] & real[:, None, :])
+    toward = kind(columns, torch.arange(size, device=columns.device)) * real[..., None]
+    return kind.trust * torch.cholesky_solve(toward, _factor(among, real, kind.own)).transpose(1, 2)

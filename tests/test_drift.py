@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang import drift
-from a3_sglang.drift import BLOCK, KEYS, informative
+from a3_sglang.drift import BLOCK, KEYS, Blocks, informative
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
 
@@ -62,7 +62,7 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drift, "BLOCK", block)
         patch.setattr(drift, "IN_PLAY", float("1e9"))
-        chosen = informative(weight, offsets, count)
+        chosen = informative(weight, Blocks(spans, "cpu"), count)
     assert chosen.dtype == torch.int64
     assert len(chosen) == len(set(chosen.tolist())) == count
     covariance = covariance64(offsets, block)
@@ -77,7 +77,7 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
 def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
     offsets = offsets_of(spans)
     count = round(share * len(offsets))
-    chosen = informative(drawn_weights(seed, len(offsets)), offsets, count)
+    chosen = informative(drawn_weights(seed, len(offsets)), Blocks(spans, "cpu"), count)
     assert len(chosen) == count
     assert len(set(chosen.tolist())) == count
     assert set(chosen.tolist()) <= set(range(len(offsets)))
@@ -85,28 +85,29 @@ def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
 
 def test_less_drift_is_left_than_after_the_heaviest_rows():
     """Not in every case, as rows of one round do not know of each other, but in all together."""
-    offsets = offsets_of([300, 40, 600])
+    spans = [300, 40, 600]
+    offsets = offsets_of(spans)
     covariance = covariance64(offsets, BLOCK)
     less = []
     for seed in range(20):
         # Attention comes in runs of tokens.
         noise = torch.randn(1, len(offsets), generator=torch.Generator().manual_seed(seed))
         weight = (4 * torch.nn.functional.avg_pool1d(noise, 5, 1, 2)[0]).exp()
-        chosen, heaviest = informative(weight, offsets, 140), weight.argsort(descending=True)[:140]
+        chosen, heaviest = informative(weight, Blocks(spans, "cpu"), 140), weight.argsort(descending=True)[:140]
         less.append(left(covariance, weight, heaviest) - left(covariance, weight, chosen))
     assert sum(less) > 0
     assert sum(x > 0 for x in less) > 15
 
 
 def test_a_row_beside_a_known_one_can_wait():
-    offsets, weight = torch.arange(400), torch.zeros(400)
+    weight = torch.zeros(400)
     weight[[100, 101, 300]] = torch.tensor([1.0, 0.95, 0.9])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drift, "ROUNDS", 2)
-        assert sorted(informative(weight, offsets, 2).tolist()) == [100, 300]
+        assert sorted(informative(weight, Blocks([400], "cpu"), 2).tolist()) == [100, 300]
 
 
 def test_weights_that_are_all_zero_still_give_rows():
-    chosen = informative(torch.zeros(50), torch.arange(50), 8)
+    chosen = informative(torch.zeros(50), Blocks([50], "cpu"), 8)
     assert_close(chosen.sort().values.unique(), chosen.sort().values)
     assert len(chosen) == 8

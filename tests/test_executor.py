@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from reference import Llama, gaps, reused, spread64
 from torch.testing import assert_close
 
-import a3_sglang.fusion.executor as executor_module
+from a3_sglang import drift
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.drift import BLOCK
 from a3_sglang.fusion.device import TorchDevice
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
@@ -172,9 +171,9 @@ class Spreading(Listening):
 @settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 60), st.floats(0.05, 0.95), st.booleans())
 def test_drift_is_spread_by_the_definition(seed, prefix, parts, tail, ratio, short_blocks):
-    block = 7 if short_blocks else BLOCK
+    block = 7 if short_blocks else drift.BLOCK
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor_module, "BLOCK", block)
+        patch.setattr(drift, "BLOCK", block)
         world = World(seed)
         executor = executor_of(world)
         job = world.job(world.prompt(prefix, parts, tail), prefix, Spreading(), ratio, executor)
@@ -399,7 +398,7 @@ def test_each_slice_spreads_its_own_drift(slice_rows):
         clipped = [(span, max(span.start, begin), min(span.end, end)) for span in job.plan.spans]
         spans = tuple(dataclasses.replace(span, start=a, length=b - a) for span, a, b in clipped if a < b)
         chosen = job.recomputed[torch.isin(job.recomputed, part)]
-        correct = spread64(world.model, Plan(begin, end, spans), chosen, BLOCK)
+        correct = spread64(world.model, Plan(begin, end, spans), chosen, drift.BLOCK)
         keys, values = world.model.rows64(job.tokens, part, keys, values, correct)[:2]
         begin = end
     for expected, found in zip((keys, values), kv(world.model, job), strict=True):

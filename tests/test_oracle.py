@@ -107,8 +107,7 @@ def test_the_probe_picks_the_oracles_rows(traffic: Traffic, oracle: Llama):
     for layer in probe.probe_layers(oracle.depth):
         sizes = values[layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
         score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T).sum(0)[:end]
-    starts = torch.cat([torch.full((span.length,), span.start) for span in fused.plan.spans])
-    rows = Rows(fused.reused, fused.reused - starts)
+    rows = Rows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")
     picked = probe.pick(score, rows, probe.budget(0.25, len(fused.reused)))
     common = len(set(picked.tolist()) & set(fused.recomputed.tolist())) / len(picked)
     # Rows near the threshold change places by rounding.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
     scores = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.5]), min_size=context, max_size=context))
     positions = sorted(data.draw(st.sets(st.integers(0, context - 1), min_size=1)))
     count = data.draw(st.integers(0, len(positions)))
-    rows = Rows(torch.tensor(positions), torch.zeros(len(positions), dtype=torch.int64))
+    rows = Rows.of([(p, p + 1) for p in positions], "cpu")
     expected = sorted(sorted(positions, key=lambda p: (-scores[p], p))[:count])
     for _ in range(2):
         picked = A3().pick(torch.tensor(scores), rows, exactly(count))
@@ -89,7 +90,7 @@ def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
 def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject):
     positions = sorted(data.draw(st.sets(st.integers(0, 300), min_size=1)))
     count = data.draw(st.integers(0, len(positions)))
-    rows = Rows(torch.tensor(positions), torch.arange(len(positions)))
+    rows = Rows.of([(p, p + 1) for p in positions], "cpu")
     picked = selector.pick(torch.rand(301), rows, exactly(count))
     assert picked.dtype == torch.int64
     assert len(picked) == count
@@ -97,7 +98,7 @@ def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject
 
 
 def test_probe_discounts_rows_deep_in_their_span():
-    rows = Rows(torch.arange(400), torch.cat([torch.arange(100), torch.arange(300)]))
+    rows = Rows.of([(0, 100), (100, 400)], "cpu")
     relevance = torch.zeros(400)
     # 192 rows behind its beginning a row's score counts (1 + 192 / 256) ** -0.5, which is 0.756.
     relevance[[0, 292]] = torch.tensor([1.0, 1.3])
@@ -108,7 +109,8 @@ def test_probe_discounts_rows_deep_in_their_span():
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 40))
 def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], head: int):
-    rows = Rows(torch.arange(sum(lengths)), torch.cat([torch.arange(length) for length in lengths]))
+    ends = list(accumulate(lengths))
+    rows = Rows.of(list(zip([0, *ends], ends, strict=False)), "cpu")
     count = sum(min(head, length) for length in lengths)
     picked = Epic().pick(torch.zeros(sum(lengths)), rows, exactly(count))
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
@@ -117,7 +119,7 @@ def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], h
 
 
 def test_random_draws_evenly_and_again():
-    rows = Rows(torch.arange(4000), torch.arange(4000))
+    rows = Rows.of([(0, 4000)], "cpu")
     nothing = torch.zeros(4000)
     picked = Random().pick(nothing, rows, exactly(1000))
     assert torch.equal(picked, Random().pick(nothing, rows, exactly(1000)))
@@ -149,7 +151,7 @@ def test_only_the_probe_asks_for_one(depth: int):
 def test_auto_covers_its_share_between_floor_and_cap(data: st.DataObject):
     drawn = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=400)
     relevance = torch.tensor(data.draw(drawn), dtype=torch.float32)
-    rows = Rows(torch.arange(len(relevance)), torch.zeros(len(relevance), dtype=torch.int64))
+    rows = Rows.of([(p, p + 1) for p in range(len(relevance))], "cpu")
     budget = Probe().budget("auto", len(relevance))
     picked = Probe().pick(relevance, rows, budget)
     count = len(picked)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.drift import BLOCK, Drift
+from a3_sglang.drift import Blocks, Drift, in_play
 from a3_sglang.fusion.device import Device
 from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.question_attention import Asking, Question
@@ -191,7 +191,7 @@ class Executor:
         except Exception:
             logger.exception("a3: the probe failed; all reused rows of this batch are recomputed")
             for job in jobs:
-                job.recomputed = _reused_positions(job.plan, job.slots.device)
+                job.recomputed = _rows(job.plan, job.slots.device).positions
         with timings.add("recompute_ms"):
             self._recompute(jobs)
 
@@ -247,7 +247,7 @@ class Executor:
             # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
             context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
             groups.append(RowGroup(at, at + len(rows), context, rows + 1, job.exact))
-            if job.selector.spreads and not job.exact:
+            if job.selector.spreads and len(job.recomputed) and not job.exact:
                 spreads.append(_Spread(self.model, part, at))
             at += len(rows)
         self.model.forward(
@@ -279,16 +279,22 @@ class _Spread:
             for span in job.plan.spans
             if span.start < part.end and part.begin < span.end
         ]
-        reused = torch.cat([torch.arange(a, b, device=device) for a, b in here]) if here else part.rows[:0]
-        chosen = torch.isin(reused, job.recomputed)
-        self._model, self._chosen, self._kept = model, reused[chosen], reused[~chosen]
-        self._known, self._wanted = job.slots[self._chosen], job.slots[self._kept]
+        rows, blocks = Rows.of(here, device), Blocks([end - start for start, end in here], device)
+        self._chosen, self._all = job.recomputed, rows.positions
+        most = in_play(blocks, len(job.recomputed))
+        if (part.begin, part.end) != (job.plan.prefix, job.plan.end):
+            # Its blocks are not those that the rows were chosen in.
+            self._chosen = self._chosen[(self._chosen >= part.begin) & (self._chosen < part.end)]
+            most = len(self._chosen)
+        self._model = model
+        self._known, self._slots = job.slots[self._chosen], job.slots[self._all]
         self._rows = at + torch.searchsorted(part.rows, self._chosen)
-        self._drift = Drift(self._chosen, self._kept, [start for a, b in here for start in range(a, b, BLOCK)])
+        self._drift = Drift(torch.searchsorted(self._all, self._chosen), blocks, most)
         self._turns: dict[int, tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def __call__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Correct the layer's kept rows; the chosen rows' slots still hold what was copied.
+        """Correct the layer's reused rows. The slots of the chosen ones still hold what was copied, and are written
+        afterwards.
 
         Args:
             layer: the layer's number.
@@ -298,13 +304,13 @@ class _Spread:
         keys, values, rope = self._model.keys[layer], self._model.values[layer], self._model.ropes[layer]
         if id(rope) not in self._turns:
             back = rope.turn(self._chosen, torch.zeros_like(self._chosen))
-            self._turns[id(rope)] = back, rope.turn(torch.zeros_like(self._kept), self._kept)
+            self._turns[id(rope)] = back, rope.turn(torch.zeros_like(self._all), self._all)
         back, forth = self._turns[id(rope)]
         drift = rotate(key[self._rows].float() - keys[self._known].float(), *back, rope.neox)
         moved = rotate(self._drift.of_keys(drift), *forth, rope.neox)
-        keys[self._wanted] = (keys[self._wanted].float() + moved).to(keys.dtype)
+        keys[self._slots] = (keys[self._slots].float() + moved).to(keys.dtype)
         moved = self._drift.of_values(value[self._rows].float() - values[self._known].float())
-        values[self._wanted] = (values[self._wanted].float() + moved).to(values.dtype)
+        values[self._slots] = (values[self._slots].float() + moved).to(values.dtype)
 
 
 class RowsAttention(Attend):
@@ -359,7 +365,7 @@ class _ProbeAttention(Attend):
             device, end = job.slots.device, len(job.tokens)
             rows = min(QUESTION_TOKENS, end - job.plan.end)
             job.probed_rows, job.probed_layers = rows, layers.stop
-            known = torch.cat([torch.arange(job.plan.prefix, device=device), _reused_positions(job.plan, device)])
+            known = torch.cat([torch.arange(job.plan.prefix, device=device), _rows(job.plan, device).positions])
             self._known.append(known)
             self._questions.append(Question(begin, begin + rows, job.slots[known]))
             positions.append(torch.arange(end - rows, end, device=device))
@@ -434,27 +440,25 @@ class _FirstLayers(Attend):
         )
         measured = job.selector.measure(FreshLayer(torch.cat(self._queries), key, value, self._copied))
         scores = torch.zeros(job.plan.end, device=job.slots.device)
-        reused = _reused_positions(job.plan, job.slots.device)
+        reused = _rows(job.plan, job.slots.device).positions
         scores[reused] = measured[reused - job.plan.prefix]
         return scores
 
 
 def _select(job: Job, score: torch.Tensor | None) -> torch.Tensor:
-    positions = _reused_positions(job.plan, job.slots.device)
-    budget = job.selector.budget(job.ratio, len(positions))
+    rows = _rows(job.plan, job.slots.device)
+    budget = job.selector.budget(job.ratio, job.plan.reused)
     if not job.chooses:
-        return positions[: budget[0]]
+        return rows.positions[: budget[0]]
     if score is None:
-        score = torch.zeros(job.plan.end, device=positions.device)
+        score = torch.zeros(job.plan.end, device=job.slots.device)
+    elif not score.is_cpu:
+        # Looking would wait for the device; a row whose score is no number is recomputed first.
+        score = score.nan_to_num(nan=torch.finfo(score.dtype).max)
     elif not bool(torch.isfinite(score).all()):
         raise FloatingPointError("the scores of reused rows are not finite")
-    return job.selector.pick(score, Rows(positions, positions - _span_starts(job.plan, positions.device)), budget)
+    return job.selector.pick(score, rows, budget)
 
 
-def _reused_positions(plan: Plan, device: Any) -> torch.Tensor:
-    return torch.cat([torch.arange(span.start, span.end, device=device) for span in plan.spans])
-
-
-def _span_starts(plan: Plan, device: Any) -> torch.Tensor:
-    """Where the span of each reused row begins."""
-    return torch.cat([torch.full((span.length,), span.start, device=device) for span in plan.spans])
+def _rows(plan: Plan, device: Any) -> Rows:
+    return Rows.of([(span.start, span.end) for span in plan.spans], device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -14,15 +15,25 @@ Ratio = float | Literal["auto"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The reused rows of one request.
+    """The reused rows of one request, span after span.
 
     Attributes:
         positions: int64 (reused,), ascending; where they stand in the prompt.
         offsets: int64 (reused,), how far each stands behind the beginning of its span.
+        lengths: rows of each span.
     """
 
     positions: torch.Tensor
     offsets: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spans: Sequence[tuple[int, int]], device: Any) -> Rows:
+        """The rows of spans ``[start, end)``, ascending."""
+        lengths = tuple(end - start for start, end in spans)
+        offsets = [torch.arange(length, device=device) for length in lengths] or [torch.arange(0, device=device)]
+        starts = [offset + start for offset, (start, _) in zip(offsets, spans, strict=False)]
+        return cls(torch.cat(starts or offsets), torch.cat(offsets), lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,7 @@ class Selector:
     """Whether scores are shares of the question's attention, which ``ratio="auto"`` needs."""
 
     spreads: ClassVar[bool] = False
-    """Whether what the recompute changes is also taken off the rows between (``drift.py``)."""
+    """Whether what the recompute changes is also taken off the rows between; then it chooses by ``drift.py`` too."""
 
     def probe_layers(self, depth: int) -> range:
         """Layers whose question attention is wanted (contiguous; empty, the default: the probe is not run).

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift import informative
+from a3_sglang.drift import Blocks, informative
 from a3_sglang.selectors.base import Rows, Selector
 
 
@@ -47,4 +47,4 @@ class Probe(Selector):
         return super().scores(relevance, rows) * torch.rsqrt(1 + rows.offsets / self.reach)
 
     def choose(self, scores: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
-        return informative(scores.float(), rows.offsets, count)
+        return informative(scores.float(), Blocks(rows.lengths, scores.device), count)
