@@ -258,10 +258,12 @@ def attention_override(backend: Any) -> Any:
 # ---- an engine
 
 
-def ask(engine: Any, **fields: Any) -> dict[str, Any]:
-    """One request with any field of SGLang's GenerateReqInput (``Engine.generate`` takes fewer: no ``extra_key``)."""
+def ask(engine: Any, **fields: Any) -> Any:
+    """One request, or several at once, with any field of SGLang's GenerateReqInput.
+
+    ``Engine.generate`` takes fewer: no ``extra_key``.
+    """
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     answers = engine.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
-    out: dict[str, Any] = engine.loop.run_until_complete(answers.__anext__())
-    return out
+    return engine.loop.run_until_complete(answers.__anext__())

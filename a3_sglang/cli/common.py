@@ -93,6 +93,11 @@ class Prompts:
         self.chunks = [self.tokens(size) for _ in range(chunks)]
         self._order: list[int] = []
 
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt."""
+        return len(self.system) + sum(map(len, self.chunks)) + self.question_tokens
+
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(5, self.vocabulary) for _ in range(count)]
 
@@ -128,11 +133,23 @@ def generate(
     **more: Any,
 ) -> dict[str, Any]:
     """One greedy request; ``a3`` becomes ``custom_params["a3"]`` beside what else is in there."""
+    out: dict[str, Any] = seams.ask(
+        running, input_ids=list(ids), sampling_params=_greedy(tokens, a3, custom_params), **more
+    )
+    return out
+
+
+def generate_all(running: Any, prompts: Sequence[Sequence[int]], a3: Any = None) -> list[dict[str, Any]]:
+    """One token each of several greedy requests, sent at once."""
+    params = [_greedy(1, a3, None) for _ in prompts]
+    out: list[dict[str, Any]] = seams.ask(running, input_ids=[list(ids) for ids in prompts], sampling_params=params)
+    return out
+
+
+def _greedy(tokens: int, a3: Any, custom_params: dict[str, Any] | None) -> dict[str, Any]:
     params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     custom = (custom_params or {}) | ({} if a3 is None else {"a3": a3})
-    if custom:
-        params["custom_params"] = custom
-    return seams.ask(running, input_ids=list(ids), sampling_params=params, **more)
+    return params | ({"custom_params": custom} if custom else {})
 
 
 def write_json(path: Path | None, figures: Any) -> None:
