@@ -104,7 +104,7 @@ def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args
     if not batch.forward_mode.is_extend():
         result = original(worker, batch, *args, **kwargs)
     elif _tree.fuse(batch.reqs):
-        with _tree.timed_extend(batch.reqs), _tree.extend_attention(batch):
+        with _tree.extend(batch):
             result = original(worker, batch, *args, **kwargs)
     else:
         result = original(worker, batch, *args, **kwargs)

@@ -153,7 +153,7 @@ class Llama(Model):
         pool = (slots, shape.kv_heads, shape.head_dim)
         self.keys = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
         self.values = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
-        self._override: Attend | None = None
+        self._override: tuple[torch.Tensor, torch.Tensor, Attend] | None = None
 
     @classmethod
     def load(cls, folder: Path, positions: int = 2048) -> Llama:
@@ -190,15 +190,16 @@ class Llama(Model):
             self.hidden(tokens, positions, attend)
 
     @contextmanager
-    def attention(self, attend: Attend) -> Iterator[None]:
-        self._override = attend
+    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> Iterator[None]:
+        self._override = tokens, positions, attend
         yield
         self._override = None
 
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The ordinary pass of an engine over a tail, within :meth:`attention`; the last hidden states."""
+        """The ordinary pass of an engine over a tail, within :meth:`extended`; the last hidden states."""
         assert self._override is not None
-        return self.hidden(tokens, positions, self._override)
+        first, at, attend = self._override
+        return self.hidden(torch.cat([first, tokens]), torch.cat([at, positions]), attend)[len(first) :]
 
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         shape, w = self.shape, self.weights

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from a3_sglang import drift
 from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.fusion.device import TorchDevice
-from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, RowsAttention, Timings
+from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, Part, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
@@ -315,18 +315,37 @@ def test_behind_the_first_layers_only_chosen_rows_and_gaps_are_fresh(seed, prefi
     assert job.charged(depth) == pytest.approx((2 * size + (count + job.plan.gap) * (depth - 2)) / (depth * size))
 
 
-def test_after_ratio_one_the_tail_equals_a_full_prefill():
-    """Seen from the tail, through the model's own pass with attention by rows."""
-    world = World(torch.seed() % 2**31)
-    executor = executor_of(world)
-    job = world.job(world.prompt(7, [(5, 30), (0, 25)], 40), 7, Probe(), 1.0, executor)
-    executor.run([job], Timings())
-    rows = torch.arange(job.plan.end, len(job.tokens))
-    slots = torch.cat([job.slots, world.take(len(rows))])
-    attend = RowsAttention(executor, slots[rows], [RowGroup(0, len(rows), slots, rows + 1, True)])
-    with world.model.attention(attend):
-        hidden = world.model.extend(job.tokens[rows], rows)
-    assert_close(hidden.double(), world.model.prefill64(job.tokens)[2][rows], **TOLERANCE)
+@pytest.mark.parametrize("slice_rows", [20, 8192])
+@pytest.mark.parametrize("selector", [Listening(), Probe(0.5, 1.0)])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_a_tail_takes_along_what_is_left_to_recompute(ratio, selector, slice_rows):
+    """In one pass with the tails of two requests, one of them not fused, as in passes of their own."""
+    seed = torch.seed() % 2**31
+    results = []
+    for together in (True, False):
+        world = World(seed)
+        executor = executor_of(world, slice_rows)
+        job = world.job(world.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor)
+        plain = torch.from_numpy(world.tokens(30)).long()
+        tail, whole = torch.arange(job.plan.end, len(job.tokens)), torch.arange(30)
+        slots, of_plain = torch.cat([job.slots, world.take(len(tail))]), world.take(30)
+        groups = [
+            RowGroup(0, len(tail), slots, tail + 1, ratio == 1),
+            RowGroup(len(tail), len(tail) + 30, of_plain, whole + 1, True),
+        ]
+        left: list[Part] = []
+        if together:
+            left = executor.prepare([job], Timings())
+        else:
+            executor.run([job], Timings())
+        with executor.extended(left, groups, torch.cat([slots[tail], of_plain])):
+            hidden = world.model.extend(torch.cat([job.tokens[tail], plain]), torch.cat([tail, whole]))
+        results.append((hidden, *(torch.stack(part)[:, : job.plan.end] for part in kv(world.model, job))))
+        assert_close(hidden[len(tail) :].double(), world.model.prefill64(plain)[2], **TOLERANCE)
+        if ratio == 1:
+            assert_close(hidden[: len(tail)].double(), world.model.prefill64(job.tokens)[2][tail], **TOLERANCE)
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, **TOLERANCE)
 
 
 def pair(seed: int, ratios: tuple[float, float]) -> tuple[World, Executor, list[Job]]:

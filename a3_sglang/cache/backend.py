@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from a3_sglang import seams
 from a3_sglang.cache.index import AnyPositionIndex, Run
 from a3_sglang.config import Effective, ServerOptions, resolve
-from a3_sglang.fusion.executor import Executor, Job, RowsAttention, Timings
+from a3_sglang.fusion.executor import Executor, Job, Part, Timings
 from a3_sglang.fusion.plan import Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import make_selector
@@ -80,6 +80,7 @@ class A3Tree:
         self.index: AnyPositionIndex | None = None
         self.executor: Executor | None = None
         self.waiting: dict[str, Any] = {}
+        self.left: list[Part] = []
         self._inserting: Any = None
         super().__init__(*args, **kwargs)
 
@@ -323,7 +324,9 @@ class A3Tree:
     # ---- fusion
 
     def fuse(self, reqs: list[Any]) -> bool:
-        """Run the fusion of this batch's newly admitted requests and write all new reports.
+        """Begin the fusion of this batch's newly admitted requests and write all new reports.
+
+        On a CPU the last pass of it is left to :meth:`extend`.
 
         Returns:
             Whether any request of the batch is fused.
@@ -331,7 +334,9 @@ class A3Tree:
         assert self.executor is not None
         fresh = [req for req in reqs if state_of(req).waiting]
         jobs = [self._job(req) for req in fresh]
-        if jobs:
+        if jobs and self._extends_by_rows:
+            self.left = self.executor.prepare(jobs, self.timings)
+        elif jobs:
             self.executor.run(jobs, self.timings)
         for req, job in zip(fresh, jobs, strict=True):
             state = state_of(req)
@@ -344,32 +349,41 @@ class A3Tree:
             self._drop_unused(req, state_of(req))
         return any(self._fused(req) for req in reqs)
 
+    @property
+    def _extends_by_rows(self) -> bool:
+        """On a CPU a fused batch's extend attends by rows as well: SGLang's own would compute every prefix again."""
+        return bool(self.device.type == "cpu")  # type: ignore[attr-defined]
+
     @contextmanager
-    def timed_extend(self, reqs: list[Any]) -> Iterator[None]:
-        """Time the extend of a fused batch; with ``A3_TIMINGS=1`` the requests report how long each part took."""
+    def extend(self, batch: Any) -> Iterator[None]:
+        """A context for the extend of a fused batch.
+
+        With ``A3_TIMINGS=1`` the requests report how long each part took; where the extend takes the recompute
+        along, all of it counts as recompute.
+        """
+        assert self.executor is not None
         timings, self.timings = self.timings, Timings()
-        with timings.add("tail_ms"):
-            yield
+        left, self.left = self.left, []
+        with timings.add("recompute_ms" if left else "tail_ms"):
+            if self._extends_by_rows:
+                with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
+                    yield
+            else:
+                yield
         if os.environ.get("A3_TIMINGS") == "1":
-            for req in reqs:
+            for req in batch.reqs:
                 if self._fused(req):
                     req.customized_info["a3_ms"] = [asdict(timings)]
 
-    def extend_attention(self, batch: Any) -> AbstractContextManager[None]:
-        """A context for the extend of a fused batch.
-
-        On a CPU it attends by rows as well: SGLang's own attention would compute every prefix row again.
-        """
-        assert self.executor is not None
-        if self.device.type != "cpu":  # type: ignore[attr-defined]
-            return nullcontext()
+    def _groups(self, batch: Any) -> list[RowGroup]:
+        """The rows of a batch's extend."""
         groups, begin = [], 0
         for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             slots = seams.row(self, req)[: prefix + length].to(torch.int64)
             visible = torch.arange(prefix, prefix + length, device=slots.device) + 1
             groups.append(RowGroup(begin, begin + length, slots, visible, state_of(req).exact))
             begin += length
-        return self.executor.model.attention(RowsAttention(self.executor, batch.out_cache_loc.to(torch.int64), groups))
+        return groups
 
     def after_admission(self, req: Any) -> None:
         """Private slots stay the request's own, whatever the admission made of them."""

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,8 +73,17 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def attention(self, attend: Attend) -> AbstractContextManager[None]:
-        """A context in which the model attends through ``attend``."""
+    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> AbstractContextManager[None]:
+        """A context for the model's own forward of other rows: it attends through ``attend``, and these rows go first.
+
+        Args:
+            tokens: int64 (rows,), may be none.
+            positions: int64 (rows,).
+            attend: takes the place of the model's attention.
+
+        Raises:
+            RuntimeError: at the end, if no forward took the rows along.
+        """
 
 
 @dataclass(slots=True)
@@ -174,10 +183,20 @@ class Executor:
             self.device.copy(pools, source, target, rope.turn(old, new), rope.neox)
 
     def run(self, jobs: Sequence[Job], timings: Timings) -> None:
-        """Make the KV between each job's prefix and tail ready, in place.
+        """Make the KV between each job's prefix and tail ready, in place."""
+        rest = self.prepare(jobs, timings)
+        with timings.add("recompute_ms"):
+            if rest:
+                self._pass(rest)
+
+    def prepare(self, jobs: Sequence[Job], timings: Timings) -> list[Part]:
+        """Choose what is recomputed, and recompute all but the last ``slice_rows`` of it.
 
         An error in probe or selection is no reason to lose a request: its reused rows are then all recomputed,
         which is the full prefill.
+
+        Returns:
+            What is left to recompute, for :meth:`extended`; none where nothing is.
         """
         try:
             with timings.add("probe_ms"):
@@ -193,7 +212,7 @@ class Executor:
             for job in jobs:
                 job.recomputed = _rows(job.plan, job.slots.device).positions
         with timings.add("recompute_ms"):
-            self._recompute(jobs)
+            return self._recompute(jobs)
 
     def _probe(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
         """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""
@@ -219,9 +238,9 @@ class Executor:
         job.fresh_layers = job.selector.fresh_layers
         return first.scores()
 
-    def _recompute(self, jobs: Sequence[Job]) -> None:
-        """One pass over the chosen rows and the gaps of all jobs; more where they exceed ``slice_rows``."""
-        work: list[_Part] = []
+    def _recompute(self, jobs: Sequence[Job]) -> list[Part]:
+        """Pass after pass over the chosen rows and the gaps of all jobs, until less than ``slice_rows`` are left."""
+        work: list[Part] = []
         pending = 0
         for job in jobs:
             gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
@@ -231,16 +250,40 @@ class Executor:
             while len(rows):
                 part, rows = rows.tensor_split([self.slice_rows - pending])
                 end = int(rows[0]) if len(rows) else job.plan.end
-                work.append(_Part(job, part, begin, end))
+                work.append(Part(job, part, begin, end))
                 begin = end
                 pending += len(part)
                 if pending == self.slice_rows:
                     self._pass(work)
                     work, pending = [], 0
-        if work:
-            self._pass(work)
+        return work
 
-    def _pass(self, work: Sequence[_Part]) -> None:
+    def _pass(self, work: Sequence[Part]) -> None:
+        rows = self._rows_of(work)
+        attend = RowsAttention(self, rows.slots, rows.groups, rows.spreads, kv_only=len(rows.groups))
+        self.model.forward(rows.tokens, rows.positions, attend)
+
+    def extended(
+        self, work: Sequence[Part], groups: Sequence[RowGroup], slots: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """A context for the model's own forward of the tails, which takes along what is left to recompute.
+
+        Args:
+            work: what :meth:`prepare` returned.
+            groups: of the forward's own rows.
+            slots: int64 (rows,), where their KV goes.
+        """
+        if not work:
+            return self.model.extended(slots[:0], slots[:0], RowsAttention(self, slots, groups))
+        rows = self._rows_of(work)
+        count = len(rows.tokens)
+        behind = [replace(group, begin=group.begin + count, end=group.end + count) for group in groups]
+        attend = RowsAttention(
+            self, torch.cat([rows.slots, slots]), [*rows.groups, *behind], rows.spreads, kv_only=len(rows.groups)
+        )
+        return self.model.extended(rows.tokens, rows.positions, attend)
+
+    def _rows_of(self, work: Sequence[Part]) -> _PassRows:
         groups, spreads, at = [], [], 0
         for part in work:
             job, rows = part.job, part.rows
@@ -250,17 +293,17 @@ class Executor:
             if job.selector.spreads and len(job.recomputed) and not job.exact:
                 spreads.append(_Spread(self.model, part, at))
             at += len(rows)
-        self.model.forward(
+        return _PassRows(
             torch.cat([part.job.tokens[part.rows] for part in work]),
             torch.cat([part.rows for part in work]),
-            RowsAttention(
-                self, torch.cat([part.job.slots[part.rows] for part in work]), groups, spreads=spreads, kv_only=True
-            ),
+            torch.cat([part.job.slots[part.rows] for part in work]),
+            groups,
+            spreads,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """Rows of one job that go through the model in one pass: all it recomputes of ``[begin, end)``."""
 
     job: Job
@@ -269,10 +312,21 @@ class _Part:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class _PassRows:
+    """Rows that go through the model in one pass: what they are, where their KV goes, who they belong to."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    groups: list[RowGroup]
+    spreads: list[_Spread]
+
+
 class _Spread:
     """Takes the drift that recomputed rows show off the reused rows between them; see ``drift.py``."""
 
-    def __init__(self, model: Model, part: _Part, at: int) -> None:
+    def __init__(self, model: Model, part: Part, at: int) -> None:
         job, device = part.job, part.rows.device
         here = [
             (max(span.start, part.begin), min(span.end, part.end))
@@ -317,8 +371,11 @@ class RowsAttention(Attend):
     """Rows whose KV is written to their slots before they attend.
 
     Args:
+        slots: int64 (rows,), where the rows' KV goes.
+        groups: who owns which rows.
         spreads: what is done before, while the slots still hold the copied KV.
-        kv_only: nothing but the rows' KV is wanted, so the pass ends with the last layer's.
+        kv_only: groups at the beginning of which nothing but the KV is wanted. In the last layer only the rows of the
+            others attend; where there are none, the pass ends there.
     """
 
     def __init__(
@@ -327,12 +384,11 @@ class RowsAttention(Attend):
         slots: torch.Tensor,
         groups: Sequence[RowGroup],
         spreads: Sequence[_Spread] = (),
-        kv_only: bool = False,
+        kv_only: int = 0,
     ) -> None:
         self._model, self._attention = executor.model, executor.device.rows
-        self._slots, self._groups, self._spreads = slots, groups, spreads
+        self._slots, self._groups, self._spreads, self._kv_only = slots, groups, spreads, kv_only
         self._run: Attention | None = None
-        self._last = executor.model.depth - 1 if kv_only else -1
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -343,11 +399,26 @@ class RowsAttention(Attend):
                 spread(layer, key, value)
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
-        if layer == self._last:
-            raise PassOver
+        if layer == self._model.depth - 1 and self._kv_only:
+            return self._attend_last(query, keys, values, scaling)
         if self._run is None:
-            self._run = self._attention.plan(self._groups, query.shape[1], key.shape[1], query.dtype)
+            self._run = self._plan(self._groups, query, keys)
         return self._run(query, keys, values, scaling)
+
+    def _attend_last(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        others = self._groups[self._kv_only :]
+        if not others:
+            raise PassOver
+        first = others[0].begin
+        moved = [replace(group, begin=group.begin - first, end=group.end - first) for group in others]
+        out = torch.zeros_like(query)
+        out[first:] = self._plan(moved, query, keys)(query[first:], keys, values, scaling)
+        return out
+
+    def _plan(self, groups: Sequence[RowGroup], query: torch.Tensor, keys: torch.Tensor) -> Attention:
+        return self._attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
 class _ProbeAttention(Attend):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -62,10 +63,37 @@ class SGLangModel(Model):
 
     @torch.no_grad()
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
-        with self.attention(attend), suppress(PassOver):
+        with self._attention(attend), suppress(PassOver):
             self._runner.model.model(tokens, positions, seams.row_batch(tokens, positions))
 
-    def attention(self, attend: Attend) -> Any:
+    @contextmanager
+    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> Iterator[None]:
+        passes = 0
+
+        def before(_layers: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            own_tokens, own_positions, _, *others = args
+            all_tokens, all_positions = torch.cat([tokens, own_tokens]), torch.cat([positions, own_positions])
+            return (all_tokens, all_positions, seams.row_batch(all_tokens, all_positions), *others)
+
+        def after(_layers: Any, _args: Any, hidden: torch.Tensor) -> torch.Tensor:
+            nonlocal passes
+            passes += 1
+            return hidden[len(tokens) :]
+
+        layers = self._runner.model.model
+        hooks = []
+        if len(tokens):
+            hooks = [layers.register_forward_pre_hook(before), layers.register_forward_hook(after)]
+        try:
+            with self._attention(attend):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if hooks and passes != 1:
+            raise RuntimeError(f"rows to recompute went through the model {passes} times, not once")
+
+    def _attention(self, attend: Attend) -> Any:
         """A context in which the model attends through ``attend``."""
 
         def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, _batch: Any, _save: bool) -> Any:
