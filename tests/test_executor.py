@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from a3_sglang import drift
 from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.fusion.device import TorchDevice
-from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, Part, Timings
+from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, Part, RowsAttention, Timings
 from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector

@@ -5,8 +5,9 @@ The index knows tokens only. A *donor* is a path of the radix tree; its tokens a
 whole block of its donor, so looking up the hash of every window of the prompt (stride 1) finds every such
 run. A hit is compared token by token and extended to both sides, so a hash collision costs time and nothing
 else. Donors that share a prefix share its blocks, as they share its KV in the tree: the index is a trie of
-segments, each holding only the blocks that no earlier donor had. Segments are cut where whole blocks and whole
-pages of the tree end; tokens behind a path's last such place are left out.
+segments, each holding only what no earlier donor had. Segments begin where whole blocks and whole pages of the
+tree (*units*) do, and may end at any page: the tokens behind a path's last unit have no hash of their own, but a run
+that reaches them goes on through them.
 
 An entry does not hold slots. Its owner asks the tree for them (by the path's tokens) when a run is used; where
 the tree no longer has them, :meth:`AnyPositionIndex.forget` drops the entries.
@@ -53,7 +54,7 @@ class Run:
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """The part of a donor's path that starts where it leaves its parent; whole blocks only."""
+    """The part of a donor's path that starts where it leaves its parent, in whole pages."""
 
     namespace: Hashable
     parent: Segment | None
@@ -155,6 +156,7 @@ class AnyPositionIndex:
             raise ValueError(f"min_span must be at least 1, not {min_span}")
         self.min_span = min_span
         self.block = (min_span + 1) // 2
+        self._page = page_size
         self._unit = math.lcm(self.block, page_size)
         self.capacity = capacity
         self.candidates = candidates
@@ -199,13 +201,12 @@ class AnyPositionIndex:
     def add(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> None:
         """Make a path of the tree a donor. Known leading blocks are not stored again."""
         path, content, chain = self._path_hashes(namespace, tokens)
-        blocks = len(content)
-        if not blocks:
+        if not len(content):
             return
         segment, known = self._longest_known(namespace, path, chain)
-        if known < blocks:
-            known -= known % (self._unit // self.block)
-            begin = known * self.block
+        known -= known % (self._unit // self.block)
+        begin = known * self.block
+        if known < len(content) or self._extend_right(path, segment, 0, begin)[1] < len(path):
             while segment.parent is not None and begin == segment.begin:
                 segment = segment.parent
             if segment.parent is None or begin < segment.end:
@@ -252,11 +253,11 @@ class AnyPositionIndex:
         self._touch(run.segment)
 
     def _drop(self, segment: Segment, keep: int) -> None:
-        """Cut a segment to its first ``keep`` tokens (whole units), with all that branches off behind."""
-        keep -= keep % self._unit
+        """Cut a segment to its first ``keep`` tokens (whole pages), with all that branches off behind."""
+        keep -= keep % self._page
         for child in [c for c in segment.children if c.begin > segment.begin + keep]:
             self._drop(child, 0)
-        self._dead += (len(segment.tokens) - keep) // self.block
+        self._dead += self._blocks_in(len(segment.tokens)) - self._blocks_in(keep)
         self._tokens -= len(segment.tokens) - keep
         segment.tokens = segment.tokens[:keep].copy()
         if not keep:
@@ -274,6 +275,8 @@ class AnyPositionIndex:
     ) -> None:
         """Enter the blocks of a segment from its token ``begin`` on."""
         n = len(content)
+        if not n:
+            return
         first = self._count
         self._reserve(first + n)
         new = np.arange(first, first + n, dtype=np.int32)
@@ -314,16 +317,21 @@ class AnyPositionIndex:
         hashes, chains = self._hash, self._chain
         self._clear_blocks()
         for segment in segments:
-            kept = by_owner[segment.number][: len(segment.tokens) // self.block]
+            kept = by_owner.get(segment.number, order[:0])[: self._blocks_in(len(segment.tokens))]
             self._index_blocks(segment, 0, hashes[kept], chains[kept])
 
     def _path_hashes(
         self, namespace: Hashable, tokens: Sequence[int] | Tokens
     ) -> tuple[Tokens, npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """The whole units at a path's beginning, their blocks' content hashes and their chain hashes."""
-        path = np.asarray(tokens, np.int32)[: len(tokens) // self._unit * self._unit]
-        content = self._block_hashes(path.reshape(-1, self.block), namespace)
+        """The whole pages at a path's beginning; the content and chain hashes of the blocks of its whole units."""
+        path = np.asarray(tokens, np.int32)[: len(tokens) // self._page * self._page]
+        whole = path[: self._blocks_in(len(path)) * self.block]
+        content = self._block_hashes(whole.reshape(-1, self.block), namespace)
         return path, content, self._chain_hashes(content)
+
+    def _blocks_in(self, tokens: int) -> int:
+        """Blocks of the whole units among so many tokens."""
+        return tokens // self._unit * self._unit // self.block
 
     def _block_hashes(self, windows: npt.NDArray[np.int32], namespace: Hashable) -> npt.NDArray[np.uint64]:
         """Polynomial hashes of windows of ``block`` tokens, shape (n, block) -> (n,)."""
@@ -355,7 +363,7 @@ class AnyPositionIndex:
         segment = self._segments.get(int(self._owner[block]))
         if segment is None or segment.namespace != namespace:
             return None
-        return segment if self._ordinal[block] * self.block < len(segment.tokens) else None
+        return segment if self._ordinal[block] < self._blocks_in(len(segment.tokens)) else None
 
     # ---- lookup
 
