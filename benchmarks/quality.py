@@ -38,8 +38,8 @@ def runs(data: Path) -> dict[str, list[list[str]]]:
     }
     return {
         "questions": [
-            [*dev, *both, "--selectors", f"probe,{baselines},reuse", "--ratios", "0.15"],
-            [*dev, *both, "--selectors", "probe", "--ratios", "0.05,auto,0.3"],
+            [*dev, *both, "--selectors", "probe,reuse", "--ratios", "0.05,0.15,auto,0.3"],
+            [*dev, "--donors", "harvest", "--selectors", f"probe,{baselines}", "--ratios", "0.15"],
         ],
         "equal": [[*dev, *both, "--charged", "--selectors", f"probe,{baselines}", "--ratios", "0.15"]],
         "held-out": [
@@ -122,15 +122,17 @@ def main() -> None:
     wanted = runs(args.data)
     for name in [name for name in args.only.split(",") if name] or wanted:
         measure(args.model, name, wanted[name][: args.first], args.results)
-    parts, on_questions = [], []
+    parts: list[str] = []
+    drawn: dict[str, list[dict[str, Any]]] = {}
     for name, title in TITLES.items():
         path = args.results / f"quality-{name}.json"
         if path.exists():
             figures = json.loads(path.read_text())
             parts.append(f"### {title}\n\n{table(figures)}\n")
-            if name in ("questions", "equal"):
-                on_questions += figures["rows"]
-    draw(on_questions, args.docs / "quality.svg")
+            drawn[name] = figures["rows"]
+    if drawn.keys() >= {"questions", "equal"}:
+        draw(drawn["questions"] + drawn["equal"], args.docs / "quality.svg")
+        parts.insert(0, "![mean KL to the full prefill against charged budget](quality.svg)\n")
     page = args.docs / "quality.md"
     head, rest = page.read_text().split("<!-- figures -->\n")
     _, tail = rest.split("<!-- end of figures -->\n")
