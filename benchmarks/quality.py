@@ -51,7 +51,7 @@ def runs(data: Path) -> dict[str, list[list[str]]]:
 
 TITLES = {
     "questions": "Questions of the data file",
-    "equal": "The same at equal charged budget (`--charged`)",
+    "equal": "Questions of the data file at equal charged budget (`--charged`)",
     "held-out": "The last ten questions",
     "task-fact": "One planted fact (`--task fact`)",
     "task-facts": "Many planted facts (`--task facts`)",
