@@ -128,7 +128,7 @@ def informative(weight: torch.Tensor, blocks: Blocks, count: int) -> torch.Tenso
     taken, weights = (weights < 0).flatten(), weights.clamp(min=0).contiguous()
     covariance = KEYS(play, play)
     chosen: list[torch.Tensor] = []
-    for part in torch.arange(count).tensor_split(ROUNDS):
+    for part in torch.arange(count).tensor_split(max(1, min(ROUNDS, count))):
         spread = covariance.diagonal(dim1=1, dim2=2)
         told = (covariance.square() @ weights[..., None]).squeeze(-1) + KEYS.own * (KEYS.own + 2 * spread) * weights
         gain = (told / (spread + KEYS.own)).flatten().masked_fill(taken, -1)

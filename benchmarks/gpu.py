@@ -127,7 +127,7 @@ class Case:
         self.turn = angle.cos(), angle.sin()
 
 
-def attention64(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def weights64(query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """Weights (rows, heads, n) in float64, of rows that see the first ``visible`` keys."""
     keys = keys.double().repeat_interleave(HEADS // KV_HEADS, 1)
     logits = torch.einsum("rhd,nhd->rhn", query.double(), keys) * DIM**-0.5
@@ -149,7 +149,7 @@ def errors(small: bool) -> dict[str, float]:
 
     attend = device.rows.plan([RowGroup(0, len(case.rows), case.slots, case.rows + 1, False)], HEADS, KV_HEADS, DTYPE)
     out = attend(case.query, case.keys[0], case.values[0], DIM**-0.5)
-    weights = attention64(case.query, k, v, case.rows + 1)
+    weights = weights64(case.query, k, case.rows + 1)
     v64 = v.double().repeat_interleave(group, 1)
     found["row attention"] = error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
 
@@ -157,7 +157,7 @@ def errors(small: bool) -> dict[str, float]:
     scores = torch.zeros(context, device=DEVICE)
     out = ask(case.question, case.own, (case.keys[0], case.values[0]), DIM**-0.5, scores)
     all_k, all_v = (torch.cat([x, own]) for x, own in zip((k, v), case.own, strict=True))
-    weights = attention64(case.question, all_k, all_v, torch.arange(QUESTION, device=DEVICE) + context + 1)
+    weights = weights64(case.question, all_k, torch.arange(QUESTION, device=DEVICE) + context + 1)
     v64 = all_v.double().repeat_interleave(group, 1)
     found["question attention"] = error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
     taken = (weights.square().mean(0).sqrt() * v64.norm(dim=-1).T).sum(0)

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from a3_sglang.kernels.common import DTYPES
+
 BLOCK_ROWS = 32
 """Rows that one program takes through all heads of one layer."""
-
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Pools:
         shapes_of_values = {(pool.shape, pool.dtype, pool.stride(), pool.device) for pool in values}
         if len(shapes) != 1 or len(shapes_of_values) != 1 or keys[0].shape != values[0].shape:
             raise ValueError("the KV pools of the layers differ in shape, dtype, layout or device")
-        if keys[0].stride(2) != 1 or values[0].stride(2) != 1 or keys[0].dtype not in _DTYPES:
+        if keys[0].stride(2) != 1 or values[0].stride(2) != 1 or keys[0].dtype not in DTYPES:
             raise ValueError(f"KV pools in {keys[0].dtype} with strides {keys[0].stride()} cannot be copied")
         addresses = torch.tensor([[pool.data_ptr() for pool in kind] for kind in (keys, values)], dtype=torch.int64)
         of_keys, of_values = addresses.to(keys[0].device)
@@ -150,7 +150,7 @@ def copy_rotated_layers(
         count,
         *pools.key_strides,
         *pools.value_strides,
-        DTYPE=_DTYPES[pools.dtype],
+        DTYPE=DTYPES[pools.dtype],
         HEADS=pools.heads,
         DIM=pools.dim,
         WIDTH=triton.next_power_of_2(pools.dim),

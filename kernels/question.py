@@ -15,14 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from a3_sglang.kernels.common import LOG2E, fold, lanes, padded, product_dtype
+
 LANES = 64
 """Rows that one program takes, of all heads of a group together while it attends, of one head while it ranks."""
 PIECE = 512
 """Context positions that one program attends to."""
 BLOCK = 64
 """Context positions that a program reads at a time."""
-
-_LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,7 @@ def _attend(
     length = tl.load(pieces + 5 * piece + 3)
     own = tl.load(pieces + 5 * piece + 4) == 1
 
-    lane = tl.arange(0, ROWS)
-    row, head = (first + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP
-    live = lane // GROUP < count
+    row, head, live = lanes(first, count, kv_head, GROUP, ROWS)
     dim = tl.arange(0, WIDTH)
     inside = dim < DIM
     q = tl.load(
@@ -124,7 +122,7 @@ def _attend(
         other=0.0,
     ).to(DTYPE)
     # Of its own rows a row sees those up to itself, of the context all. Lanes without a row see the first position.
-    last = tl.where(own, tl.where(live, first + lane // GROUP - begin, 0), length - 1)
+    last = tl.where(own, tl.where(live, row - begin, 0), length - 1)
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -148,15 +146,9 @@ def _attend(
             # Every tile of a request writes the same here.
             size = tl.sqrt(tl.sum(v.to(tl.float32) * v.to(tl.float32), 1))
             tl.store(sizes + kv_head.to(tl.int64) * contexts + begin + place, size, mask=here)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        logits = tl.where(place[None, :] <= last[:, None], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(DTYPE), v, input_precision="ieee")
-        top = higher
+        top, total, mixed = fold(q, k, v, place[None, :] <= last[:, None], scaling, top, total, mixed)
 
-    at = (piece.to(tl.int64) * tl.num_programs(1) + kv_head) * ROWS + lane
+    at = (piece.to(tl.int64) * tl.num_programs(1) + kv_head) * ROWS + tl.arange(0, ROWS)
     tl.store(mixed_out + at[:, None] * WIDTH + dim[None, :], mixed)
     tl.store(top_out + at, top)
     tl.store(total_out + at, total)
@@ -196,8 +188,7 @@ def _join(
         total = total * shrink + tl.load(total_in + at) * share
         mixed = mixed * shrink[:, None] + tl.load(mixed_in + at[:, None] * WIDTH + dim[None, :]) * share[:, None]
         top = higher
-    row, head = (first + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP
-    live = lane // GROUP < count
+    row, head, live = lanes(first, count, kv_head, GROUP, ROWS)
     tl.store(
         out + row[:, None] * out_row + head[:, None] * out_head + dim[None, :],
         (mixed / total[:, None]).to(out.dtype.element_ty),
@@ -289,7 +280,7 @@ def question_attention(
     """
     heads, dim = query.shape[1:]
     kv_heads, contexts = keys.shape[1], len(layout.slots)
-    width = max(16, triton.next_power_of_2(dim))
+    width = padded(dim)
     lanes, device = (len(layout.pieces), kv_heads, LANES), query.device
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     mixed = torch.empty((*lanes, width), device=device)
@@ -297,9 +288,7 @@ def question_attention(
     sizes = torch.empty((kv_heads, contexts), device=device)
     sums = torch.empty((heads, layout.rows), device=device)
     own_keys, own_values = own
-    # The interpreter multiplies bf16 wrongly.
-    kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    dtype = kinds[query.dtype] if query.is_cuda else tl.float32
+    dtype = product_dtype(query)
     shape = {"GROUP": heads // kv_heads, "DIM": dim, "WIDTH": width, "ROWS": LANES}
     _attend[(len(layout.pieces), kv_heads)](
         query,
@@ -313,7 +302,7 @@ def question_attention(
         top,
         total,
         sizes,
-        scaling * _LOG2E,
+        scaling * LOG2E,
         contexts,
         *query.stride()[:2],
         *own_keys.stride()[:2],
@@ -338,7 +327,7 @@ def question_attention(
             sums,
             sizes,
             scores,
-            scaling * _LOG2E,
+            scaling * LOG2E,
             contexts,
             layout.rows,
             *query.stride()[:2],

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from a3_sglang.kernels.common import LOG2E, fold, lanes, padded, product_dtype
+
 BLOCK_ROWS = 64
 """Query rows times heads of a group that one program takes."""
 BLOCK_CONTEXT = 64
@@ -76,25 +78,21 @@ def _row_attention(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     CONTEXT: tl.constexpr,
-    UPCAST: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first = tl.load(table + 3 * tile)
     count = tl.load(table + 3 * tile + 1)
     slots += tl.load(table + 3 * tile + 2)
 
-    lane = tl.arange(0, ROWS)
-    row, head = (first + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP
-    live = lane // GROUP < count
+    row, head, live = lanes(first, count, kv_head, GROUP, ROWS)
     dim = tl.arange(0, WIDTH)
     inside = dim < DIM
     q = tl.load(
         query + row[:, None] * query_row + head[:, None] * query_head + dim[None, :],
         mask=live[:, None] & inside[None, :],
         other=0.0,
-    )
-    if UPCAST:
-        q = q.to(tl.float32)
+    ).to(DTYPE)
     # Lanes without a row see one position, so that their softmax stays finite; they are not stored.
     seen = tl.load(visible + row, mask=live, other=1)
     reach = tl.max(seen, 0)
@@ -109,15 +107,8 @@ def _row_attention(
         here = written[:, None] & inside[None, :]
         k = tl.load(keys + slot[:, None] * key_slot + kv_head * key_head + dim[None, :], mask=here, other=0.0)
         v = tl.load(values + slot[:, None] * value_slot + kv_head * value_head + dim[None, :], mask=here, other=0.0)
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        logits = tl.where(place[None, :] < seen[:, None], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = higher
+        seen_here = place[None, :] < seen[:, None]
+        top, total, mixed = fold(q, k.to(DTYPE), v.to(DTYPE), seen_here, scaling, top, total, mixed)
 
     tl.store(
         out + row[:, None] * out_row + head[:, None] * out_head + dim[None, :],
@@ -131,8 +122,7 @@ def row_attention(
 ) -> torch.Tensor:
     """Softmax attention of each row over the first ``visible`` slots of its request; softmax in float32.
 
-    Online softmax over blocks of context (FlashAttention-2, arXiv 2307.08691, Algorithm 1), the heads of a group
-    side by side as rows of one block.
+    Online softmax over blocks of context, the heads of a group side by side as rows of one block.
 
     Args:
         query: (rows, heads, head_dim), fp16, bf16 or fp32; the last dimension is contiguous, here and below.
@@ -155,7 +145,7 @@ def row_attention(
         tiles.table,
         tiles.slots,
         tiles.visible,
-        scaling * 1.4426950408889634,  # log2(e): exponentials are to base 2.
+        scaling * LOG2E,
         query.stride(0),
         query.stride(1),
         keys.stride(0),
@@ -166,11 +156,10 @@ def row_attention(
         out.stride(1),
         GROUP=heads // kv_heads,
         DIM=dim,
-        WIDTH=max(16, triton.next_power_of_2(dim)),
+        WIDTH=padded(dim),
         ROWS=BLOCK_ROWS,
         CONTEXT=BLOCK_CONTEXT,
-        # The interpreter multiplies bf16 wrongly.
-        UPCAST=not query.is_cuda,
+        DTYPE=product_dtype(query),
         num_warps=4,
         num_stages=2,
     )

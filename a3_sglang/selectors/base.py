@@ -30,10 +30,10 @@ class Rows:
     @classmethod
     def of(cls, spans: Sequence[tuple[int, int]], device: Any) -> Rows:
         """The rows of spans ``[start, end)``, ascending."""
-        lengths = tuple(end - start for start, end in spans)
-        offsets = [torch.arange(length, device=device) for length in lengths] or [torch.arange(0, device=device)]
-        starts = [offset + start for offset, (start, _) in zip(offsets, spans, strict=False)]
-        return cls(torch.cat(starts or offsets), torch.cat(offsets), lengths)
+        none = torch.arange(0, device=device)
+        positions = [torch.arange(start, end, device=device) for start, end in spans]
+        offsets = [torch.arange(end - start, device=device) for start, end in spans]
+        return cls(torch.cat([none, *positions]), torch.cat([none, *offsets]), tuple(map(len, offsets)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,43 @@
+"""What the attention kernels share: how rows are laid out in a program, and a step of online softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+"""Exponentials are to base 2, so logits are multiplied with log2(e)."""
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def product_dtype(query: torch.Tensor) -> Any:
+    """What matrix products take; the interpreter multiplies bf16 wrongly."""
+    return DTYPES[query.dtype] if query.is_cuda else tl.float32
+
+
+def padded(dim: int) -> int:
+    """Width of a tile that holds a head."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def lanes(first, count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """The heads of a group side by side: row and head of each lane, and whether there is such a row."""
+    lane = tl.arange(0, ROWS)
+    return (first + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP, lane // GROUP < count
+
+
+@triton.jit
+def fold(q, k, v, seen, scaling, top, total, mixed):
+    """One step of online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1) over the keys that are ``seen``."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    logits = tl.where(seen, logits, float("-inf"))
+    higher = tl.maximum(top, tl.max(logits, 1))
+    shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return higher, total, mixed
