@@ -27,42 +27,53 @@ BLOCK = 512
 
 
 @dataclass(frozen=True)
-class Correlation:
-    """How the drift of two rows of one span correlates, by their distance in tokens.
+class Covariance:
+    """How the drift of two rows of one span varies together, by their offsets from the span's beginning.
 
-    Shares of the drift's variance; what they leave of 1 is each row's own.
+    A row drifts more the nearer it stands to the beginning of its span, where most of what it had seen was another
+    context; but the part of the drift that it shares with far rows does not grow with that. In units of the variance
+    some way into a span.
 
     Attributes:
-        span: common to the whole span.
-        far, reach: a part that falls off as ``exp(-distance / reach)``.
-        near, close: another, of close neighbours, that falls off as ``exp(-distance / close)``.
-        trust: share of a prediction that is applied. Recomputed rows are chosen, not drawn: those that a question
-            looks at drift more than others.
+        common, reach: a part alike in the span's rows, whose covariance falls off as ``exp(-distance / reach)``.
+        near, close: another of close neighbours, times the :meth:`scale` of both, as ``exp(-distance / close)``.
+        trust: share of a prediction that is applied. What a recompute shows is not all drift: the recomputed rows
+            attend to stale ones.
     """
 
-    span: float
-    far: float
+    common: float
     reach: float
     near: float
     close: float
     trust: float
 
+    def scale(self, offset: torch.Tensor) -> torch.Tensor:
+        """How much larger than some way into a span the part is that is not common (standard deviation)."""
+        variance = AT_BEGINNING * (1 + offset.float()) ** -FALL
+        return ((variance - self.common) / (1 - self.common)).clamp(min=DEEP).sqrt()
+
+    def own(self, offset: torch.Tensor) -> torch.Tensor:
+        """Variance of the part that a row shares with none."""
+        return (1 - self.common - self.near) * self.scale(offset).square()
+
+    def variance(self, offset: torch.Tensor) -> torch.Tensor:
+        """Of all parts together."""
+        return self.common + (1 - self.common) * self.scale(offset).square()
+
     def __call__(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Correlation of rows at positions ``one`` (..., n) and ``other`` (..., m), float32 (..., n, m).
+        """Covariance of rows at offsets ``one`` (..., n) and ``other`` (..., m), float32 (..., n, m).
 
         The own part of a row with itself is left out.
         """
         distance = (one[..., :, None] - other[..., None, :]).abs().float()
-        return self.span + self.far * (-distance / self.reach).exp() + self.near * (-distance / self.close).exp()
-
-    @property
-    def own(self) -> float:
-        """Each row's own part."""
-        return 1 - self.span - self.far - self.near
+        near = self.near * self.scale(one)[..., :, None] * self.scale(other)[..., None, :]
+        return self.common * (-distance / self.reach).exp() + near * (-distance / self.close).exp()
 
 
-KEYS = Correlation(span=0.2, far=0.25, reach=200, near=0.2, close=4, trust=0.85)
-VALUES = Correlation(span=0.07, far=0.18, reach=150, near=0.2, close=4, trust=0.5)
+AT_BEGINNING, FALL, DEEP = 6.5, 0.38, 0.5
+"""Variance of the drift at offset 0, the power of ``1 + offset`` by which it falls, and what stays of its scale."""
+KEYS = Covariance(common=0.36, reach=300, near=0.27, close=5, trust=0.85)
+VALUES = Covariance(common=0.28, reach=220, near=0.22, close=4, trust=0.5)
 """Measured; see ``docs/quality.md``."""
 
 
@@ -78,14 +89,17 @@ class Blocks:
     Attributes:
         shape: (blocks, size).
         place: int64 (rows,), where each row stands in a flattened (blocks, size).
+        offsets: int64 (blocks, size), how far behind the beginning of its span each row stands.
     """
 
     def __init__(self, lengths: Sequence[int], device: Any) -> None:
-        cut = [min(BLOCK, length - at) for length in lengths for at in range(0, length, BLOCK)]
-        size = max(cut, default=0)
+        cut = [(at, min(BLOCK, length - at)) for length in lengths for at in range(0, length, BLOCK)]
+        size = max((n for _, n in cut), default=0)
         self.shape = len(cut), size
-        places = [torch.arange(n) + i * size for i, n in enumerate(cut)]
+        places = [torch.arange(n) + i * size for i, (_, n) in enumerate(cut)]
         self.place = torch.cat(places or [torch.arange(0)]).to(device, non_blocking=True)
+        starts = torch.tensor([at for at, _ in cut], dtype=torch.int64)
+        self.offsets = starts.to(device, non_blocking=True)[:, None] + torch.arange(size, device=device)
 
     def spread(self, of_rows: torch.Tensor, other: float) -> torch.Tensor:
         """Something of all rows as (blocks, size), with ``other`` where there is none."""
@@ -99,7 +113,8 @@ class Blocks:
 ROUNDS = 16
 """In so many rounds :func:`informative` chooses; within one, rows do not know of each other."""
 IN_PLAY = 2.5
-"""Of every block it looks at so many times the share of rows that are wanted: those with the highest weights."""
+"""Of every block it looks at so many times the share of rows that are wanted: those with the highest weight times
+variance."""
 
 
 def in_play(blocks: Blocks, count: int) -> int:
@@ -122,23 +137,25 @@ def informative(weight: torch.Tensor, blocks: Blocks, count: int) -> torch.Tenso
     Returns:
         int64 (count,), indices, in the order in which they were chosen.
     """
-    width = in_play(blocks, count)
-    weights, play = (x[:, :width] for x in blocks.spread(weight, -1).sort(dim=1, descending=True, stable=True))
+    weights = blocks.spread(weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny), -1)
+    worth = weights * KEYS.variance(blocks.offsets)
+    play = worth.sort(dim=1, descending=True, stable=True).indices[:, : in_play(blocks, count)]
     number = blocks.spread(torch.arange(len(weight), device=weight.device), 0).gather(1, play).flatten()
-    taken, weights = (weights < 0).flatten(), weights.clamp(min=0).contiguous()
-    covariance = KEYS(play, play)
+    weights, offsets = weights.gather(1, play), blocks.offsets.gather(1, play)
+    taken, weights = (weights < 0).flatten(), weights.clamp(min=0)
+    covariance, own = KEYS(offsets, offsets), KEYS.own(offsets)
     chosen: list[torch.Tensor] = []
     for part in torch.arange(count).tensor_split(max(1, min(ROUNDS, count))):
         spread = covariance.diagonal(dim1=1, dim2=2)
-        told = (covariance.square() @ weights[..., None]).squeeze(-1) + KEYS.own * (KEYS.own + 2 * spread) * weights
-        gain = (told / (spread + KEYS.own)).flatten().masked_fill(taken, -1)
+        told = (covariance.square() @ weights[..., None]).squeeze(-1) + own * (own + 2 * spread) * weights
+        gain = (told / (spread + own)).flatten().masked_fill(taken, -1)
         best = gain.sort(descending=True, stable=True).indices[: len(part)]
         chosen.append(number[best])
         # What is known has nothing left to gain.
         taken.index_fill_(0, best, True)
         weights.view(-1).index_fill_(0, best, 0)
         known = torch.zeros_like(taken).index_fill_(0, best, True).view(play.shape)
-        _condition(covariance, *_known_first(known, len(part)))
+        _condition(covariance, own, *_known_first(known, len(part)))
     return torch.cat(chosen)
 
 
@@ -156,17 +173,17 @@ def _known_first(known: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Te
     return columns, real
 
 
-def _condition(covariance: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> None:
+def _condition(covariance: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> None:
     """Condition (blocks, n, n) in place on the drift of the rows in ``columns``, where they are ``real``."""
     toward = covariance.gather(1, columns[..., None].expand(-1, -1, covariance.shape[2])) * real[..., None]
     among = toward.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) * real[:, None]
-    part = torch.linalg.solve_triangular(_factor(among, real, KEYS.own), toward, upper=False)
+    part = torch.linalg.solve_triangular(_factor(among, own.gather(1, columns), real), toward, upper=False)
     covariance.baddbmm_(part.transpose(1, 2), part, alpha=-1)
 
 
-def _factor(among: torch.Tensor, real: torch.Tensor, own: float) -> torch.Tensor:
+def _factor(among: torch.Tensor, own: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Cholesky factor of the known rows' covariance, their own parts added; columns that are not real stand alone."""
-    among.diagonal(dim1=1, dim2=2).add_(torch.where(real, own, 1.0))
+    among.diagonal(dim1=1, dim2=2).add_(own.where(real, 1.0))
     # Without looking whether it worked, which would wait for the device: the own parts keep it positive definite.
     return torch.linalg.cholesky_ex(among).L
 
@@ -186,7 +203,7 @@ class Drift:
         columns, real = _known_first(blocks.spread(mask, False), most)
         order = torch.zeros_like(blocks.place).index_copy_(0, known, torch.arange(len(known), device=known.device))
         self._source = blocks.spread(order, 0).gather(1, columns)
-        self._keys, self._values = (_weights(kind, columns, real, blocks.shape[1]) for kind in (KEYS, VALUES))
+        self._keys, self._values = (_weights(kind, columns, real, blocks.offsets) for kind in (KEYS, VALUES))
 
     def of_keys(self, drift: torch.Tensor) -> torch.Tensor:
         """Predicted drift of all rows, float32 (rows, heads, head_dim), from the known rows' (n, heads, head_dim).
@@ -206,8 +223,9 @@ class Drift:
         return predicted.flatten(0, 1).index_select(0, self._place).view(-1, *drift.shape[1:])
 
 
-def _weights(kind: Correlation, columns: torch.Tensor, real: torch.Tensor, size: int) -> torch.Tensor:
+def _weights(kind: Covariance, columns: torch.Tensor, real: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Weights that predict every row of a block from its known ones, float32 (blocks, size, known)."""
-    among = kind(columns, columns) * (real[:, :, None] & real[:, None, :])
-    toward = kind(columns, torch.arange(size, device=columns.device)) * real[..., None]
-    return kind.trust * torch.cholesky_solve(toward, _factor(among, real, kind.own)).transpose(1, 2)
+    known = offsets.gather(1, columns)
+    among = kind(known, known) * (real[:, :, None] & real[:, None, :])
+    toward = kind(known, offsets) * real[..., None]
+    return kind.trust * torch.cholesky_solve(toward, _factor(among, kind.own(known), real)).transpose(1, 2)

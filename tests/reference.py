@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from a3_sglang.drift import KEYS, VALUES, Correlation
+from a3_sglang.drift import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
 from a3_sglang.fusion.executor import Attend, Model, PassOver
 from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.rotation import RopeTable
@@ -285,9 +285,16 @@ def spread64(model: Llama, plan: Plan, chosen: torch.Tensor, block: int) -> Call
     back = backwards(table)
     recomputed = set(chosen.tolist())
 
-    def correlation(kind: Correlation, a: int, b: int) -> float:
+    begins = {p: span.start for span in plan.spans for p in range(span.start, span.end)}
+
+    def scale(kind: Covariance, p: int) -> float:
+        variance = AT_BEGINNING / (1 + p - begins[p]) ** FALL
+        return math.sqrt(max(DEEP, (variance - kind.common) / (1 - kind.common)))
+
+    def covariance(kind: Covariance, a: int, b: int) -> float:
         d = abs(a - b)
-        return kind.span + kind.far * math.exp(-d / kind.reach) + kind.near * math.exp(-d / kind.close)
+        local = kind.near * math.exp(-d / kind.close) + (1 - kind.common - kind.near) * (a == b)
+        return kind.common * math.exp(-d / kind.reach) + scale(kind, a) * scale(kind, b) * local
 
     def blocks() -> Iterator[tuple[list[int], list[int]]]:
         for span in plan.spans:
@@ -295,9 +302,9 @@ def spread64(model: Llama, plan: Plan, chosen: torch.Tensor, block: int) -> Call
                 rows = range(start, min(start + block, span.end))
                 yield [p for p in rows if p in recomputed], [p for p in rows if p not in recomputed]
 
-    def weights(kind: Correlation, known: list[int], wanted: list[int]) -> torch.Tensor:
-        among = [[1.0 if a == b else correlation(kind, a, b) for b in known] for a in known]
-        toward = [[correlation(kind, p, a) for a in known] for p in wanted]
+    def weights(kind: Covariance, known: list[int], wanted: list[int]) -> torch.Tensor:
+        among = [[covariance(kind, a, b) for b in known] for a in known]
+        toward = [[covariance(kind, p, a) for a in known] for p in wanted]
         return kind.trust * torch.tensor(toward, dtype=torch.float64) @ torch.linalg.inv(torch.tensor(among).double())
 
     plans = [

@@ -26,8 +26,8 @@ def drawn_weights(seed: int, count: int) -> torch.Tensor:
 def covariance64(offsets: torch.Tensor, block: int) -> torch.Tensor:
     """Of all rows' drift of keys, own part included."""
     number = (offsets % block == 0).cumsum(0)
-    near = number[:, None] == number
-    return KEYS(offsets, offsets).double() * near + KEYS.own * torch.eye(len(offsets), dtype=torch.float64)
+    together = number[:, None] == number
+    return KEYS(offsets, offsets).double() * together + KEYS.own(offsets).double().diag()
 
 
 def left(covariance: torch.Tensor, weight: torch.Tensor, known: torch.Tensor) -> float:
@@ -100,11 +100,26 @@ def test_less_drift_is_left_than_after_the_heaviest_rows():
 
 
 def test_a_row_beside_a_known_one_can_wait():
-    weight = torch.zeros(400)
-    weight[[100, 101, 300]] = torch.tensor([1.0, 0.95, 0.9])
+    weight = torch.zeros(800)
+    weight[[600, 601, 700]] = torch.tensor([1.0, 0.95, 0.9])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drift, "ROUNDS", 2)
-        assert sorted(informative(weight, Blocks([400], "cpu"), 2).tolist()) == [100, 300]
+        assert sorted(informative(weight, Blocks([800], "cpu"), 2).tolist()) == [600, 700]
+
+
+def test_of_rows_that_matter_alike_those_at_the_beginning_of_a_span_come_first():
+    weight = torch.zeros(500)
+    weight[[0, 150, 499]] = 1.0
+    assert informative(weight, Blocks([500], "cpu"), 3)[0] == 0
+    assert KEYS.variance(torch.arange(500)).diff().max() <= 0
+
+
+def test_the_largest_numbers_do_not_overflow():
+    weight = torch.ones(50)
+    weight[7] = torch.finfo(torch.float32).max
+    chosen = informative(weight, Blocks([50], "cpu"), 8)
+    assert chosen[0] == 7
+    assert len(set(chosen.tolist())) == 8
 
 
 def test_weights_that_are_all_zero_still_give_rows():

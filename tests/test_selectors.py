@@ -97,13 +97,13 @@ def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject
     assert picked.tolist() == sorted(set(picked.tolist()) & set(positions))
 
 
-def test_probe_discounts_rows_deep_in_their_span():
+def test_probe_prefers_rows_at_the_beginning_of_their_span():
     rows = Rows.of([(0, 100), (100, 400)], "cpu")
     relevance = torch.zeros(400)
-    # 192 rows behind its beginning a row's score counts (1 + 192 / 256) ** -0.5, which is 0.756.
-    relevance[[0, 292]] = torch.tensor([1.0, 1.3])
+    # 192 rows behind its beginning a row drifts by 193 ** -0.38 of the energy at the beginning, which is 1 / 7.39.
+    relevance[[0, 292]] = torch.tensor([1.0, 7.3])
     assert Probe().pick(relevance, rows, exactly(1)).tolist() == [0]
-    relevance[292] = 1.35
+    relevance[292] = 7.5
     assert Probe().pick(relevance, rows, exactly(1)).tolist() == [292]
 
 
