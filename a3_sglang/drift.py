@@ -5,7 +5,7 @@ its *drift*, is much the same for rows near each other in one span: they miss th
 recomputed rows, known as soon as their fresh KV replaces the copied, predicts that of the rows between them, and is
 taken off these at once, layer by layer, while the recomputed rows go through the model.
 
-The prediction is simple kriging (Gaussian-process regression with mean zero): rows of one span correlate by their
+The prediction is simple kriging (Gaussian-process regression with mean zero): rows of one span vary together by their
 distance, those of different spans do not, and a row far from every recomputed one stays nearly as it was copied. Keys
 are compared as they were before RoPE.
 
@@ -74,7 +74,7 @@ AT_BEGINNING, FALL, DEEP = 6.5, 0.38, 0.5
 """Variance of the drift at offset 0, the power of ``1 + offset`` by which it falls, and what stays of its scale."""
 KEYS = Covariance(common=0.36, reach=300, near=0.27, close=5, trust=0.85)
 VALUES = Covariance(common=0.28, reach=220, near=0.22, close=4, trust=0.5)
-"""Measured; see ``docs/quality.md``."""
+"""Fitted to harvested and compiled donors alike; ``benchmarks/drift.py`` prints both beside it."""
 
 
 class Blocks:

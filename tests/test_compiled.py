@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from traffic import Traffic, answer
 
+from a3_sglang.cli.common import flush
+
 pytestmark = [pytest.mark.engine, pytest.mark.core]
 
 OPTIONS = {"A3_DONORS": "compiled"}
@@ -24,7 +26,7 @@ def strip(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_answers_do_not_depend_on_other_traffic(traffic: Traffic):
     traffic.renew()
-    traffic.running.flush_cache()
+    flush(traffic.running)
     question = traffic.tokens(40)
     prompt = traffic.prompt(ORDER, 0) + question
     reports = compile_documents(traffic)
@@ -47,7 +49,7 @@ def test_answers_do_not_depend_on_other_traffic(traffic: Traffic):
 
 def test_only_donors_are_reused(traffic: Traffic):
     traffic.renew()
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.ask(traffic.prompt(ORDER), False)
     report = traffic.ask(traffic.prompt(ORDER[::-1]))["meta_info"]["a3"]
     assert report["reused"] + report["recomputed"] == 0
@@ -56,7 +58,7 @@ def test_only_donors_are_reused(traffic: Traffic):
 
 def test_the_answer_to_a_donor_is_no_donor(traffic: Traffic):
     traffic.renew()
-    traffic.running.flush_cache()
+    flush(traffic.running)
     donor = traffic.system + traffic.tokens(120)
     said = traffic.ask(donor, {"donor": True}, tokens=90)["output_ids"]
     report = traffic.ask(traffic.tokens(40) + donor[len(traffic.system) :] + said + traffic.tokens(40))["meta_info"][
@@ -72,7 +74,7 @@ def test_a_fresh_engine_with_other_traffic_says_the_same(traffic: Traffic):
     prompt = traffic.prompt(ORDER, 0) + question
     seen = []
     for before in ([[1, 2, 3]], [[7, 6], ORDER]):
-        traffic.running.flush_cache()
+        flush(traffic.running)
         for order in before:
             traffic.ask(traffic.prompt(order), False)
         compile_documents(traffic)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from traffic import Traffic, answer
 
-from a3_sglang.cli.common import engine
+from a3_sglang.cli.common import engine, flush
 
 pytestmark = [pytest.mark.engine, pytest.mark.core]
 BF16 = torch.finfo(torch.bfloat16).eps
@@ -39,7 +39,7 @@ def test_stock_engine_is_untouched(stock):
 
 def test_plain_answers_are_stock_answers_among_fused_ones(stock, traffic):
     """3: the same tokens and logprobs before, during and after fused traffic."""
-    traffic.running.flush_cache()
+    flush(traffic.running)
     for i, (ids, first, again) in enumerate(stock):
         assert answer(traffic.ask(ids, False)) == answer(first)
         if i % 2:
@@ -61,7 +61,7 @@ def beside_fused(traffic):
     )
     assert outs[2]["meta_info"]["a3"]["reason"] == "off"
     during = traffic.kv(outs[2])
-    traffic.running.flush_cache()
+    flush(traffic.running)
     alone = traffic.kv(traffic.ask(plain, False))
     for part in ("k", "v"):
         error = (during[part].float() - alone[part].float()).norm() / alone[part].float().norm()
@@ -72,7 +72,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
     """4: same greedy tokens, logprobs and KV on 20 random multi-chunk prompts, gaps included."""
     gaps = 0
     for _ in range(20):
-        traffic.running.flush_cache()
+        flush(traffic.running)
         traffic.renew()
         traffic.ask(traffic.prompt(list(range(8))), False)
         ids = traffic.prompt(random.sample(range(7, -1, -1), 5))
@@ -98,7 +98,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
 
 def test_moved_spans_have_fresh_layer_zero_kv(traffic):
     """5: layer 0 depends on token and position alone."""
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2, 3, 4, 5]), False)
     ids = traffic.prompt([4, 2, 0, 5])
@@ -117,7 +117,7 @@ def test_moved_spans_have_fresh_layer_zero_kv(traffic):
 
 def test_exact_prefix_wins(traffic):
     """2 and 5: what stands behind the same tokens is a prefix, however many donors hold it elsewhere."""
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([3, 2, 1, 0]), False)
     first = traffic.prompt([0, 1, 2, 3])
@@ -130,7 +130,7 @@ def test_exact_prefix_wins(traffic):
 
 def test_fused_kv_is_no_donor_and_no_prefix(traffic):
     """3: the same fused prompt twice finds the same prefix; gaps stay gaps."""
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2]), False)
     ids = traffic.prompt([2, 7, 1, 0])
@@ -142,13 +142,13 @@ def test_fused_kv_is_no_donor_and_no_prefix(traffic):
 
 def test_namespaces_do_not_mix(traffic):
     """6: a tenant's chunks are no donor for another."""
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2, 3]), False, extra_key="one")
     for key in ("two", None):
         report = traffic.ask(traffic.prompt([3, 1, 0, 2]), True, extra_key=key)["meta_info"]["a3"]
         assert report["prefix"] == report["reused"] == report["recomputed"] == 0
-        traffic.running.flush_cache()
+        flush(traffic.running)
         traffic.ask(traffic.prompt([0, 1, 2, 3]), False, extra_key="one")
     report = traffic.ask(traffic.prompt([3, 1, 0, 2]), True, extra_key="one")["meta_info"]["a3"]
     assert report["reused"] + report["recomputed"] > 64
@@ -156,7 +156,7 @@ def test_namespaces_do_not_mix(traffic):
 
 def test_picked_rows_do_not_depend_on_the_batch(traffic):
     """The same prompt, alone and among others, gives the same KV."""
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt(list(range(8))), False)
     ids = traffic.prompt([5, 3, 1, 6])
@@ -186,7 +186,7 @@ def test_bad_options_name_the_field_and_lose_nothing(traffic):
 
 
 def test_parallel_samples_and_streaming(traffic):
-    traffic.running.flush_cache()
+    flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2, 3]), False)
     ids = traffic.prompt([2, 0, 3])
@@ -203,10 +203,7 @@ def test_parallel_samples_and_streaming(traffic):
 
 def test_all_slots_come_back(traffic):
     """7: SGLang refuses to flush while a slot is held, and checks for leaks itself when idle."""
-    deadline = time.monotonic() + 20
-    while not traffic.running.flush_cache().success:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    flush(traffic.running)
     time.sleep(1.5)
     usage = traffic.running.get_server_info()["internal_states"][0]
     assert usage["memory_usage"]["token_capacity"] == 16384

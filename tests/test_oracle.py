@@ -11,6 +11,7 @@ from reference import Llama, backwards, gaps, reused, rope64, spread64
 from traffic import Traffic
 
 from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.cli.common import flush
 from a3_sglang.drift import BLOCK
 from a3_sglang.fusion.executor import QUESTION_TOKENS
 from a3_sglang.fusion.plan import Plan, make_plan
@@ -27,7 +28,7 @@ class Fused:
 
     def __init__(self, traffic: Traffic, oracle: Llama, option: dict) -> None:
         traffic.renew()
-        traffic.running.flush_cache()
+        flush(traffic.running)
         donor = traffic.prompt([1, 4, 6, 2])
         traffic.ask(donor, False, tokens=1)
         prompt = traffic.prompt([6, 1, 2, 4])

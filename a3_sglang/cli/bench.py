@@ -19,6 +19,7 @@ from a3_sglang.cli.common import (
     console,
     engine,
     environment,
+    flush,
     generate,
     generate_all,
     print_table,
@@ -151,7 +152,7 @@ def _steps(name: str, repeats: int) -> Iterator[Callable[[], None]]:
 
 def _pair(running: Any, prompts: Prompts, ratio: float, batch: int, swap: bool) -> dict[str, float]:
     """One full prefill and one fused prefill of equally long prompts; then both with nothing to reuse."""
-    running.flush_cache()
+    flush(running)
     prompts.renew()
     generate(running, prompts.shuffled(), a3=False)  # The donor: an ordinary request.
     targets = [prompts.shuffled() for _ in range(batch)]

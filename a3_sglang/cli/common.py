@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,21 @@ def vocabulary_of(model: str) -> int:
     config = AutoConfig.from_pretrained(model)
     text = getattr(config, "text_config", config)
     return int(text.vocab_size) - 64
+
+
+def flush(running: Any, patience: float = 30) -> None:
+    """Empty an engine's cache.
+
+    SGLang refuses while anything is in use, and an answer may arrive before its slots are given back.
+
+    Raises:
+        RuntimeError: still refused after ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not running.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the cache cannot be flushed: something is still held")
+        time.sleep(0.1)
 
 
 def generate(

@@ -22,6 +22,7 @@ from a3_sglang.cli.common import (
     ModelOption,
     engine,
     environment,
+    flush,
     generate,
     print_table,
     progress_console,
@@ -83,7 +84,7 @@ class Evaluation:
 
     def cells(self, number: int, case: Case, right: tuple[str, ...], wanted: list[Way]) -> Iterator[Cell]:
         """One question in all wanted ways, whose donors are this engine's."""
-        self._flush()
+        flush(self.running)
         reference, plain = self._ask(case.prompt, False, ANSWER_TOKENS)
         teacher = plain["output_ids"]
         end = teacher.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in teacher else len(teacher)
@@ -114,7 +115,7 @@ class Evaluation:
             # The first request left the prompt in the tree, so this one computes little of it again.
             yield cell((NOISE, 0.0, self.donors), False)
         self._reports.clear()
-        self._flush()
+        flush(self.running)
         for ids in case.donors[self.donors]:
             generate(self.running, ids, a3={"donor": True})
         for way in wanted:
@@ -149,10 +150,6 @@ class Evaluation:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
-
-    def _flush(self) -> None:
-        if not self.running.flush_cache().success:
-            raise RuntimeError("the cache cannot be flushed: something is still held")
 
 
 def evaluate(

@@ -1,0 +1,111 @@
+"""Drift as it is, beside the model of it in ``a3_sglang/drift.py``.
+
+    python benchmarks/drift.py --model DIR --data questions.json [--limit 10]
+
+Runs the model in float32 over the prompts of ``a3-sglang eval`` and over their donors, and compares keys before RoPE
+and values of the same tokens, layer by layer. Energies and covariances are in units of the energy of rows 100 to 180
+behind the beginning of their span, averaged over layers, questions and spans longer than 320 rows; in brackets what
+the model says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.drift import KEYS, VALUES
+from a3_sglang.evaluation.prompts import Case, Writer
+from a3_sglang.evaluation.questions import load
+
+OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+KINDS = {"keys": KEYS, "values": VALUES}
+
+
+def projected(model: PreTrainedModel, prompt: list[int]) -> dict[str, torch.Tensor]:
+    """Keys before RoPE and values of all layers, (layers, tokens, kv_heads * head_dim)."""
+    seen: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
+    hooks = [
+        part.register_forward_hook(lambda _, __, out, kind=kind: seen[kind].append(out[0]))
+        for layer in model.model.layers
+        for kind, part in (("keys", layer.self_attn.k_proj), ("values", layer.self_attn.v_proj))
+    ]
+    model.model(torch.tensor([prompt]))
+    for hook in hooks:
+        hook.remove()
+    return {kind: torch.stack(layers) for kind, layers in seen.items()}
+
+
+def spans(model: PreTrainedModel, case: Case, donors: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Drift of every span that the prompt reuses of such donors, each (layers, tokens, kv_heads * head_dim)."""
+    index, given = AnyPositionIndex(), []
+    for donor in case.donors[donors]:
+        index.add(None, np.array(donor, dtype=np.int32))
+        given.append((donor, projected(model, donor)))
+    begin = min(len(donor) for donor, _ in given)
+    prefix = max(
+        next((i for i, (a, b) in enumerate(zip(case.prompt, donor, strict=False)) if a != b), begin)
+        for donor, _ in given
+    )
+    fresh = projected(model, case.prompt)
+    for run in index.find(None, np.array(case.prompt, dtype=np.int32), prefix):
+        path = [int(token) for token in run.path()]
+        old = next(kv for donor, kv in given if donor[: len(path)] == path)
+        here, there = slice(run.start, run.end), slice(run.offset, run.offset + run.length)
+        yield {kind: fresh[kind][:, here] - old[kind][:, there] for kind in KINDS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("--data", required=True, type=Path, help="JSON file of questions")
+    parser.add_argument("--limit", type=int, default=10)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    writer, questions = Writer(AutoTokenizer.from_pretrained(args.model), 5, 400, 0), load(args.data)
+    energies: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
+    shared: defaultdict[tuple[str, str, str, int], list[float]] = defaultdict(list)
+    cases = [writer.case(questions, number) for number in range(args.limit)]
+    for donors in ("harvest", "compiled"):
+        for case in cases:
+            for span in spans(model, case, donors):
+                for kind, drift in span.items():
+                    length = drift.shape[1]
+                    if length <= 64 + DISTANCES[-1]:
+                        continue
+                    unit = drift[1:, 100:180].square().sum(2).mean(1)
+                    alike = (drift[1:] @ drift[1:].transpose(1, 2) / unit[:, None, None]).mean(0)
+                    for offset in OFFSETS:
+                        energies[donors, kind, offset].append(float(alike[offset, offset]))
+                    for distance in DISTANCES:
+                        along = alike.diagonal(distance)
+                        shared[donors, kind, "beginning", distance].append(float(along[0]))
+                        shared[donors, kind, "deep", distance].append(float(along[64:].mean()))
+        for kind, model_of in KINDS.items():
+            row = torch.arange(512)
+            said, variance = model_of(row, row), model_of.variance(row)
+            print(f"\n{donors}, {kind}")
+            print(
+                "energy by offset:        ",
+                *(f"{o}: {np.mean(energies[donors, kind, o]):.2f} ({variance[o]:.2f})" for o in OFFSETS),
+            )
+            for where, at in (("beginning", 0), ("deep", 128)):
+                print(
+                    f"covariance, {where:9s} by distance:",
+                    *(
+                        f"{d}: {np.mean(shared[donors, kind, where, d]):.2f} ({said[at, at + d]:.2f})"
+                        for d in DISTANCES
+                    ),
+                )
+
+
+if __name__ == "__main__":
+    main()
