@@ -31,6 +31,7 @@ QUESTIONS, HELD_OUT = 24, 10
 def runs(data: Path) -> dict[str, list[list[str]]]:
     """By name, the arguments of ``a3-sglang eval``; runs of one name share their single results."""
     both, dev = ["--donors", "harvest,compiled"], ["--data", str(data), "--limit", str(QUESTIONS)]
+    held_out = ["--data", str(data), "--start", "30", "--limit", str(HELD_OUT)]
     baselines = ",".join(RULES[1:])
     tasks = {
         f"task-{task}": [["--task", task, "--limit", "6", *both, "--selectors", f"probe,{baselines}"]]
@@ -42,9 +43,8 @@ def runs(data: Path) -> dict[str, list[list[str]]]:
             [*dev, "--donors", "harvest", "--selectors", f"probe,{baselines}", "--ratios", "0.15"],
         ],
         "equal": [[*dev, *both, "--charged", "--selectors", f"probe,{baselines}", "--ratios", "0.15"]],
-        "held-out": [
-            ["--data", str(data), "--start", "30", "--limit", str(HELD_OUT), *both, "--selectors", f"probe,{baselines}"]
-        ],
+        "held-out": [[*held_out, *both, "--selectors", f"probe,{baselines}"]],
+        "held-out-again": [[*held_out, "--seed", "1", *both, "--selectors", f"probe,{baselines}"]],
         **tasks,
     }
 
@@ -53,6 +53,7 @@ TITLES = {
     "questions": "Questions of the data file",
     "equal": "Questions of the data file at equal charged budget (`--charged`)",
     "held-out": "The last ten questions",
+    "held-out-again": "The last ten questions over other passages in another order (`--seed 1`)",
     "task-fact": "One planted fact (`--task fact`)",
     "task-facts": "Many planted facts (`--task facts`)",
     "task-tracking": "Variable tracking (`--task tracking`)",

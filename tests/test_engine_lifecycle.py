@@ -97,9 +97,11 @@ def test_random_requests(small, stock, configuration):
                 assert total == len(ids), report
                 seen["fused"] += report["reason"] is None
                 end = len(ids) - report["tail"]
-                expected = torch.stack([of_token[token] for token in ids[:end]])
+                # A last page may reach into the question.
+                known = [p for p, token in enumerate(ids[:end]) if token in of_token]
+                expected = torch.stack([of_token[ids[p]] for p in known])
                 # Some roundings of bf16: rows are computed and turned in groups of any size.
-                assert_close(layer_zero(small.kv(out), end), expected, rtol=0.02, atol=0.02)
+                assert_close(layer_zero(small.kv(out), end)[known], expected, rtol=0.02, atol=0.02)
                 checked += report["reused"]
                 written += len(ids) - report["prefix"]
                 return
