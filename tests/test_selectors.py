@@ -25,7 +25,7 @@ from a3_sglang.selectors import (
     make_selector,
     selector_names,
 )
-from a3_sglang.selectors.base import AUTO_CAP, AUTO_FLOOR, AUTO_SHARE
+from a3_sglang.selectors.base import AUTO_CAP, AUTO_FLOOR, AUTO_SHARE, AUTO_USUAL
 
 SELECTORS = [make_selector(name) for name in selector_names()]
 
@@ -148,7 +148,7 @@ def test_only_the_probe_asks_for_one(depth: int):
 
 
 @given(st.data())
-def test_auto_covers_its_share_between_floor_and_cap(data: st.DataObject):
+def test_auto_follows_the_rows_that_cover_its_share(data: st.DataObject):
     drawn = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=400)
     relevance = torch.tensor(data.draw(drawn), dtype=torch.float32)
     rows = Rows.of([(p, p + 1) for p in range(len(relevance))], "cpu")
@@ -157,12 +157,15 @@ def test_auto_covers_its_share_between_floor_and_cap(data: st.DataObject):
     count = len(picked)
     assert count in budget
     ranked = relevance.double().sort(descending=True).values
-    covered = AUTO_SHARE * ranked.sum()
-    if count < budget[-1]:
-        assert ranked[:count].sum() >= covered * (1 - 1e-9)
-    if count > budget[0]:
-        # One row fewer would not have done.
-        assert ranked[: count - 1].sum() < covered * (1 + 1e-9)
+    sums = [0.0, *accumulate(ranked.tolist())]
+
+    def rows_for(share: float) -> int:
+        """Between them and the usual ratio, by the definition."""
+        needed = max(1, next((i for i, covered in enumerate(sums) if covered >= share * sums[-1]), len(ranked)))
+        return min(max(math.ceil((needed * AUTO_USUAL * len(ranked)) ** 0.5), budget[0]), budget[-1])
+
+    # Sums round: a share may be reached a row earlier or later.
+    assert rows_for(AUTO_SHARE * (1 - 1e-9)) <= count <= rows_for(AUTO_SHARE * (1 + 1e-9))
     # A rule without an order of its own takes those very rows.
     assert_close(relevance[A3().pick(relevance, rows, budget)].double().sort(descending=True).values, ranked[:count])
 

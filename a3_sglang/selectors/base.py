@@ -105,14 +105,17 @@ class Selector:
     def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
         """Positions to recompute, int64, ascending.
 
-        Where ``budget`` leaves a choice, they are as many as it takes to cover :data:`AUTO_SHARE` of all scores.
+        Where ``budget`` leaves a choice, attention decides: the geometric mean of as many as it takes to cover
+        :data:`AUTO_SHARE` of all scores and of :data:`AUTO_USUAL`. Attention in few places tells only half that few
+        rows will do.
         """
         scores = self.scores(relevance, rows)
         count = budget[0]
         if len(budget) > 1:
             covered = scores.double().sort(descending=True).values.cumsum(0)
             needed = 1 + int((covered < AUTO_SHARE * covered[-1]).sum())
-            count = min(max(needed, budget[0]), budget[-1])
+            tempered = math.ceil(math.sqrt(needed * AUTO_USUAL * len(scores)))
+            count = min(max(tempered, budget[0]), budget[-1])
         return rows.positions[self.choose(scores, rows, count)].sort().values
 
     def choose(self, scores: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
@@ -120,8 +123,9 @@ class Selector:
         return scores.sort(descending=True, stable=True).indices[:count]
 
 
-AUTO_SHARE, AUTO_FLOOR, AUTO_CAP = 0.7, 0.05, 0.4
-"""With ``ratio="auto"``: share of the scores to cover, and shares of the reused rows that bound the budget."""
+AUTO_SHARE, AUTO_USUAL, AUTO_FLOOR, AUTO_CAP = 0.7, 0.15, 0.05, 0.4
+"""With ``ratio="auto"``: share of the scores to cover, and shares of the reused rows that the budget is drawn to and
+bounded by."""
 
 
 def _rows(ratio: float, reused: int) -> int:
