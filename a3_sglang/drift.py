@@ -37,8 +37,8 @@ class Covariance:
     Attributes:
         common, reach: a part alike in the span's rows, whose covariance falls off as ``exp(-distance / reach)``.
         near, close: another of close neighbours, times the :meth:`scale` of both, as ``exp(-distance / close)``.
-        trust: share of a prediction that is applied. What a recompute shows is not all drift: the recomputed rows
-            attend to stale ones.
+        trust: share of a prediction that is applied. That answers are better with less than 1 is measured, not
+            derived: what a recompute shows is not all drift, as the recomputed rows attend to stale ones.
     """
 
     common: float
