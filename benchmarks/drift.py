@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.config import DONOR_MODES
 from a3_sglang.drift import KEYS, VALUES
 from a3_sglang.evaluation.prompts import Case, Writer
 from a3_sglang.evaluation.questions import load
@@ -43,19 +44,16 @@ def projected(model: PreTrainedModel, prompt: list[int]) -> dict[str, torch.Tens
     return {kind: torch.stack(layers) for kind, layers in seen.items()}
 
 
-def spans(model: PreTrainedModel, case: Case, donors: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Drift of every span that the prompt reuses of such donors, each (layers, tokens, kv_heads * head_dim)."""
+def spans(
+    model: PreTrainedModel, case: Case, donors: str, fresh: dict[str, torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Drift of every span that the prompt, ``fresh``, reuses of such donors, each (layers, tokens, kv_heads * dim)."""
     index, given = AnyPositionIndex(), []
     for donor in case.donors[donors]:
         index.add(None, np.array(donor, dtype=np.int32))
         given.append((donor, projected(model, donor)))
-    begin = min(len(donor) for donor, _ in given)
-    prefix = max(
-        next((i for i, (a, b) in enumerate(zip(case.prompt, donor, strict=False)) if a != b), begin)
-        for donor, _ in given
-    )
-    fresh = projected(model, case.prompt)
-    for run in index.find(None, np.array(case.prompt, dtype=np.int32), prefix):
+    prompt = np.array(case.prompt, dtype=np.int32)
+    for run in index.find(None, prompt, index.known_prefix(None, prompt)):
         path = [int(token) for token in run.path()]
         old = next(kv for donor, kv in given if donor[: len(path)] == path)
         here, there = slice(run.start, run.end), slice(run.offset, run.offset + run.length)
@@ -73,13 +71,13 @@ def main() -> None:
     writer, questions = Writer(AutoTokenizer.from_pretrained(args.model), 5, 400, 0), load(args.data)
     energies: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
     shared: defaultdict[tuple[str, str, str, int], list[float]] = defaultdict(list)
-    cases = [writer.case(questions, number) for number in range(args.limit)]
-    for donors in ("harvest", "compiled"):
-        for case in cases:
-            for span in spans(model, case, donors):
+    for number in range(args.limit):
+        case = writer.case(questions, number)
+        fresh = projected(model, case.prompt)
+        for donors in DONOR_MODES:
+            for span in spans(model, case, donors, fresh):
                 for kind, drift in span.items():
-                    length = drift.shape[1]
-                    if length <= 64 + DISTANCES[-1]:
+                    if drift.shape[1] <= 64 + DISTANCES[-1]:
                         continue
                     unit = drift[1:, 100:180].square().sum(2).mean(1)
                     alike = (drift[1:] @ drift[1:].transpose(1, 2) / unit[:, None, None]).mean(0)
@@ -89,6 +87,7 @@ def main() -> None:
                         along = alike.diagonal(distance)
                         shared[donors, kind, "beginning", distance].append(float(along[0]))
                         shared[donors, kind, "deep", distance].append(float(along[64:].mean()))
+    for donors in DONOR_MODES:
         for kind, model_of in KINDS.items():
             row = torch.arange(512)
             said, variance = model_of(row, row), model_of.variance(row)
