@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-KERNELS = ("copy", "question", "row_attention")
+KERNELS = ("copy", "question", "row_attention", "spread")
 """Modules that have Triton kernels."""
 
 # Where there is no GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported, which is

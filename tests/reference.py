@@ -279,8 +279,14 @@ def gaps(plan: Plan) -> torch.Tensor:
     return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
 
 
-def spread64(model: Llama, plan: Plan, chosen: torch.Tensor, block: int) -> Callable[..., None]:
-    """How recomputed rows correct the rows between them, row by row from the definition; for :meth:`Llama.rows64`."""
+def spread64(
+    model: Llama, plan: Plan, chosen: torch.Tensor, block: int, wanted: tuple[int, int] | None = None
+) -> Callable[..., None]:
+    """How recomputed rows correct the rows between them, row by row from the definition; for :meth:`Llama.rows64`.
+
+    ``wanted``: only rows in it are corrected.
+    """
+    first, last = wanted or (plan.prefix, plan.end)
     table = model.ropes[0].cos_sin.double()
     back = backwards(table)
     recomputed = set(chosen.tolist())
@@ -300,7 +306,8 @@ def spread64(model: Llama, plan: Plan, chosen: torch.Tensor, block: int) -> Call
         for span in plan.spans:
             for start in range(span.start, span.end, block):
                 rows = range(start, min(start + block, span.end))
-                yield [p for p in rows if p in recomputed], [p for p in rows if p not in recomputed]
+                others = [p for p in rows if p not in recomputed and first <= p < last]
+                yield [p for p in rows if p in recomputed], others
 
     def weights(kind: Covariance, known: list[int], wanted: list[int]) -> torch.Tensor:
         among = [[covariance(kind, a, b) for b in known] for a in known]

@@ -414,10 +414,8 @@ def test_each_slice_spreads_its_own_drift(slice_rows):
     for part in rows.split(slice_rows):
         later = rows[rows > part[-1]]
         end = int(later[0]) if len(later) else job.plan.end
-        clipped = [(span, max(span.start, begin), min(span.end, end)) for span in job.plan.spans]
-        spans = tuple(dataclasses.replace(span, start=a, length=b - a) for span, a, b in clipped if a < b)
         chosen = job.recomputed[torch.isin(job.recomputed, part)]
-        correct = spread64(world.model, Plan(begin, end, spans), chosen, drift.BLOCK)
+        correct = spread64(world.model, job.plan, chosen, drift.BLOCK, (begin, end))
         keys, values = world.model.rows64(job.tokens, part, keys, values, correct)[:2]
         begin = end
     for expected, found in zip((keys, values), kv(world.model, job), strict=True):

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from a3_sglang.fusion.question_attention import QuestionAttention, TorchQuestionAttention, TritonQuestionAttention
-from a3_sglang.fusion.rotation import copy_rotated
+from a3_sglang.fusion.question_attention import KV, QuestionAttention, TorchQuestionAttention, TritonQuestionAttention
+from a3_sglang.fusion.rotation import RopeTable, Turn, copy_rotated
 from a3_sglang.fusion.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
-
-Turn = tuple[torch.Tensor, torch.Tensor]
-
+from a3_sglang.fusion.spread import Spread, spread_rows
 
 class Device(ABC):
     """The heavy parts of a fused prefill on one kind of device."""
@@ -42,6 +40,10 @@ class Device(ABC):
             neox: pairing of the dimensions.
         """
 
+    @abstractmethod
+    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+        """See :func:`a3_sglang.fusion.spread.spread_rows`."""
+
 
 class TorchDevice(Device):
     """PyTorch's own operations; meant for a CPU."""
@@ -55,6 +57,9 @@ class TorchDevice(Device):
     def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
         for keys, values in pools:
             copy_rotated(keys, values, source, target, turn, neox)
+
+    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+        spread_rows(pools, fresh, spread, rope)
 
 
 class TritonDevice(Device):
@@ -73,3 +78,17 @@ class TritonDevice(Device):
         from a3_sglang.kernels.copy import copy_rotated_layers
 
         copy_rotated_layers(pools, source, target, turn, neox)
+
+    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+        from a3_sglang.kernels.spread import spread_rows
+
+        spread_rows(
+            pools,
+            fresh,
+            (spread.rows, spread.known, spread.real),
+            spread.slots,
+            (spread.drift.keys, spread.drift.values),
+            (spread.drift.source, spread.drift.number),
+            spread.turns(rope),
+            rope.neox,
+        )

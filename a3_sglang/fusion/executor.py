@@ -16,8 +16,9 @@ from a3_sglang.drift import Blocks, Drift, in_play
 from a3_sglang.fusion.device import Device
 from a3_sglang.fusion.plan import Plan
 from a3_sglang.fusion.question_attention import Asking, Question
-from a3_sglang.fusion.rotation import RopeTable, rotate
+from a3_sglang.fusion.rotation import RopeTable
 from a3_sglang.fusion.row_attention import Attention, RowGroup
+from a3_sglang.fusion.spread import Spread
 from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
 
 logger = logging.getLogger(__name__)
@@ -245,11 +246,11 @@ class Executor:
         for job in jobs:
             gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
             rows = torch.cat([job.recomputed, *gaps]).sort().values
-            begin = job.plan.prefix
+            begin: Position = job.plan.prefix
             # Slices of one request go in order of position, so that each finds the KV before it fresh.
             while len(rows):
                 part, rows = rows.tensor_split([self.slice_rows - pending])
-                end = int(rows[0]) if len(rows) else job.plan.end
+                end = rows[0] if len(rows) else job.plan.end
                 work.append(Part(job, part, begin, end))
                 begin = end
                 pending += len(part)
@@ -291,7 +292,7 @@ class Executor:
             context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
             groups.append(RowGroup(at, at + len(rows), context, rows + 1, job.exact))
             if job.selector.spreads and len(job.recomputed) and not job.exact:
-                spreads.append(_Spread(self.model, part, at))
+                spreads.append(_spread(part, at))
             at += len(rows)
         return _PassRows(
             torch.cat([part.job.tokens[part.rows] for part in work]),
@@ -302,14 +303,18 @@ class Executor:
         )
 
 
+Position = int | torch.Tensor
+"""A position that may be known on the device only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Rows of one job that go through the model in one pass: all it recomputes of ``[begin, end)``."""
 
     job: Job
     rows: torch.Tensor
-    begin: int
-    end: int
+    begin: Position
+    end: Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,51 +325,7 @@ class _PassRows:
     positions: torch.Tensor
     slots: torch.Tensor
     groups: list[RowGroup]
-    spreads: list[_Spread]
-
-
-class _Spread:
-    """Takes the drift that recomputed rows show off the reused rows between them; see ``drift.py``."""
-
-    def __init__(self, model: Model, part: Part, at: int) -> None:
-        job, device = part.job, part.rows.device
-        here = [
-            (max(span.start, part.begin), min(span.end, part.end))
-            for span in job.plan.spans
-            if span.start < part.end and part.begin < span.end
-        ]
-        rows, blocks = Rows.of(here, device), Blocks([end - start for start, end in here], device)
-        self._chosen, self._all = job.recomputed, rows.positions
-        most = in_play(blocks, len(job.recomputed))
-        if (part.begin, part.end) != (job.plan.prefix, job.plan.end):
-            # Its blocks are not those that the rows were chosen in.
-            self._chosen = self._chosen[(self._chosen >= part.begin) & (self._chosen < part.end)]
-            most = len(self._chosen)
-        self._model = model
-        self._known, self._slots = job.slots[self._chosen], job.slots[self._all]
-        self._rows = at + torch.searchsorted(part.rows, self._chosen)
-        self._drift = Drift(torch.searchsorted(self._all, self._chosen), blocks, most)
-        self._turns: dict[int, tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def __call__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Correct the layer's reused rows. The slots of the chosen ones still hold what was copied, and are written
-        afterwards.
-
-        Args:
-            layer: the layer's number.
-            key: (rows, kv_heads, head_dim), those of the pass, after RoPE.
-            value: like ``key``.
-        """
-        keys, values, rope = self._model.keys[layer], self._model.values[layer], self._model.ropes[layer]
-        if id(rope) not in self._turns:
-            back = rope.turn(self._chosen, torch.zeros_like(self._chosen))
-            self._turns[id(rope)] = back, rope.turn(torch.zeros_like(self._all), self._all)
-        back, forth = self._turns[id(rope)]
-        drift = rotate(key[self._rows].float() - keys[self._known].float(), *back, rope.neox)
-        moved = rotate(self._drift.of_keys(drift), *forth, rope.neox)
-        keys[self._slots] = (keys[self._slots].float() + moved).to(keys.dtype)
-        moved = self._drift.of_values(value[self._rows].float() - values[self._known].float())
-        values[self._slots] = (values[self._slots].float() + moved).to(values.dtype)
+    spreads: list[Spread]
 
 
 class RowsAttention(Attend):
@@ -383,10 +344,10 @@ class RowsAttention(Attend):
         executor: Executor,
         slots: torch.Tensor,
         groups: Sequence[RowGroup],
-        spreads: Sequence[_Spread] = (),
+        spreads: Sequence[Spread] = (),
         kv_only: int = 0,
     ) -> None:
-        self._model, self._attention = executor.model, executor.device.rows
+        self._model, self._device = executor.model, executor.device
         self._slots, self._groups, self._spreads, self._kv_only = slots, groups, spreads, kv_only
         self._run: Attention | None = None
 
@@ -396,7 +357,7 @@ class RowsAttention(Attend):
         keys, values = self._model.keys[layer], self._model.values[layer]
         if layer:  # KV of layer 0 has seen no context, so it has no drift.
             for spread in self._spreads:
-                spread(layer, key, value)
+                self._device.spread((keys, values), (key, value), spread, self._model.ropes[layer])
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
         if layer == self._model.depth - 1 and self._kv_only:
@@ -418,7 +379,7 @@ class RowsAttention(Attend):
         return out
 
     def _plan(self, groups: Sequence[RowGroup], query: torch.Tensor, keys: torch.Tensor) -> Attention:
-        return self._attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
+        return self._device.rows.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
 class _ProbeAttention(Attend):
@@ -514,6 +475,26 @@ class _FirstLayers(Attend):
         reused = _rows(job.plan, job.slots.device).positions
         scores[reused] = measured[reused - job.plan.prefix]
         return scores
+
+
+def _spread(part: Part, at: int) -> Spread:
+    """What a part's rows, which begin at ``at`` in their pass, tell the reused rows among which they stand."""
+    job, device = part.job, part.rows.device
+    every = _rows(job.plan, device)
+    blocks = Blocks(every.lengths, device)
+    number = torch.searchsorted(every.positions, part.rows)
+    real = every.positions[number.clamp(max=len(every.positions) - 1)] == part.rows
+    wanted = (every.positions >= part.begin) & (every.positions < part.end)
+    known = number.where(real, len(every.positions))
+    return Spread(
+        Drift(known, blocks, in_play(blocks, len(job.recomputed)), wanted),
+        torch.arange(at, at + len(part.rows), device=device),
+        job.slots[part.rows],
+        part.rows,
+        real,
+        job.slots[every.positions],
+        every.positions,
+    )
 
 
 def _select(job: Job, score: torch.Tensor | None) -> torch.Tensor:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+Turn = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of the angles by which rows are turned, each float32 (rows, rotary_dim / 2)."""
+
 
 @dataclass(frozen=True)
 class RopeTable:
@@ -24,7 +27,7 @@ class RopeTable:
     def rotary_dim(self) -> int:
         return self.cos_sin.shape[1]
 
-    def turn(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def turn(self, old: torch.Tensor, new: torch.Tensor) -> Turn:
         """Cosine and sine of the turn that takes a key from position ``old`` to ``new``.
 
         The quotient of the table's own entries: it undoes exactly what the model did at ``old``, rounding and
@@ -35,8 +38,6 @@ class RopeTable:
             old: int64 (n,), positions of the keys.
             new: int64 (n,), positions to turn them to.
 
-        Returns:
-            Two float32 tensors (n, rotary_dim / 2).
         """
         half = self.rotary_dim // 2
         before, after = self.cos_sin[old].float(), self.cos_sin[new].float()
@@ -76,7 +77,7 @@ def copy_rotated(
     values: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
-    turn: tuple[torch.Tensor, torch.Tensor],
+    turn: Turn,
     neox: bool,
 ) -> None:
     """Copy KV rows of one layer between slots, turning the keys.
