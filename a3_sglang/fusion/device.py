@@ -13,6 +13,7 @@ from a3_sglang.fusion.rotation import RopeTable, Turn, copy_rotated
 from a3_sglang.fusion.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
 from a3_sglang.fusion.spread import Spread, spread_rows
 
+
 class Device(ABC):
     """The heavy parts of a fused prefill on one kind of device."""
 
