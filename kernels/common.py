@@ -14,11 +14,6 @@ LOG2E = 1.4426950408889634
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def product_dtype(query: torch.Tensor) -> Any:
-    """What matrix products take; the interpreter multiplies bf16 wrongly."""
-    return DTYPES[query.dtype] if query.is_cuda else tl.float32
-
-
 def padded(dim: int) -> int:
     """Width of a tile that holds a head."""
     return max(16, triton.next_power_of_2(dim))
@@ -32,12 +27,32 @@ def lanes(first, count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def fold(q, k, v, seen, scaling, top, total, mixed):
-    """One step of online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1) over the keys that are ``seen``."""
+def fold(q, k, v, seen, scaling, top, total, mixed, MASKED: tl.constexpr):
+    """One step of online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
+
+    Over the keys that are ``seen``; where nothing is ``MASKED``, over all.
+    """
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-    logits = tl.where(seen, logits, float("-inf"))
+    if MASKED:
+        logits = tl.where(seen, logits, float("-inf"))
     higher = tl.maximum(top, tl.max(logits, 1))
     shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
     total = total * shrink + tl.sum(weights, 1)
     mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return higher, total, mixed
+
+
+INTERPRETED = not isinstance(fold, triton.JITFunction)
+
+
+def product_dtype(query: torch.Tensor) -> Any:
+    """What matrix products take; the interpreter multiplies bf16 wrongly."""
+    return tl.float32 if INTERPRETED else DTYPES[query.dtype]
+
+
+def has_wide_products() -> bool:
+    """Whether a matrix product takes its factors from shared memory (Hopper, data centre's Blackwell).
+
+    Others keep them in registers, of which blocks of 64 positions then need more than there are.
+    """
+    return INTERPRETED or triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)

@@ -11,8 +11,10 @@ import triton.language as tl
 
 from a3_sglang.kernels.common import DTYPES
 
-BLOCK_ROWS = 32
+BLOCK_ROWS = 16
 """Rows that one program takes through all heads of one layer."""
+ALIGNED = 16
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class Pools:
         if keys[0].stride(2) != 1 or values[0].stride(2) != 1 or keys[0].dtype not in DTYPES:
             raise ValueError(f"KV pools in {keys[0].dtype} with strides {keys[0].stride()} cannot be copied")
         addresses = torch.tensor([[pool.data_ptr() for pool in kind] for kind in (keys, values)], dtype=torch.int64)
+        if bool((addresses % ALIGNED).any()):
+            raise ValueError(f"KV pools that do not begin at multiples of {ALIGNED} bytes cannot be copied")
         of_keys, of_values = addresses.to(keys[0].device)
         return cls(
             of_keys,
@@ -60,7 +64,7 @@ class Pools:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _copy_rotated(
     keys,
     values,
@@ -83,8 +87,9 @@ def _copy_rotated(
     ROWS: tl.constexpr,
 ):
     block, layer = tl.program_id(0), tl.program_id(1)
-    key = tl.load(keys + layer).to(tl.pointer_type(DTYPE))
-    value = tl.load(values + layer).to(tl.pointer_type(DTYPE))
+    # An address from memory may be anything: without these promises every element would be read by itself.
+    key = tl.multiple_of(tl.load(keys + layer).to(tl.pointer_type(DTYPE)), 16)
+    value = tl.multiple_of(tl.load(values + layer).to(tl.pointer_type(DTYPE)), 16)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < count
     old = tl.load(source + row, mask=live, other=0)

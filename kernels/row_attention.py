@@ -9,12 +9,28 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import LOG2E, fold, lanes, padded, product_dtype
+from a3_sglang.kernels.common import LOG2E, fold, has_wide_products, lanes, padded, product_dtype
 
-BLOCK_ROWS = 64
-"""Query rows times heads of a group that one program takes."""
-BLOCK_CONTEXT = 64
-"""Context positions that a program reads at a time."""
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the work is cut.
+
+    Attributes:
+        rows: query rows times heads of a group that one program takes.
+        context: positions that a program reads at a time.
+        warps, stages: of a program; stages are the blocks of context on their way at a time.
+    """
+
+    rows: int
+    context: int
+    warps: int
+    stages: int
+
+
+WIDE = Shape(rows=128, context=64, warps=8, stages=3)
+NARROW = Shape(rows=128, context=32, warps=8, stages=3)
+"""See :func:`a3_sglang.kernels.common.has_wide_products`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +38,25 @@ class Tiles:
     """Which program takes which rows; made on the host once for all layers.
 
     Attributes:
+        shape: the tiles are made for.
         table: int32 (tiles, 3): a tile's first row, the number of its rows, where its request begins in ``slots``.
+            Of each request the last rows come first, which have most to see.
         slots: int64 (sum of contexts,), the requests' slots behind each other.
         visible: int64 (rows,): how many of its request's slots each row sees; at least 1, and none unwritten.
     """
 
+    shape: Shape
     table: torch.Tensor
     slots: torch.Tensor
     visible: torch.Tensor
 
 
 def make_tiles(
-    counts: Sequence[int], slots: Sequence[torch.Tensor], visible: Sequence[torch.Tensor], group: int
+    counts: Sequence[int],
+    slots: Sequence[torch.Tensor],
+    visible: Sequence[torch.Tensor],
+    group: int,
+    shape: Shape | None = None,
 ) -> Tiles:
     """Cut the rows of several requests into tiles; reads nothing back from the device.
 
@@ -41,14 +64,18 @@ def make_tiles(
         counts: rows of each request.
         slots: int64 (context,) of each request.
         visible: int64 (rows,) of each request, ascending.
-        group: query heads for each KV head, at most :data:`BLOCK_ROWS`.
+        group: query heads for each KV head, at most ``shape.rows``.
+        shape: how the work is cut; by default as it suits the GPU.
     """
-    step = BLOCK_ROWS // group
+    if shape is None:
+        shape = WIDE if has_wide_products() else NARROW
+    step = shape.rows // group
     table, row, begin = [], 0, 0
     for count, own in zip(counts, slots, strict=True):
-        table += [(row + at, min(step, count - at), begin) for at in range(0, count, step)]
+        table += [(row + at, min(step, count - at), begin) for at in reversed(range(0, count, step))]
         row, begin = row + count, begin + len(own)
     return Tiles(
+        shape,
         torch.tensor(table, dtype=torch.int32).to(slots[0].device, non_blocking=True),
         torch.cat(list(slots)),
         torch.cat(list(visible)),
@@ -96,19 +123,28 @@ def _row_attention(
     # Lanes without a row see one position, so that their softmax stays finite; they are not stored.
     seen = tl.load(visible + row, mask=live, other=1)
     reach = tl.max(seen, 0)
+    # What all rows see needs no mask. Rows of a tile are neighbours, so that is most of the context.
+    common = tl.min(tl.where(live, seen, reach), 0) // CONTEXT * CONTEXT
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    for begin in range(0, reach, CONTEXT):
-        place = begin + tl.arange(0, CONTEXT)
-        written = place < reach
-        slot = tl.load(slots + place, mask=written, other=0)
-        here = written[:, None] & inside[None, :]
-        k = tl.load(keys + slot[:, None] * key_slot + kv_head * key_head + dim[None, :], mask=here, other=0.0)
-        v = tl.load(values + slot[:, None] * value_slot + kv_head * value_head + dim[None, :], mask=here, other=0.0)
-        seen_here = place[None, :] < seen[:, None]
-        top, total, mixed = fold(q, k.to(DTYPE), v.to(DTYPE), seen_here, scaling, top, total, mixed)
+    keys += kv_head * key_head + dim[None, :]
+    values += kv_head * value_head + dim[None, :]
+    place = tl.arange(0, CONTEXT)
+    for begin in range(0, common, CONTEXT):
+        slot = tl.load(slots + begin + place)
+        k = tl.load(keys + slot[:, None] * key_slot, mask=inside[None, :], other=0.0)
+        v = tl.load(values + slot[:, None] * value_slot, mask=inside[None, :], other=0.0)
+        top, total, mixed = fold(q, k.to(DTYPE), v.to(DTYPE), True, scaling, top, total, mixed, MASKED=False)
+    for begin in range(common, reach, CONTEXT):
+        at = begin + place
+        slot = tl.load(slots + at, mask=at < reach, other=0)
+        here = (at < reach)[:, None] & inside[None, :]
+        k = tl.load(keys + slot[:, None] * key_slot, mask=here, other=0.0)
+        v = tl.load(values + slot[:, None] * value_slot, mask=here, other=0.0)
+        seen_here = at[None, :] < seen[:, None]
+        top, total, mixed = fold(q, k.to(DTYPE), v.to(DTYPE), seen_here, scaling, top, total, mixed, MASKED=True)
 
     tl.store(
         out + row[:, None] * out_row + head[:, None] * out_head + dim[None, :],
@@ -135,7 +171,7 @@ def row_attention(
         (rows, heads, head_dim), dtype of ``query``.
     """
     rows, heads, dim = query.shape
-    kv_heads = keys.shape[1]
+    kv_heads, shape = keys.shape[1], tiles.shape
     out = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device)
     _row_attention[(len(tiles.table), kv_heads)](
         query,
@@ -157,10 +193,10 @@ def row_attention(
         GROUP=heads // kv_heads,
         DIM=dim,
         WIDTH=padded(dim),
-        ROWS=BLOCK_ROWS,
-        CONTEXT=BLOCK_CONTEXT,
+        ROWS=shape.rows,
+        CONTEXT=shape.context,
         DTYPE=product_dtype(query),
-        num_warps=4,
-        num_stages=2,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
     )
     return out

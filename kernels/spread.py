@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import padded
+from a3_sglang.kernels.common import INTERPRETED, padded
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+SEEN = 16
+"""Rows of the pass that one program takes, of one head."""
 ROWS = 64
-"""Rows that one program takes, of one head."""
+"""Reused rows that one program takes, of one head."""
 KNOWN = 32
 """Known rows that a program reads at a time."""
 
@@ -206,11 +208,9 @@ def spread_rows(
         "HALF": half,
         "PAIRS": padded(half),
         "NEOX": neox,
-        "ROWS": ROWS,
-        "num_warps": 4,
     }
     strides = *keys.stride()[:2], *values.stride()[:2]
-    _observe[(triton.cdiv(count, ROWS), heads)](
+    _observe[(triton.cdiv(count, SEEN), heads)](
         keys,
         values,
         *fresh,
@@ -222,6 +222,8 @@ def spread_rows(
         *strides,
         *fresh[0].stride()[:2],
         *fresh[1].stride()[:2],
+        ROWS=SEEN,
+        num_warps=4,
         **shape,
     )
     _correct[(triton.cdiv(size, ROWS), blocks, heads)](
@@ -237,7 +239,9 @@ def spread_rows(
         size,
         width,
         *strides,
+        ROWS=ROWS,
         KNOWN=KNOWN,
-        PRECISION="tf32" if keys.is_cuda else "ieee",
+        PRECISION="ieee" if INTERPRETED else "tf32",
+        num_warps=8,
         **shape,
     )

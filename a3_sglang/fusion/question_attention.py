@@ -59,7 +59,8 @@ class TritonQuestionAttention(QuestionAttention):
         # Imported here: a machine without a GPU need not have Triton.
         from a3_sglang.kernels.question import make_layout, question_attention
 
-        layout = make_layout([q.end - q.begin for q in questions], [q.known for q in questions], heads // kv_heads)
+        counts, known = [q.end - q.begin for q in questions], [q.known for q in questions]
+        layout = make_layout(counts, known, heads, kv_heads)
         return lambda query, own, pools, scaling, scores: question_attention(
             query, own, *pools, layout, scaling, scores
         )
