@@ -71,6 +71,12 @@ class ServerOptions(BaseModel):
         "say they are donors (compiled), so that answers do not depend on other traffic.",
     )
 
+    row_attention: Literal["auto", "flashinfer", "triton"] = Field(
+        "auto",
+        description="What recomputed tokens attend with on a GPU; auto tries both at start and keeps the fastest that "
+        "is right.",
+    )
+
     @field_validator("selector")
     @classmethod
     def _known_selector(cls, name: str, others: ValidationInfo) -> str:

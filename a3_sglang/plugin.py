@@ -103,7 +103,7 @@ def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args
         return original(worker, batch, *args, **kwargs)
     if not batch.forward_mode.is_extend():
         result = original(worker, batch, *args, **kwargs)
-    elif _tree.fuse(batch.reqs):
+    elif _tree.fuse(batch):
         with _tree.extend(batch):
             result = original(worker, batch, *args, **kwargs)
     else:

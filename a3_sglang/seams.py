@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import array
 import importlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -246,6 +247,17 @@ def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any
     backend = object.__new__(cls)
     backend.token_to_kv_pool, backend.req_to_token_pool = pool, rows
     return backend
+
+
+@contextmanager
+def eager_prefill(runner: Any) -> Iterator[None]:
+    """Within it an extend runs the model's own code, whatever was captured of it as a CUDA graph."""
+    captured = runner.prefill_cuda_graph_runner
+    runner.prefill_cuda_graph_runner = None
+    try:
+        yield
+    finally:
+        runner.prefill_cuda_graph_runner = captured
 
 
 def attention_override(backend: Any) -> Any:

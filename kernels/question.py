@@ -304,8 +304,8 @@ def question_attention(
     shares, device = (len(layout.pieces), kv_heads, LANES), query.device
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     mixed = torch.empty((*shares, width), device=device)
-    top, total = torch.empty((2, *shares), device=device)
-    sizes, taken = torch.empty((2, kv_heads, contexts), device=device)
+    top, total = torch.empty(shares, device=device), torch.empty(shares, device=device)
+    sizes, taken = (torch.empty((kv_heads, contexts), device=device) for _ in range(2))
     sums = torch.empty((heads, layout.rows), device=device)
     own_keys, own_values = own
     ranked = scores is not None and contexts > 0

@@ -201,7 +201,7 @@ def spread_rows(
     blocks, size, width = weights[0].shape
     if not count * blocks * size * width:
         return
-    key_drift, value_drift = torch.empty((2, count, heads, dim), device=keys.device)
+    key_drift, value_drift = (torch.empty((count, heads, dim), device=keys.device) for _ in "kv")
     shape = {
         "DIM": dim,
         "WIDTH": padded(dim),

@@ -270,7 +270,7 @@ def test_a_tail_takes_along_what_is_left_to_recompute(ratio, selector, slice_row
         ]
         left: list[Part] = []
         if together:
-            left = executor.prepare([job], Timings())
+            left = executor.prepare([job], Timings(), len(tail) + 30)
         else:
             executor.run([job], Timings())
         with executor.extended(left, groups, torch.cat([slots[tail], of_plain])):

@@ -61,8 +61,8 @@ def test_a_fused_prefill_never_waits(selector, ratio, slice_rows, no_launches):
     world, job = planned(selector, ratio)
     model, job = on_meta(world, job)
     executor = Executor(model, TritonDevice(), slice_rows)
-    left = executor.prepare([job], Timings())
     tail = torch.arange(job.plan.end, len(job.tokens), device="meta")
+    left = executor.prepare([job], Timings(), len(tail))
     slots = torch.cat([job.slots, tail])
     with executor.extended(left, [RowGroup(0, len(tail), slots, tail + 1, False)], slots[tail]):
         model.extend(job.tokens[tail], tail)
@@ -76,6 +76,6 @@ def test_the_check_would_notice(no_launches, request, caplog):
     """A budget that the scores decide needs them on the host; the executor then recomputes everything."""
     world, job = planned(Probe(), "auto")
     model, job = on_meta(world, job)
-    Executor(model, TritonDevice()).prepare([job], Timings())
+    Executor(model, TritonDevice()).prepare([job], Timings(), 0)
     (record,) = caplog.records
     assert "meta tensors" in str(record.exc_info[1])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import array
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Llama, Shape
+from torch.testing import assert_close
 
 from a3_sglang import seams
 from a3_sglang.cache.backend import A3Tree, state_of
@@ -68,11 +70,11 @@ class Cache:
         assert slots is not None
         self.tree.insert(InsertParams(key=self.key(tokens), value=slots.clone()))
 
-    def request(self, tokens: list[int], rid: str = "r"):
+    def request(self, tokens: list[int], rid: str = "r", **options: Any):
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        return Req(rid, "", array.array("q", tokens), SamplingParams())
+        return Req(rid, "", array.array("q", tokens), SamplingParams(custom_params={"a3": options}))
 
     def match(self, req) -> int:
         """Tokens offered beyond the prefix."""
@@ -91,6 +93,15 @@ class Cache:
     def load(self, req) -> int:
         """Tokens obtained."""
         return self.tree.init_load_back(SimpleNamespace(req=req))[0]
+
+    def fuse(self, *reqs) -> None:
+        """All but the extend of a batch of these requests."""
+        for row, req in enumerate(reqs):
+            prefix = list(req.origin_input_ids)[: state_of(req).plan.prefix]
+            self.tree.req_to_token_pool.req_to_token[row, : len(prefix)] = self.slots_of(prefix)
+            req.kv = SimpleNamespace(req_pool_idx=row)
+        # An extend that is too long to take anything along.
+        self.tree.fuse(SimpleNamespace(reqs=list(reqs), extend_lens=[self.executor.slice_rows]))
 
     def evict(self, count: int) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -137,6 +148,7 @@ def test_the_copy_itself_cannot_evict_its_donors(generator):
     assert cache.match(req) == 160
     written = [keys.clone() for keys in cache.model.keys]
     assert cache.load(req) == 160
+    cache.fuse(req)
     private = state_of(req).private
     assert len(cache.slots_of(donor)) == 200
     assert not torch.isin(private, cache.slots_of(donor)).any()
@@ -144,7 +156,7 @@ def test_the_copy_itself_cannot_evict_its_donors(generator):
         untouched = torch.ones(len(keys), dtype=torch.bool)
         untouched[private] = False
         assert torch.equal(keys[untouched], before[untouched])
-    cache.tree._drop_unused(req, state_of(req))
+    cache.allocator.free(private)
     assert cache.all_slots_back()
 
 
@@ -160,20 +172,50 @@ def test_no_room_is_a_full_prefill(generator):
     assert cache.all_slots_back()
 
 
-def test_an_error_in_the_copy_loses_nothing(generator, monkeypatch):
+def test_an_error_in_the_copy_is_a_full_prefill(generator, monkeypatch, caplog):
     cache = Cache()
     donor = tokens(generator, 120)
     cache.donate(donor)
-    req = cache.request(donor[20:] + tokens(generator, 40))
-    assert cache.match(req) == 100
+    prompt = donor[20:] + tokens(generator, 40)
+    req = cache.request(prompt)
+    assert (cache.match(req), cache.load(req)) == (100, 100)
 
     def fails(*_args):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(cache.executor, "copy", fails)
-    assert cache.load(req) == 0
-    assert state_of(req).reason == "the copy failed"
-    assert cache.all_slots_back()
+    cache.fuse(req)
+    assert "could not be copied; they are recomputed" in caplog.text
+    assert state_of(req).exact
+    assert req.customized_info["a3"][0]["recomputed"] == 100
+    exact = cache.model.prefill64(torch.tensor(prompt))
+    for found, expected in zip((cache.model.keys, cache.model.values), exact, strict=False):
+        for layer in range(cache.model.depth):
+            assert_close(found[layer][state_of(req).private].double(), expected[layer][:100], rtol=1e-4, atol=1e-4)
+
+
+def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
+    """Admitted first, copied first: the second one's private slots are those that the first one copies from."""
+    cache = Cache()
+    donors = [tokens(generator, 150) for _ in "ab"]
+    for donor in donors:
+        cache.donate(donor)
+    for pool in (*cache.model.keys, *cache.model.values):
+        pool.normal_(generator=generator)
+    held = [cache.slots_of(donor) for donor in donors]
+    values = [[layer[slots].clone() for layer in cache.model.values] for slots in held]
+    first, second = (
+        cache.request(donor[4:] + tokens(generator, 40), rid, ratio=0.0)
+        for donor, rid in zip(donors, "ab", strict=True)
+    )
+    assert (cache.match(first), cache.load(first)) == (146, 146)
+    # Used last, so what has to go is the first one's donor.
+    assert (cache.match(second), cache.load(second)) == (146, 146)
+    assert torch.isin(state_of(second).private, held[0]).any()
+    cache.fuse(first, second)
+    for req, copied in zip((first, second), values, strict=True):
+        for layer in range(cache.model.depth):
+            assert torch.equal(cache.model.values[layer][state_of(req).private], copied[layer][4:])
 
 
 def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
@@ -202,7 +244,7 @@ def test_an_admission_that_came_to_nothing_gives_its_slots_back(generator):
         assert cache.load(req) == 132
         assert cache.allocator.available_size() == free - 132
     # Aborted: no batch ever holds it; the next fusion of any batch lets it go.
-    cache.tree.fuse([])
+    cache.fuse()
     assert cache.all_slots_back()
 
 
@@ -222,7 +264,7 @@ def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
     chosen = data.draw(st.permutations(range(3)))[:2]
     cut = data.draw(st.integers(1, 24))
     prompt = [t for i in chosen for t in [*tokens(generator, cut), *donors[i][cut:]]] + tokens(generator, 40)
-    req = cache.request(prompt)
+    req = cache.request(prompt, ratio=0.0)
     offered = cache.match(req)
     cache.evict(data.draw(st.sampled_from([0, 0, whole, 2 * whole])))
     obtained = cache.load(req)
@@ -230,6 +272,7 @@ def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
     if not obtained:
         assert state_of(req).reason is not None
         return
+    cache.fuse(req)
     plan, private = state_of(req).plan, state_of(req).private
     assert plan.prefix % page_size == 0
     assert len(private) == plan.end - plan.prefix

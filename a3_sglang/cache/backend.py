@@ -32,7 +32,9 @@ class RequestState:
         seen: what the plan was made from; the same again means the same plan.
         reason: why there is no plan.
         private: the request's own slots behind its exact prefix, int64; None where it was not fused.
-        waiting: slots are allocated and copied, the fusion has not run.
+        sources: the donors' slots of its spans, int64 (reused,). It is kept while the request lives: it was made in
+            another of the device's streams than the one that reads it.
+        waiting: slots are allocated, the fusion has not run.
         recomputed: positions of the reused rows that were recomputed, int64.
         exact: all KV of the request is as a full prefill makes it.
         reported: the report of this admission is written.
@@ -43,6 +45,7 @@ class RequestState:
     seen: Hashable = None
     reason: str | None = None
     private: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
     waiting: bool = False
     recomputed: torch.Tensor | None = None
     exact: bool = True
@@ -73,7 +76,8 @@ class A3Tree:
     """Mixin in front of SGLang's tree class.
 
     Matches as the tree does; what the tree does not have as a prefix but holds elsewhere is offered as
-    obtainable (``host_hit_length``), and copied to slots private to the request when it is admitted.
+    obtainable (``host_hit_length``); slots private to the request are allocated when it is admitted, and filled right
+    before it runs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -221,8 +225,8 @@ class A3Tree:
         try:
             slots = self._obtain(req, state.plan)
         except Exception:
-            logger.exception("a3: the spans of request %s could not be copied", req.rid)
-            slots, state.reason = None, "the copy failed"
+            logger.exception("a3: the spans of request %s could not be found again", req.rid)
+            slots, state.reason = None, "the search failed"
         if slots is None:
             state.plan = state.seen = None
             return seams.loaded(torch.empty(0, dtype=torch.int64, device=self.device), req.last_node)  # type: ignore[attr-defined]
@@ -231,7 +235,11 @@ class A3Tree:
         return seams.loaded(slots, req.last_node)
 
     def _obtain(self, req: Any, plan: Plan) -> torch.Tensor | None:
-        """Private slots with the spans copied into them; None, with a reason, where that cannot be done."""
+        """Private slots, and the spans' sources in the state; None, with a reason, where that cannot be done.
+
+        Nothing is copied yet. What the device runs for the requests before may still write donors of this one, or,
+        for the last time, slots that were freed and are now private: only :meth:`fuse` stands behind it in order.
+        """
         assert self.index is not None
         state = state_of(req)
         space = self._namespace_of(req)
@@ -250,23 +258,22 @@ class A3Tree:
             if slots is None:
                 state.reason = "no room for private slots"
                 return None
-            try:
-                with self.timings.add("copy_ms"):
-                    self._copy(plan, sources, slots)
-            except BaseException:
-                self.token_to_kv_pool_allocator.free(slots)  # type: ignore[attr-defined]
-                raise
+            state.sources = torch.cat(sources).to(torch.int64)
             return slots
         finally:
+            # Donors evicted from here on are overwritten by what runs after the copy, or is copied after it.
             for release in unlock:
                 release()
 
-    def _copy(self, plan: Plan, sources: list[torch.Tensor], slots: torch.Tensor) -> None:
+    def _copy(self, state: RequestState) -> None:
+        plan, slots = state.plan, state.private
         assert self.executor is not None
-        device = slots.device
-        old = torch.cat([torch.arange(s.offset, s.offset + s.length, device=device) for s in plan.spans])
-        new = torch.cat([torch.arange(s.start, s.end, device=device) for s in plan.spans])
-        self.executor.copy(torch.cat(sources).to(torch.int64), slots[new - plan.prefix].to(torch.int64), old, new)
+        assert plan is not None
+        assert slots is not None
+        assert state.sources is not None
+        old = torch.cat([torch.arange(s.offset, s.offset + s.length, device=slots.device) for s in plan.spans])
+        new = torch.cat([torch.arange(s.start, s.end, device=slots.device) for s in plan.spans])
+        self.executor.copy(state.sources, slots[new - plan.prefix].to(torch.int64), old, new)
 
     def _namespace_of(self, req: Any) -> Hashable:
         return (req.extra_key, getattr(req, "cache_salt", None) or None)
@@ -323,19 +330,24 @@ class A3Tree:
 
     # ---- fusion
 
-    def fuse(self, reqs: list[Any]) -> bool:
-        """Begin the fusion of this batch's newly admitted requests and write all new reports.
+    def fuse(self, batch: Any) -> bool:
+        """Begin the fusion of a batch's newly admitted requests and write all new reports.
 
-        On a CPU the last pass of it is left to :meth:`extend`.
+        The last pass of it is left to :meth:`extend` where that may take it along.
 
         Returns:
             Whether any request of the batch is fused.
         """
         assert self.executor is not None
-        fresh = [req for req in reqs if state_of(req).waiting]
+        fresh = [req for req in batch.reqs if state_of(req).waiting]
         jobs = [self._job(req) for req in fresh]
-        if jobs and self._extends_by_rows:
-            self.left = self.executor.prepare(jobs, self.timings)
+        # By order of admission: what one request's donors gave up may be another's by now.
+        for req in self.waiting.values():
+            if req in fresh:
+                self._fill(req, jobs[fresh.index(req)])
+        fused = [self._fused(req) for req in batch.reqs]
+        if jobs and (self._on_cpu or all(fused)):
+            self.left = self.executor.prepare(jobs, self.timings, sum(batch.extend_lens))
         elif jobs:
             self.executor.run(jobs, self.timings)
         for req, job in zip(fresh, jobs, strict=True):
@@ -343,20 +355,32 @@ class A3Tree:
             state.waiting, state.recomputed, state.exact = False, job.recomputed, job.exact
             self.waiting.pop(req.rid, None)
             self._report(req, job, job.charged(self.executor.model.depth))
-        for req in reqs:
+        for req in batch.reqs:
             self._report(req, None, 0.0)
         for req in list(self.waiting.values()):
             self._drop_unused(req, state_of(req))
-        return any(self._fused(req) for req in reqs)
+        return any(fused)
+
+    def _fill(self, req: Any, job: Job) -> None:
+        """Copy a request's spans; should that fail, all of them will be recomputed."""
+        try:
+            with self.timings.add("copy_ms"):
+                self._copy(state_of(req))
+        except Exception:
+            logger.exception("a3: the spans of request %s could not be copied; they are recomputed", req.rid)
+            job.ratio = 1.0
 
     @property
-    def _extends_by_rows(self) -> bool:
-        """On a CPU a fused batch's extend attends by rows as well: SGLang's own would compute every prefix again."""
+    def _on_cpu(self) -> bool:
         return bool(self.device.type == "cpu")  # type: ignore[attr-defined]
 
     @contextmanager
     def extend(self, batch: Any) -> Iterator[None]:
         """A context for the extend of a fused batch.
+
+        It takes along what is left to recompute, and then attends as the fusion does. On a CPU it always does the
+        latter, as SGLang's own attention would compute every prefix again; elsewhere only where all requests of the
+        batch are fused, as the others keep SGLang's attention.
 
         With ``A3_TIMINGS=1`` the requests report how long each part took; where the extend takes the recompute
         along, all of it counts as recompute.
@@ -365,7 +389,7 @@ class A3Tree:
         timings, self.timings = self.timings, Timings()
         left, self.left = self.left, []
         with timings.add("recompute_ms" if left else "tail_ms"):
-            if self._extends_by_rows:
+            if left or self._on_cpu:
                 with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
                     yield
             else:

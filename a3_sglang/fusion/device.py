@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from a3_sglang.fusion.choice import fastest
+from a3_sglang.fusion.flashinfer_rows import FlashInferRowAttention
 from a3_sglang.fusion.question_attention import KV, QuestionAttention, TorchQuestionAttention, TritonQuestionAttention
 from a3_sglang.fusion.rotation import RopeTable, Turn, copy_rotated
 from a3_sglang.fusion.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
@@ -64,10 +67,14 @@ class TorchDevice(Device):
 
 
 class TritonDevice(Device):
-    """The kernels in ``kernels/``, on CUDA."""
+    """The kernels in ``kernels/``, on CUDA.
 
-    def __init__(self) -> None:
-        self.rows, self.questions = TritonRowAttention(), TritonQuestionAttention()
+    Args:
+        rows: takes the place of the kernel for row attention.
+    """
+
+    def __init__(self, rows: RowAttention | None = None) -> None:
+        self.rows, self.questions = rows or TritonRowAttention(), TritonQuestionAttention()
 
     def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
         # Imported here: a machine without a GPU need not have Triton.
@@ -93,3 +100,31 @@ class TritonDevice(Device):
             spread.turns(rope),
             rope.neox,
         )
+
+
+ROW_ATTENTION: dict[str, Callable[[Any], RowAttention]] = {
+    "flashinfer": FlashInferRowAttention,
+    "triton": lambda _device: TritonRowAttention(),
+}
+"""Row attention on CUDA, by the names of ``--a3-row-attention``."""
+
+
+def device_for(pool: torch.Tensor, heads: int, layers: int, row_attention: str) -> Device:
+    """How fusions run where the KV lies.
+
+    Args:
+        pool: (slots, kv_heads, head_dim), a layer's keys.
+        heads: query heads of a layer.
+        layers: of the model.
+        row_attention: a name in :data:`ROW_ATTENTION`, or "auto" for the fastest that is right.
+
+    Raises:
+        ValueError: there is no such row attention here, or it gives wrong results.
+    """
+    if not pool.is_cuda:
+        if row_attention != "auto":
+            raise ValueError(f"row_attention={row_attention} needs a CUDA device; leave it at auto")
+        return TorchDevice()
+    names = ROW_ATTENTION if row_attention == "auto" else [row_attention]
+    candidates = {name: partial(ROW_ATTENTION[name], pool.device) for name in names}
+    return TritonDevice(fastest(candidates, heads, pool, layers))

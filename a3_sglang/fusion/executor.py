@@ -23,6 +23,8 @@ from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
 
 logger = logging.getLogger(__name__)
 
+SLICE_ROWS = 8192
+"""Rows that go through the model at once, at most, where nothing else is said."""
 QUESTION_TOKENS = 64
 """Tokens at a prompt's end whose attention the probe reads."""
 
@@ -159,7 +161,7 @@ class Executor:
         slice_rows: rows that go through the model at once, at most.
     """
 
-    def __init__(self, model: Model, device: Device, slice_rows: int = 8192) -> None:
+    def __init__(self, model: Model, device: Device, slice_rows: int = SLICE_ROWS) -> None:
         self.model = model
         self.device = device
         self.slice_rows = slice_rows
@@ -185,35 +187,50 @@ class Executor:
 
     def run(self, jobs: Sequence[Job], timings: Timings) -> None:
         """Make the KV between each job's prefix and tail ready, in place."""
-        rest = self.prepare(jobs, timings)
-        with timings.add("recompute_ms"):
-            if rest:
-                self._pass(rest)
+        self.prepare(jobs, timings, self.slice_rows)
 
-    def prepare(self, jobs: Sequence[Job], timings: Timings) -> list[Part]:
-        """Choose what is recomputed, and recompute all but the last ``slice_rows`` of it.
+    def prepare(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
+        """Choose what is recomputed, and recompute what the forward of the tails cannot take along.
 
         An error in probe or selection is no reason to lose a request: its reused rows are then all recomputed,
         which is the full prefill.
+
+        Args:
+            jobs: of one batch.
+            timings: are added to.
+            behind: rows that the forward of the tails has of its own. With what is left for it they are
+                ``slice_rows`` at most.
 
         Returns:
             What is left to recompute, for :meth:`extended`; none where nothing is.
         """
         try:
-            with timings.add("probe_ms"):
-                scores = self._probe(jobs)
-                for i, job in enumerate(jobs):
-                    if job.chooses and job.selector.fresh_layers:
-                        scores[i] = self._compute_first_layers(job)
-            with timings.add("select_ms"):
-                for job, score in zip(jobs, scores, strict=True):
-                    job.recomputed = _select(job, score)
+            self.choose(jobs, timings)
         except Exception:
             logger.exception("a3: the probe failed; all reused rows of this batch are recomputed")
             for job in jobs:
                 job.recomputed = _rows(job.plan, job.slots.device).positions
+        return self.recompute(jobs, timings, behind)
+
+    def choose(self, jobs: Sequence[Job], timings: Timings) -> None:
+        """Probe, and choose what is recomputed."""
+        with timings.add("probe_ms"):
+            scores = self._probe(jobs)
+            for i, job in enumerate(jobs):
+                if job.chooses and job.selector.fresh_layers:
+                    scores[i] = self._compute_first_layers(job)
+        with timings.add("select_ms"):
+            for job, score in zip(jobs, scores, strict=True):
+                job.recomputed = _select(job, score)
+
+    def recompute(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
+        """Recompute what was chosen and the gaps; see :meth:`prepare`."""
         with timings.add("recompute_ms"):
-            return self._recompute(jobs)
+            left = self._recompute(jobs)
+            if left and behind + sum(len(part.rows) for part in left) > self.slice_rows:
+                self._pass(left)
+                left = []
+            return left
 
     def _probe(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
         """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""

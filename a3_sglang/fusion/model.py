@@ -47,6 +47,7 @@ class SGLangModel(Model):
             raise UnsupportedModelError(f"the KV pool {type(pool).__name__} is not supported (only plain MHA and GQA)")
         rotary = rotary_by_layer(runner.model)
         self.depth = len(rotary)
+        self.heads = query_heads(runner.model)
         self.keys = [pool.get_key_buffer(layer) for layer in range(self.depth)]
         self.values = [pool.get_value_buffer(layer) for layer in range(self.depth)]
         kept = self.keys[0].dtype
@@ -85,7 +86,8 @@ class SGLangModel(Model):
         if len(tokens):
             hooks = [layers.register_forward_pre_hook(before), layers.register_forward_hook(after)]
         try:
-            with self._attention(attend):
+            # A graph that was captured of the prefill attends as it did then.
+            with seams.eager_prefill(self._runner), self._attention(attend):
                 yield
         finally:
             for hook in hooks:
@@ -143,6 +145,14 @@ def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
     if not found or sorted(found) != list(range(len(found))):
         raise UnsupportedModelError("no plain stack of attention layers was found in the model")
     return found
+
+
+def query_heads(model: torch.nn.Module) -> int:
+    """Query heads of every layer."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    (heads,) = {layer.tp_q_head_num for layer in model.modules() if isinstance(layer, RadixAttention)}
+    return int(heads)
 
 
 def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:

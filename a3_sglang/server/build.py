@@ -8,9 +8,11 @@ from typing import Any
 from a3_sglang import seams
 from a3_sglang.cache.backend import A3Tree
 from a3_sglang.config import ServerOptions
-from a3_sglang.fusion.device import TorchDevice, TritonDevice
-from a3_sglang.fusion.executor import Executor
+from a3_sglang.fusion.device import device_for
+from a3_sglang.fusion.executor import SLICE_ROWS, Executor
 from a3_sglang.fusion.model import SGLangModel, UnsupportedModelError
+from a3_sglang.fusion.warm_up import warm_up
+from a3_sglang.selectors import make_selector
 from a3_sglang.server.support import RefusedError, refusal
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,22 @@ def build_tree(context: Any) -> Any:
         model = SGLangModel(context.tp_worker.model_runner)
     except UnsupportedModelError as error:
         raise RefusedError(f"--radix-cache-backend a3: {error}") from None
+    try:
+        device = device_for(model.keys[0], model.heads, model.depth, options.row_attention)
+    except ValueError as error:
+        raise RefusedError(f"--a3-row-attention: {error}") from None
+    executor = Executor(model, device, _slice_rows(context.server_args))
+    try:
+        warm_up(executor, make_selector(options.selector))
+    except Exception as error:
+        raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {error}") from error
     tree = seams.create_tree(context, A3Tree)
-    device = TritonDevice() if model.keys[0].is_cuda else TorchDevice()
-    tree.start(options, Executor(model, device), capacity=model.keys[0].shape[0])
+    tree.start(options, executor, capacity=model.keys[0].shape[0])
     logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(device).__name__, options)
     return tree
+
+
+def _slice_rows(server_args: Any) -> int:
+    """A pass of the fusion needs no more room than one of SGLang's prefills."""
+    size = server_args.chunked_prefill_size
+    return size if size is not None and size > 0 else SLICE_ROWS

@@ -1,0 +1,47 @@
+"""A fused prefill of made-up tokens before the first request."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Timings
+from a3_sglang.fusion.plan import make_plan
+from a3_sglang.selectors import Selector
+
+DONOR, GAP, RATIO = 160, 5, 0.15
+
+
+def warm_up(executor: Executor, selector: Selector) -> Job:
+    """Compile what a device has to compile, and see that all of it runs.
+
+    Writes KV of no meaning, so nothing may be in the pool yet.
+
+    Args:
+        executor: of a pool with room for a few hundred tokens.
+        selector: chooses the rows.
+
+    Returns:
+        What ran.
+
+    Raises:
+        Exception: whatever goes wrong; here it is not made good by a full prefill.
+    """
+    random = np.random.default_rng(0)
+    donor, gap, tail = (random.integers(0, 100, n, dtype=np.int32) for n in (DONOR, GAP, QUESTION_TOKENS))
+    prompt = np.concatenate([donor[DONOR // 2 :], gap, donor[: DONOR // 2], tail])
+    index = AnyPositionIndex(DONOR // 4)
+    index.add("warm-up", donor)
+    plan = make_plan(index.find("warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
+    assert plan is not None
+    device = executor.model.keys[0].device
+    # The first slot stands for none.
+    free = torch.arange(1, 1 + DONOR + plan.end, device=device)
+    job = Job(plan, torch.from_numpy(prompt).long().to(device), free[DONOR:], selector, RATIO)
+    for span in plan.spans:
+        old, new = (torch.arange(at, at + span.length, device=device) for at in (span.offset, span.start))
+        executor.copy(free[old], job.slots[new], old, new)
+    executor.choose([job], Timings())
+    executor.recompute([job], Timings(), executor.slice_rows)
+    return job
