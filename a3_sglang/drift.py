@@ -94,12 +94,15 @@ class Blocks:
 
     def __init__(self, lengths: Sequence[int], device: Any) -> None:
         cut = [(at, min(BLOCK, length - at)) for length in lengths for at in range(0, length, BLOCK)]
-        size = max((n for _, n in cut), default=0)
+        size = max((count for _, count in cut), default=0)
         self.shape = len(cut), size
-        places = [torch.arange(n) + i * size for i, (_, n) in enumerate(cut)]
-        self.place = torch.cat(places or [torch.arange(0)]).to(device, non_blocking=True)
-        starts = torch.tensor([at for at, _ in cut], dtype=torch.int64)
-        self.offsets = starts.to(device, non_blocking=True)[:, None] + torch.arange(size, device=device)
+        # A small table, which a device takes without being waited for; what is large is made there.
+        table = torch.tensor(cut, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
+        begins, counts = table.unbind(1)
+        shifts = torch.arange(len(cut), device=device) * size - counts.cumsum(0) + counts
+        rows = sum(count for _, count in cut)
+        self.place = torch.arange(rows, device=device) + shifts.repeat_interleave(counts, output_size=rows)
+        self.offsets = begins[:, None] + torch.arange(size, device=device)
 
     def spread(self, of_rows: torch.Tensor, other: float) -> torch.Tensor:
         """Something of all rows as (blocks, size), with ``other`` where there is none."""
@@ -239,4 +242,7 @@ def _weights(kind: Covariance, columns: torch.Tensor, real: torch.Tensor, offset
     known = offsets.gather(1, columns)
     among = kind(known, known) * (real[:, :, None] & real[:, None, :])
     toward = kind(known, offsets) * real[..., None]
-    return kind.trust * torch.cholesky_solve(toward, _factor(among, kind.own(known), real)).transpose(1, 2)
+    factor = _factor(among, kind.own(known), real)
+    # Two batched solves: on CUDA `cholesky_solve` takes one block after the other.
+    half = torch.linalg.solve_triangular(factor, toward, upper=False)
+    return kind.trust * torch.linalg.solve_triangular(factor.mT, half, upper=True).transpose(1, 2)

@@ -1,12 +1,14 @@
-"""Everything there is to measure on a GPU, in one call: kernels against their floors, then time to first token.
+"""Everything there is to see on a GPU, in one call: checks, kernels against their floors, time to first token.
 
     python benchmarks/gpu.py --json results.json
 
-First every kernel is checked against float64 on fresh random inputs; a wrong one ends the run. Then each is timed
-against what the card can do at best (bytes over the measured copy bandwidth, operations over the measured rate of a
-matrix product), at the sizes of one layer of Llama-3.1-8B. Then engines with dummy weights in the shapes of
-Llama-3.1-8B and Qwen3-14B measure the time to first token, stock SGLang against a3. ``--small`` runs all of it with
-tiny sizes, also in Triton's interpreter on a CPU (``TRITON_INTERPRET=1``), where times mean nothing.
+``check``: every kernel against float64 on fresh random inputs; a wrong one ends the run. ``sanitizer``: the same once
+more, small, under compute-sanitizer where the machine has it. ``tests``: the project's tests of kernels, on the GPU.
+``kernels``: each kernel's time against what the card can do at best (bytes over the measured copy bandwidth,
+operations over the measured rate of a matrix product), at the sizes of one layer of Llama-3.1-8B; the ways FlashInfer
+offers for the same rows; and other shapes of our row attention. ``engines``: time to first token with dummy weights in
+the shapes of Llama-3.1-8B and Qwen3-14B, stock SGLang against a3. ``--small`` runs all of it with tiny sizes, also in
+Triton's interpreter on a CPU (``TRITON_INTERPRET=1``, all but the engines), where times mean nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +16,44 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from a3_sglang.drift import Blocks, Drift, in_play
 from a3_sglang.fusion.device import TritonDevice
+from a3_sglang.fusion.executor import Timings
+from a3_sglang.fusion.flashinfer_rows import FlashInferRowAttention
 from a3_sglang.fusion.question_attention import Question
-from a3_sglang.fusion.rotation import rotate
+from a3_sglang.fusion.rotation import RopeTable, rotate
 from a3_sglang.fusion.row_attention import RowGroup
+from a3_sglang.fusion.spread import Spread, spread_rows
+from a3_sglang.kernels.row_attention import Shape, make_tiles, row_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 32
 QUESTION = 64
 TOLERANCE = 1e-2
+SHAPES_OF_ROWS = [
+    Shape(*of) for of in ((128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 8, 4), (64, 64, 4, 3), (256, 64, 8, 2))
+]
+"""Other ways to cut row attention than its default."""
+
+TESTS = Path(__file__).parents[1] / "tests"
+TESTED = ("copy", "question_attention", "row_attention", "row_attention_choice", "spread")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -123,8 +142,22 @@ class Case:
         self.own = tuple(
             torch.randn(QUESTION, KV_HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE) for _ in "kv"
         )
+        self.fresh = tuple(
+            torch.randn(count, KV_HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE) for _ in "kv"
+        )
         angle = torch.rand(context, DIM // 2, device=DEVICE, generator=generator) * 2 * math.pi
         self.turn = angle.cos(), angle.sin()
+        self.rope = RopeTable(torch.cat(self.turn, -1), True)
+
+    def spread(self) -> Spread:
+        """The rows tell all others, in chunks of 1,000 tokens."""
+        context, count = len(self.slots), len(self.rows)
+        lengths = [min(1000, context - at) for at in range(0, context, 1000)]
+        blocks = Blocks(lengths, DEVICE)
+        drift = Drift(self.rows, blocks, in_play(blocks, count))
+        places = torch.arange(context, device=DEVICE)
+        real = torch.ones(count, dtype=torch.bool, device=DEVICE)
+        return Spread(drift, places[:count], self.slots[self.rows], self.rows, real, self.slots, places)
 
 
 def weights64(query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -173,6 +206,17 @@ def errors(small: bool) -> dict[str, float]:
         for layer, pair in enumerate(expected)
         for pool, exact in zip((case.keys[layer], case.values[layer]), pair, strict=True)
     )
+
+    spread = case.spread()
+    pools, fresh = (case.keys[0], case.values[0]), tuple(x[: len(case.rows)] for x in case.fresh)
+    moved, before = [pool.to(torch.float32, copy=True) for pool in pools], [pool.double() for pool in pools]
+    spread_rows(tuple(moved), fresh, spread, case.rope)
+    device.spread(pools, fresh, spread, case.rope)
+    # Of what was added, which is less than what it was added to; both are rounded to the pool's dtype.
+    found["spreading"] = max(
+        error(after.double() - was, exact.to(DTYPE).double() - was)
+        for after, exact, was in zip(pools, moved, before, strict=True)
+    )
     return found
 
 
@@ -200,6 +244,12 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
     ranked = context * row_bytes * 3 / 2, operations * 3 / 2
     add("probe and relevance", lambda: ask(case.question, case.own, pair, DIM**-0.5, scores), *ranked)
 
+    spread = case.spread()
+    known = spread.drift.keys.shape[2]
+    # Pools are read and written; each known row's share of each row is a multiply-add, of keys and of values.
+    moved, operations = 2 * context * row_bytes, 4 * context * known * KV_HEADS * DIM
+    add("spreading", lambda: device.spread(pair, case.fresh, spread, case.rope), moved, operations)
+
     operations = 4 * HEADS * DIM * int((case.rows + 1).sum())
     for name, attend in row_attentions(case):
         add(name, attend, context * row_bytes, operations)
@@ -209,11 +259,17 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
 def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     """Our kernel, and what FlashInfer offers for the same rows, where it is installed."""
     count, context = len(case.rows), len(case.slots)
-    group = RowGroup(0, count, case.slots, case.rows + 1, False)
+    group, scaling, pair = (
+        RowGroup(0, count, case.slots, case.rows + 1, False),
+        DIM**-0.5,
+        (case.keys[0], case.values[0]),
+    )
     attend = TritonDevice().rows.plan([group], HEADS, KV_HEADS, DTYPE)
-    ways: list[tuple[str, Callable[[], Any]]] = [
-        ("row attention", lambda: attend(case.query, case.keys[0], case.values[0], DIM**-0.5))
-    ]
+    ways: list[tuple[str, Callable[[], Any]]] = [("row attention", lambda: attend(case.query, *pair, scaling))]
+    for shape in SHAPES_OF_ROWS:
+        tiles = make_tiles([count], [case.slots], [case.rows + 1], HEADS // KV_HEADS, shape)
+        name = f"  rows {shape.rows} context {shape.context} warps {shape.warps} stages {shape.stages}"
+        ways.append((name, lambda tiles=tiles: row_attention(case.query, *pair, tiles, scaling)))
     if DEVICE == "cpu":
         return ways
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -238,13 +294,16 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
         )
         return lambda: planned.run(case.query, pools)
 
-    seen = case.rows[:, None] >= torch.arange(context, device=DEVICE)
+    def masked() -> Callable[[], Any]:
+        planned = FlashInferRowAttention(DEVICE).plan([group], HEADS, KV_HEADS, DTYPE)
+        return lambda: planned(case.query, *pair, scaling)
+
     places = case.rows.tolist()
     starts = [i for i, p in enumerate(places) if not i or p != places[i - 1] + 1]
     runs = [end - begin for begin, end in zip(starts, [*starts[1:], count], strict=True)]
     contexts = [case.slots[: places[begin] + n] for begin, n in zip(starts, runs, strict=True)]
     candidates = {
-        "FlashInfer, custom mask": lambda: wrapper([count], [case.slots], custom_mask=seen.flatten()),
+        "FlashInfer, a bit for each pair": masked,
         "FlashInfer, runs as sequences": lambda: wrapper(runs, contexts, causal=True),
     }
     for name, make in candidates.items():
@@ -276,32 +335,60 @@ def shape(name: str, small: bool):
         yield folder
 
 
-def first_tokens(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def first_tokens(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time to first token of one shape: stock SGLang first, then a3, each with one engine for all cases."""
     from a3_sglang.cli.bench import full_prefills, fused_prefills, summary
     from a3_sglang.cli.common import Prompts, engine, environment, vocabulary_of
 
     cases = [(c, 1) for c in args.contexts] + [(args.contexts[0], batch) for batch in args.batches if batch > 1]
-    most = max(context * batch for context, batch in cases)
-    room: dict[str, Any] = {"chunked_prefill_size": 2 * most, "load_format": "dummy", "skip_tokenizer_init": True}
+    # A prompt is prefilled in one chunk, which is stock's best setting; a batch may take several.
+    room: dict[str, Any] = {"chunked_prefill_size": 2 * max(args.contexts)}
+    room |= {"load_format": "dummy", "skip_tokenizer_init": True}
     if DEVICE == "cuda":
         room |= {"attention_backend": "flashinfer", "dtype": "bfloat16", "grammar_backend": "none"}
-    rows = []
     with shape(name, args.small) as folder:
 
-        def prompts(context: int) -> Prompts:
-            return Prompts(vocabulary_of(folder), context, args.chunks, 0)
+        def prompts(case: tuple[int, int]) -> Prompts:
+            return Prompts(vocabulary_of(folder), case[0], args.chunks, seed=cases.index(case))
 
         with engine(folder, None, **room) as running:
-            stock = {case: full_prefills(running, prompts(case[0]), args.repeats, case[1], int) for case in cases}
-        with environment(A3_TIMINGS="1"), engine(folder, "a3", **room) as running:
+            stock = {case: full_prefills(running, prompts(case), args.repeats, case[1], int) for case in cases}
+        variables = {"A3_TIMINGS": "1", "A3_ROW_ATTENTION": args.row_attention}
+        with environment(**variables), engine(folder, "a3", **room) as running:
             for context, batch in cases:
                 for ratio in args.ratios if batch == 1 else args.ratios[:1]:
-                    pairs = fused_prefills(running, prompts(context), ratio, args.repeats, batch, int)
+                    pairs = fused_prefills(running, prompts((context, batch)), ratio, args.repeats, batch, int)
                     figures = summary(stock[context, batch], pairs)
-                    rows.append({"model": name, "context": context, "batch": batch, "ratio": ratio} | figures)
-                    print(json.dumps(rows[-1]), flush=True)
-    return rows
+                    yield {"model": name, "context": context, "batch": batch, "ratio": ratio} | figures
+
+
+COMMANDS = {
+    "sanitizer": [
+        "compute-sanitizer",
+        "--error-exitcode",
+        "1",
+        sys.executable,
+        __file__,
+        "--small",
+        "--parts",
+        "check",
+    ],
+    "tests": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=append"]
+    + [str(TESTS / f"test_{name}.py") for name in TESTED],
+}
+"""Parts that are programs of their own."""
+
+
+def outcome(command: list[str]) -> str:
+    """Last line of what a program says; a failure ends the run."""
+    if shutil.which(command[0]) is None:
+        return f"{command[0]} is not on this machine"
+    if "pytest" in command and not all(map(find_spec, ("pytest", "hypothesis", "safetensors"))):
+        return "pytest or hypothesis is not on this machine"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+    return (done.stdout.strip().splitlines() or ["done"])[-1]
 
 
 def packages() -> dict[str, str]:
@@ -318,9 +405,63 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
 
 
+def check(args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[str]:
+    figures["errors"] = errors(args.small)
+    # Not a number is not below it either.
+    wrong = {kernel: value for kernel, value in figures["errors"].items() if not value < TOLERANCE}
+    if wrong:
+        raise SystemExit(f"error: kernels differ from float64: {wrong}")
+    for kernel, value in figures["errors"].items():
+        yield f"{kernel}: relative error {value:.2e}"
+
+
+def kernels(args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[str]:
+    limit = figures["ceilings"] = ceilings(args.small)
+    yield f"copy {limit['bytes'] / 1e9:.0f} GB/s, matrix product {limit['flops'] / 1e12:.1f} TFLOP/s"
+    figures["kernels"] = []
+    for context in args.contexts:
+        for row in times(context, limit, args.small):
+            figures["kernels"].append(row)
+            yield (
+                f"{row['context']:6d} {row['kernel']:40s} {row['ms']:9.3f} ms  floor {row['floor_ms']:9.4f} ms  "
+                f"{row['of_floor']:.0%}"
+            )
+
+
+def engines(args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[str]:
+    figures["first_tokens"] = []
+    for model in args.models:
+        for row in first_tokens(model, args):
+            figures["first_tokens"].append(row)
+            parts = " ".join(f"{part} {row[part + '_ms']:.1f}" for part in Timings.PARTS)
+            yield (
+                f"{row['model']:13s} {row['context']:6d} x{row['batch']:<3d} {row['ratio']:.2f}  "
+                f"full {row['full_ms']:8.1f}  a3 {row['a3_ms']:8.1f}  {parts}  {row['speedup']:.2f}x"
+            )
+
+
+def program(part: str) -> Part:
+    def run(_args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[str]:
+        figures[part] = outcome(COMMANDS[part])
+        yield f"{part}: {figures[part]}"
+
+    return run
+
+
+Part = Callable[[argparse.Namespace, dict[str, Any]], Iterator[str]]
+PARTS: dict[str, Part] = {
+    "check": check,
+    "sanitizer": program("sanitizer"),
+    "tests": program("tests"),
+    "kernels": kernels,
+    "engines": engines,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="kernels,engines", help="kernels, engines or both")
+    parser.add_argument("--parts", default=list(PARTS), type=numbers(str), help="of " + ", ".join(PARTS))
+    parser.add_argument("--row-attention", default="auto", help="of the engines: auto, flashinfer or triton")
     parser.add_argument("--models", default=",".join(SHAPES), type=numbers(str))
     parser.add_argument("--contexts", default="16384,4096,8192,32768,65536", type=numbers(int))
     parser.add_argument("--ratios", default="0.15,0.05,0.3", type=numbers(float))
@@ -330,36 +471,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that all of it runs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     figures: dict[str, Any] = {"device": name, "packages": packages(), "arguments": vars(args) | {"json": None}}
     lines = [f"{name}, {figures['packages']}"]
-    if "kernels" in args.parts:
-        figures["errors"] = errors(args.small)
-        # Not a number is not below it either.
-        wrong = {kernel: value for kernel, value in figures["errors"].items() if not value < TOLERANCE}
-        if wrong:
-            raise SystemExit(f"error: kernels differ from float64: {wrong}")
-        lines += [f"{kernel}: relative error {value:.2e}" for kernel, value in figures["errors"].items()]
-        limit = figures["ceilings"] = ceilings(args.small)
-        lines.append(f"copy {limit['bytes'] / 1e9:.0f} GB/s, matrix product {limit['flops'] / 1e12:.1f} TFLOP/s")
-        figures["kernels"] = [row for context in args.contexts for row in times(context, limit, args.small)]
-        lines += [
-            f"{row['context']:6d} {row['kernel']:32s} {row['ms']:9.3f} ms  floor {row['floor_ms']:9.4f} ms  "
-            f"{row['of_floor']:.0%}"
-            for row in figures["kernels"]
-        ]
-    if "engines" in args.parts:
-        figures["first_tokens"] = [row for model in args.models for row in first_tokens(model, args)]
-        lines += [
-            f"{row['model']:13s} {row['context']:6d} x{row['batch']:<3d} {row['ratio']:.2f}  full {row['full_ms']:8.1f}"
-            f"  a3 {row['a3_ms']:8.1f}  copy {row['copy_ms']:.1f} probe {row['probe_ms']:.1f} select "
-            f"{row['select_ms']:.1f} recompute {row['recompute_ms']:.1f} tail {row['tail_ms']:.1f}  "
-            f"{row['speedup']:.2f}x"
-            for row in figures["first_tokens"]
-        ]
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
-    print("\n".join(lines))
+    for part in (part for part in PARTS if part in args.parts):
+        for line in PARTS[part](args, figures):
+            lines.append(line)
+            print(line, flush=True)
+            # What is measured stays, whatever comes after it.
+            if args.json:
+                args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print("\n".join(["", *lines]))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from a3_sglang import seams
@@ -20,6 +21,9 @@ from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import make_selector
 
 logger = logging.getLogger(__name__)
+
+_TIMED = os.environ.get("A3_TIMINGS") == "1"
+"""Whether requests report how long the parts of their fusion took."""
 
 
 @dataclass(slots=True)
@@ -99,7 +103,7 @@ class A3Tree:
         self.options = options
         self.executor = executor
         self.counters = Counters()
-        self.timings = Timings()
+        self.timings = self._new_timings()
         self.index = AnyPositionIndex(
             options.min_span,
             capacity=2 * capacity,
@@ -364,7 +368,7 @@ class A3Tree:
     def _fill(self, req: Any, job: Job) -> None:
         """Copy a request's spans; should that fail, all of them will be recomputed."""
         try:
-            with self.timings.add("copy_ms"):
+            with self.timings.add("copy"):
                 self._copy(state_of(req))
         except Exception:
             logger.exception("a3: the spans of request %s could not be copied; they are recomputed", req.rid)
@@ -386,18 +390,22 @@ class A3Tree:
         along, all of it counts as recompute.
         """
         assert self.executor is not None
-        timings, self.timings = self.timings, Timings()
+        timings, self.timings = self.timings, self._new_timings()
         left, self.left = self.left, []
-        with timings.add("recompute_ms" if left else "tail_ms"):
+        with timings.add("recompute" if left else "tail"):
             if left or self._on_cpu:
                 with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
                     yield
             else:
                 yield
-        if os.environ.get("A3_TIMINGS") == "1":
+        if _TIMED:
+            taken = timings.milliseconds()
             for req in batch.reqs:
                 if self._fused(req):
-                    req.customized_info["a3_ms"] = [asdict(timings)]
+                    req.customized_info["a3_ms"] = [taken]
+
+    def _new_timings(self) -> Timings:
+        return Timings(self.device if _TIMED else None)  # type: ignore[attr-defined]
 
     def _groups(self, batch: Any) -> list[RowGroup]:
         """The rows of a batch's extend."""
@@ -422,7 +430,10 @@ class A3Tree:
         assert options is not None
         assert state.private is not None
         slots = torch.cat([seams.row(self, req)[: plan.prefix].to(torch.int64), state.private.to(torch.int64)])
-        tokens = torch.tensor(list(req.origin_input_ids), dtype=torch.int64, device=slots.device)
+        tokens = torch.from_numpy(np.asarray(req.origin_input_ids, dtype=np.int64))
+        if not self._on_cpu:
+            # From memory that is not pinned the copy would wait for all that the device has to do.
+            tokens = tokens.pin_memory().to(slots.device, non_blocking=True)
         return Job(plan, tokens, slots, make_selector(options.selector), options.ratio)
 
     def _report(self, req: Any, job: Job | None, charged: float) -> None:

@@ -135,21 +135,41 @@ class Job:
         return (rows + self.probed_rows * self.probed_layers) / (depth * context)
 
 
-@dataclass(slots=True)
 class Timings:
-    """Milliseconds of one batch's fused prefill; on a device that runs on its own they hold the launches."""
+    """How long the parts of one batch's fused prefill took.
 
-    copy_ms: float = 0.0
-    probe_ms: float = 0.0
-    select_ms: float = 0.0
-    recompute_ms: float = 0.0
-    tail_ms: float = 0.0
+    Args:
+        device: where it runs. On CUDA its own time is taken, of which the host knows nothing; None: the host's time.
+    """
+
+    PARTS = ("copy", "probe", "select", "recompute", "tail")
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cuda = device is not None and device.type == "cuda"
+        self._taken: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def add(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+    def add(self, part: str) -> Iterator[None]:
+        """Time what runs within it, as a part in :attr:`PARTS`."""
+        begin = self._now()
         yield
-        setattr(self, name, getattr(self, name) + (time.perf_counter() - started) * 1e3)
+        self._taken.append((part, begin, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> dict[str, float]:
+        """Of each part, as ``copy_ms`` and so on; waits for the device."""
+        sums = dict.fromkeys((f"{part}_ms" for part in self.PARTS), 0.0)
+        for part, begin, end in self._taken:
+            if self._cuda:
+                end.synchronize()
+            sums[f"{part}_ms"] += begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3
+        return sums
 
 
 class Executor:
@@ -214,18 +234,18 @@ class Executor:
 
     def choose(self, jobs: Sequence[Job], timings: Timings) -> None:
         """Probe, and choose what is recomputed."""
-        with timings.add("probe_ms"):
+        with timings.add("probe"):
             scores = self._probe(jobs)
             for i, job in enumerate(jobs):
                 if job.chooses and job.selector.fresh_layers:
                     scores[i] = self._compute_first_layers(job)
-        with timings.add("select_ms"):
+        with timings.add("select"):
             for job, score in zip(jobs, scores, strict=True):
                 job.recomputed = _select(job, score)
 
     def recompute(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
         """Recompute what was chosen and the gaps; see :meth:`prepare`."""
-        with timings.add("recompute_ms"):
+        with timings.add("recompute"):
             left = self._recompute(jobs)
             if left and behind + sum(len(part.rows) for part in left) > self.slice_rows:
                 self._pass(left)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup
+from a3_sglang.fusion.row_attention import Attention, RowAttention, RowGroup, TritonRowAttention
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
+MOST_PAIRS = 1 << 31
+"""Rows times positions of a group, above which the bits for them are counted wrongly; they would be a lot, too."""
 WORKSPACE = 384 << 20
 """Bytes for the shares of long contexts, as much as SGLang gives its own FlashInfer backend."""
 
@@ -84,6 +86,8 @@ class FlashInferRowAttention(RowAttention):
         self._planned: list[tuple[Any, torch.cuda.Event]] = []
 
     def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+        if any(len(group.visible) * len(group.slots) >= MOST_PAIRS for group in groups):
+            return TritonRowAttention().plan(groups, heads, kv_heads, dtype)
         paged, wrapper = PagedRows.of(groups), None
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
