@@ -16,6 +16,7 @@ from world import World, executor_of
 from a3_sglang.fusion.choice import NoneFitsError, fastest
 from a3_sglang.fusion.device import device_for
 from a3_sglang.fusion.flashinfer_rows import FlashInferRowAttention, PagedRows
+from a3_sglang.fusion.model import UnsupportedModelError
 from a3_sglang.fusion.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.selectors import make_selector, selector_names
@@ -118,6 +119,18 @@ def test_a_warm_up_runs_a_fused_prefill(name):
     for pool in (*world.model.keys, *world.model.values):
         assert bool(pool.isfinite().all())
         assert bool(pool[job.slots].any())
+
+
+@pytest.mark.parametrize("factor", [0, 2])
+def test_a_model_whose_keys_turn_otherwise_is_refused(factor):
+    """Not at all, or twice as far as its table says."""
+    world = World(torch.seed() % 2**31)
+    for pool in (*world.model.keys, *world.model.values):
+        pool.zero_()
+    forward = world.model.forward
+    world.model.forward = lambda tokens, positions, attend: forward(tokens, factor * positions, attend)
+    with pytest.raises(UnsupportedModelError, match="do not turn as its RoPE says"):
+        warm_up(executor_of(world), make_selector("probe"))
 
 
 def test_a_warm_up_hides_nothing():

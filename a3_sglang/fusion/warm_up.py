@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Timings
+from a3_sglang.fusion.model import UnsupportedModelError
 from a3_sglang.fusion.plan import make_plan
-from a3_sglang.selectors import Selector
+from a3_sglang.fusion.rotation import rotate
+from a3_sglang.selectors import Full, Selector
 
 DONOR, GAP, RATIO = 160, 5, 0.15
 
@@ -26,7 +30,8 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
         What ran.
 
     Raises:
-        Exception: whatever goes wrong; here it is not made good by a full prefill.
+        UnsupportedModelError: keys that the model makes of a token do not differ by the turn between their positions.
+        Exception: whatever else goes wrong; here it is not made good by a full prefill.
     """
     random = np.random.default_rng(0)
     donor, gap, tail = (random.integers(0, 100, n, dtype=np.int32) for n in (DONOR, GAP, QUESTION_TOKENS))
@@ -44,4 +49,24 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
         executor.copy(free[old], job.slots[new], old, new)
     executor.choose([job], Timings())
     executor.recompute([job], Timings(), executor.slice_rows)
+    whole = replace(job, selector=Full())
+    executor.choose([whole], Timings())
+    executor.recompute([whole], Timings(), executor.slice_rows)
+    _check_keys(executor, whole)
     return job
+
+
+def _check_keys(executor: Executor, job: Job) -> None:
+    """Keys of layer 0 know only their token and its position, so equal tokens show how the model turns keys."""
+    keys, rope = executor.model.keys[0], executor.model.ropes[0]
+    order = job.tokens[: job.plan.end].sort(stable=True)
+    same = (order.values[1:] == order.values[:-1]).nonzero().squeeze(1)
+    one, other = order.indices[same], order.indices[same + 1]
+    turned = rotate(keys[job.slots[one]], *rope.turn(one, other), rope.neox).float()
+    expected = keys[job.slots[other]].float()
+    error = (turned - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    # One rounding of either key and one of the turned.
+    if not bool((error < 8 * torch.finfo(keys.dtype).eps).all()):
+        raise UnsupportedModelError(
+            f"the keys that reach the model's attention do not turn as its RoPE says (off by {float(error.max()):.3g})"
+        )
