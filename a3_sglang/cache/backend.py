@@ -346,9 +346,9 @@ class A3Tree:
         fresh = [req for req in batch.reqs if state_of(req).waiting]
         jobs = [self._job(req) for req in fresh]
         # By order of admission: what one request's donors gave up may be another's by now.
-        for req in self.waiting.values():
-            if req in fresh:
-                self._fill(req, jobs[fresh.index(req)])
+        admitted = list(self.waiting)
+        for req, job in sorted(zip(fresh, jobs, strict=True), key=lambda pair: admitted.index(pair[0].rid)):
+            self._fill(req, job)
         fused = [self._fused(req) for req in batch.reqs]
         if jobs and (self._on_cpu or all(fused)):
             self.left = self.executor.prepare(jobs, self.timings, sum(batch.extend_lens))
