@@ -208,10 +208,10 @@ def errors(small: bool) -> dict[str, float]:
     )
 
     spread = case.spread()
-    pools, fresh = (case.keys[0], case.values[0]), tuple(x[: len(case.rows)] for x in case.fresh)
+    pools = case.keys[0], case.values[0]
     moved, before = [pool.to(torch.float32, copy=True) for pool in pools], [pool.double() for pool in pools]
-    spread_rows(tuple(moved), fresh, spread, case.rope)
-    device.spread(pools, fresh, spread, case.rope)
+    spread_rows(tuple(moved), case.fresh, spread, case.rope)
+    device.spread(pools, case.fresh, spread, case.rope)
     # Of what was added, which is less than what it was added to; both are rounded to the pool's dtype.
     found["spreading"] = max(
         error(after.double() - was, exact.to(DTYPE).double() - was)
@@ -277,7 +277,7 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     pools = case.keys[0].unsqueeze(1), case.values[0].unsqueeze(1)
     exact = ways[0][1]()
 
-    def wrapper(queries: list[int], contexts: list[torch.Tensor], **more: Any) -> Callable[[], Any]:
+    def wrapper(queries: list[int], contexts: list[torch.Tensor]) -> Callable[[], Any]:
         planned = BatchPrefillWithPagedKVCacheWrapper(torch.empty(2**28, dtype=torch.uint8, device=DEVICE), "NHD")
         lengths = torch.tensor([0, *map(len, contexts)], dtype=torch.int32)
         planned.plan(
@@ -289,8 +289,8 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
             KV_HEADS,
             DIM,
             1,
+            causal=True,
             q_data_type=DTYPE,
-            **more,
         )
         return lambda: planned.run(case.query, pools)
 
@@ -304,7 +304,7 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     contexts = [case.slots[: places[begin] + n] for begin, n in zip(starts, runs, strict=True)]
     candidates = {
         "FlashInfer, a bit for each pair": masked,
-        "FlashInfer, runs as sequences": lambda: wrapper(runs, contexts, causal=True),
+        "FlashInfer, runs as sequences": lambda: wrapper(runs, contexts),
     }
     for name, make in candidates.items():
         try:
@@ -318,7 +318,7 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
         else:
             print(f"{name}: differs from the other by {wrong:.3g}")
     # The same number of rows and of operations as one causal prefill behind an exact prefix: what FlashInfer can do.
-    dense = wrapper([count], [case.slots[: context // 2 + count // 2]], causal=True)
+    dense = wrapper([count], [case.slots[: context // 2 + count // 2]])
     return [*ways, ("FlashInfer, as many causal rows", dense)]
 
 

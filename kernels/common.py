@@ -27,6 +27,19 @@ def lanes(first, count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def queries(query, row, head, live, row_stride, head_stride, dim, inside, DTYPE: tl.constexpr):
+    """The query of each lane, zero where there is no row."""
+    at = query + row[:, None] * row_stride + head[:, None] * head_stride + dim[None, :]
+    return tl.load(at, mask=live[:, None] & inside[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def columns(pair, HALF: tl.constexpr, NEOX: tl.constexpr):
+    """Where the two dimensions of each rotated pair stand: in the halves, or beside each other."""
+    return (pair, HALF + pair) if NEOX else (2 * pair, 2 * pair + 1)
+
+
+@triton.jit
 def fold(q, k, v, seen, scaling, top, total, mixed, MASKED: tl.constexpr):
     """One step of online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
 

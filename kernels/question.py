@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import LOG2E, fold, has_wide_products, lanes, padded, product_dtype
+from a3_sglang.kernels.common import LOG2E, fold, has_wide_products, lanes, padded, product_dtype, queries
 
 ROWS = 64
 """Rows of a question, at most."""
@@ -118,11 +118,7 @@ def _attend(
     row, head, live = lanes(first, count, kv_head, GROUP, LANES)
     dim = tl.arange(0, WIDTH)
     inside = dim < DIM
-    q = tl.load(
-        query + row[:, None] * query_row + head[:, None] * query_head + dim[None, :],
-        mask=live[:, None] & inside[None, :],
-        other=0.0,
-    ).to(DTYPE)
+    q = queries(query, row, head, live, query_row, query_head, dim, inside, DTYPE)
 
     top = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
@@ -187,11 +183,7 @@ def _join(
     row, head, live = lanes(first, count, kv_head, GROUP, LANES)
     lane, dim, place = tl.arange(0, LANES), tl.arange(0, WIDTH), tl.arange(0, OWN)
     inside = dim < DIM
-    q = tl.load(
-        query + row[:, None] * query_row + head[:, None] * query_head + dim[None, :],
-        mask=live[:, None] & inside[None, :],
-        other=0.0,
-    ).to(DTYPE)
+    q = queries(query, row, head, live, query_row, query_head, dim, inside, DTYPE)
     # Rows behind the tile's last are seen by none of its rows.
     index = (begin + place).to(tl.int64)[:, None]
     known = (begin + place < first + count)[:, None] & inside[None, :]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import LOG2E, fold, has_wide_products, lanes, padded, product_dtype
+from a3_sglang.kernels.common import LOG2E, fold, has_wide_products, lanes, padded, product_dtype, queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,7 @@ def _row_attention(
     row, head, live = lanes(first, count, kv_head, GROUP, ROWS)
     dim = tl.arange(0, WIDTH)
     inside = dim < DIM
-    q = tl.load(
-        query + row[:, None] * query_row + head[:, None] * query_head + dim[None, :],
-        mask=live[:, None] & inside[None, :],
-        other=0.0,
-    ).to(DTYPE)
+    q = queries(query, row, head, live, query_row, query_head, dim, inside, DTYPE)
     # Lanes without a row see one position, so that their softmax stays finite; they are not stored.
     seen = tl.load(visible + row, mask=live, other=1)
     reach = tl.max(seen, 0)

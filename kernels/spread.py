@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import INTERPRETED, padded
+from a3_sglang.kernels.common import INTERPRETED, columns, padded
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -66,8 +66,7 @@ def _observe(
 
     stale = keys + slot[:, None] * key_slot + head * key_head
     fresh = fresh_keys + row[:, None] * fresh_key_row + head * fresh_key_head
-    first = pair if NEOX else 2 * pair
-    second = HALF + pair if NEOX else 2 * pair + 1
+    first, second = columns(pair, HALF, NEOX)
     some = shown[:, None] & (pair < HALF)
     a = tl.load(fresh + first, mask=some, other=0.0).to(tl.float32)
     a -= tl.load(stale + first, mask=some, other=0.0).to(tl.float32)
@@ -124,8 +123,7 @@ def _correct(
 
     dim, pair = tl.arange(0, WIDTH)[None, :], tl.arange(0, PAIRS)[None, :]
     inside, turned = dim < DIM, pair < HALF
-    first = pair if NEOX else 2 * pair
-    second = HALF + pair if NEOX else 2 * pair + 1
+    first, second = columns(pair, HALF, NEOX)
     value = tl.zeros((ROWS, WIDTH), tl.float32)
     a = tl.zeros((ROWS, PAIRS), tl.float32)
     b = tl.zeros((ROWS, PAIRS), tl.float32)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from a3_sglang.drift import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
@@ -19,6 +21,15 @@ from a3_sglang.fusion.rotation import RopeTable
 
 # The tensors of these tests are tiny: threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+LAYOUTS: dict[str, st.SearchStrategy[Any]] = {
+    "heads": st.integers(1, 3),
+    "dims": st.sampled_from([(8, 8), (16, 16), (16, 8), (12, 6), (20, 12)]),
+    "neox": st.booleans(),
+    "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+}
+"""Of pools: heads, (head_dim, rotary_dim), how rotated dimensions are paired, dtype."""
 
 
 def random_tensor(generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import cos_sin, inverse_frequencies, random_tensor, rope64
+from reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
 from torch.testing import assert_close
 
 from a3_sglang.fusion.device import TorchDevice, TritonDevice
@@ -22,11 +22,8 @@ REACH = 300
 @given(
     seed=st.integers(0, 2**32),
     layers=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    dims=st.sampled_from([(8, 8), (16, 16), (16, 8), (12, 6), (20, 12)]),
     rows=st.integers(1, 90),
-    neox=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    **LAYOUTS,
 )
 def test_rows_are_copied_and_turned(name, seed, layers, heads, dims, rows, neox, dtype):
     """Rotation may round twice; values, dimensions behind the rotary ones and all other slots are bit-equal."""

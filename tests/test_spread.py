@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import cos_sin, inverse_frequencies, random_tensor, rope64
+from reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
 from torch.testing import assert_close
 
 from a3_sglang.drift import Blocks, Drift
@@ -23,13 +23,10 @@ REACH = 2000
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    heads=st.integers(1, 3),
-    dims=st.sampled_from([(8, 8), (16, 16), (16, 8), (12, 6), (20, 12)]),
     lengths=st.lists(st.integers(1, 600), min_size=1, max_size=3),
     share=st.floats(0.02, 0.6),
     gap=st.integers(0, 5),
-    neox=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    **LAYOUTS,
 )
 def test_reused_rows_are_corrected(name, seed, heads, dims, lengths, share, gap, neox, dtype):
     """Rows of gaps tell nothing, not even when their slots hold no numbers; all other slots stay as they are."""

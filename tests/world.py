@@ -66,11 +66,13 @@ class World:
                 self.take(plan.end - prefix),
             ]
         )
+        job = Job(plan, tokens, slots, selector, ratio)
+        sources = []
         for span in plan.spans:
             donor = next(d for d in self.donors if np.array_equal(d[: len(span.run.path())], span.run.path()))
-            old, new = torch.arange(span.offset, span.offset + span.length), torch.arange(span.start, span.end)
-            executor.copy(self.slots_of[donor.tobytes()][old], slots[new], old, new)
-        return Job(plan, tokens, slots, selector, ratio)
+            sources.append(self.slots_of[donor.tobytes()][span.offset : span.offset + span.length])
+        executor.fill(job, torch.cat(sources))
+        return job
 
 
 def executor_of(world: World, slice_rows: int = 8192) -> Executor:

@@ -269,16 +269,6 @@ class A3Tree:
             for release in unlock:
                 release()
 
-    def _copy(self, state: RequestState) -> None:
-        plan, slots = state.plan, state.private
-        assert self.executor is not None
-        assert plan is not None
-        assert slots is not None
-        assert state.sources is not None
-        old = torch.cat([torch.arange(s.offset, s.offset + s.length, device=slots.device) for s in plan.spans])
-        new = torch.cat([torch.arange(s.start, s.end, device=slots.device) for s in plan.spans])
-        self.executor.copy(state.sources, slots[new - plan.prefix].to(torch.int64), old, new)
-
     def _namespace_of(self, req: Any) -> Hashable:
         return (req.extra_key, getattr(req, "cache_salt", None) or None)
 
@@ -367,9 +357,12 @@ class A3Tree:
 
     def _fill(self, req: Any, job: Job) -> None:
         """Copy a request's spans; should that fail, all of them will be recomputed."""
+        assert self.executor is not None
+        sources = state_of(req).sources
+        assert sources is not None
         try:
             with self.timings.add("copy"):
-                self._copy(state_of(req))
+                self.executor.fill(job, sources)
         except Exception:
             logger.exception("a3: the spans of request %s could not be copied; they are recomputed", req.rid)
             job.ratio = 1.0

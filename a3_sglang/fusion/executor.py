@@ -205,6 +205,18 @@ class Executor:
         for rope, pools in self._pools:
             self.device.copy(pools, source, target, rope.turn(old, new), rope.neox)
 
+    def fill(self, job: Job, sources: torch.Tensor) -> None:
+        """Copy a job's spans to their places.
+
+        Args:
+            job: whose slots are written.
+            sources: int64 (plan.reused,), the donors' slots, span after span.
+        """
+        device, spans = sources.device, job.plan.spans
+        old = torch.cat([torch.arange(s.offset, s.offset + s.length, device=device) for s in spans])
+        new = _rows(job.plan, device).positions
+        self.copy(sources, job.slots[new], old, new)
+
     def run(self, jobs: Sequence[Job], timings: Timings) -> None:
         """Make the KV between each job's prefix and tail ready, in place."""
         self.prepare(jobs, timings, self.slice_rows)
@@ -244,13 +256,28 @@ class Executor:
                 job.recomputed = _select(job, score)
 
     def recompute(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
-        """Recompute what was chosen and the gaps; see :meth:`prepare`."""
+        """Recompute what was chosen and the gaps, pass after pass; see :meth:`prepare`."""
+        work: list[Part] = []
+        pending = 0
         with timings.add("recompute"):
-            left = self._recompute(jobs)
-            if left and behind + sum(len(part.rows) for part in left) > self.slice_rows:
-                self._pass(left)
-                left = []
-            return left
+            for job in jobs:
+                gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
+                rows = torch.cat([job.recomputed, *gaps]).sort().values
+                begin: Position = job.plan.prefix
+                # Slices of one request go in order of position, so that each finds the KV before it fresh.
+                while len(rows):
+                    part, rows = rows.tensor_split([self.slice_rows - pending])
+                    end = rows[0] if len(rows) else job.plan.end
+                    work.append(Part(job, part, begin, end))
+                    begin = end
+                    pending += len(part)
+                    if pending == self.slice_rows:
+                        self._pass(work)
+                        work, pending = [], 0
+            if work and behind + pending > self.slice_rows:
+                self._pass(work)
+                work = []
+        return work
 
     def _probe(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
         """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""
@@ -275,26 +302,6 @@ class Executor:
             self.model.forward(job.tokens[part], part, first)
         job.fresh_layers = job.selector.fresh_layers
         return first.scores()
-
-    def _recompute(self, jobs: Sequence[Job]) -> list[Part]:
-        """Pass after pass over the chosen rows and the gaps of all jobs, until less than ``slice_rows`` are left."""
-        work: list[Part] = []
-        pending = 0
-        for job in jobs:
-            gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
-            rows = torch.cat([job.recomputed, *gaps]).sort().values
-            begin: Position = job.plan.prefix
-            # Slices of one request go in order of position, so that each finds the KV before it fresh.
-            while len(rows):
-                part, rows = rows.tensor_split([self.slice_rows - pending])
-                end = rows[0] if len(rows) else job.plan.end
-                work.append(Part(job, part, begin, end))
-                begin = end
-                pending += len(part)
-                if pending == self.slice_rows:
-                    self._pass(work)
-                    work, pending = [], 0
-        return work
 
     def _pass(self, work: Sequence[Part]) -> None:
         rows = self._rows_of(work)

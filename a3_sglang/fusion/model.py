@@ -148,11 +148,10 @@ def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
 
 
 def query_heads(model: torch.nn.Module) -> int:
-    """Query heads of every layer."""
+    """Query heads of the first layer."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    (heads,) = {layer.tp_q_head_num for layer in model.modules() if isinstance(layer, RadixAttention)}
-    return int(heads)
+    return int(next(layer.tp_q_head_num for layer in model.modules() if isinstance(layer, RadixAttention)))
 
 
 def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:

@@ -37,7 +37,6 @@ class RopeTable:
         Args:
             old: int64 (n,), positions of the keys.
             new: int64 (n,), positions to turn them to.
-
         """
         half = self.rotary_dim // 2
         before, after = self.cos_sin[old].float(), self.cos_sin[new].float()

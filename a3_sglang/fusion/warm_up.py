@@ -44,14 +44,11 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
     # The first slot stands for none.
     free = torch.arange(1, 1 + DONOR + plan.end, device=device)
     job = Job(plan, torch.from_numpy(prompt).long().to(device), free[DONOR:], selector, RATIO)
-    for span in plan.spans:
-        old, new = (torch.arange(at, at + span.length, device=device) for at in (span.offset, span.start))
-        executor.copy(free[old], job.slots[new], old, new)
-    executor.choose([job], Timings())
-    executor.recompute([job], Timings(), executor.slice_rows)
+    executor.fill(job, torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans]))
     whole = replace(job, selector=Full())
-    executor.choose([whole], Timings())
-    executor.recompute([whole], Timings(), executor.slice_rows)
+    for one in (job, whole):
+        executor.choose([one], Timings())
+        executor.recompute([one], Timings(), executor.slice_rows)
     _check_keys(executor, whole)
     return job
 
