@@ -210,10 +210,9 @@ def argument_defaults() -> dict[str, Any]:
     """The declared default of every field of ServerArgs; None for a field that has to be given."""
     from sglang.srt.server_args import ServerArgs
 
-    if not dataclasses.is_dataclass(ServerArgs):
-        missing, fields = msgspec.NODEFAULT, msgspec.structs.fields(ServerArgs)
-    else:
-        missing, fields = dataclasses.MISSING, dataclasses.fields(ServerArgs)
+    struct = not dataclasses.is_dataclass(ServerArgs)
+    missing: Any = msgspec.NODEFAULT if struct else dataclasses.MISSING
+    fields: Any = msgspec.structs.fields(ServerArgs) if struct else dataclasses.fields(ServerArgs)
     defaults: dict[str, Any] = {}
     for field in fields:
         made = field.default if field.default_factory is missing else field.default_factory()
@@ -240,15 +239,23 @@ def resolve_arguments(server_args: Any) -> None:
         server_args.resolve_once()
 
 
-def given_arguments(server_args: Any) -> dict[str, Any] | None:
-    """Every field as it was given; None where only the resolved values are left.
+def given_arguments(server_args: Any) -> dict[str, Any]:
+    """Every field as it was given, the default for what SGLang filled in by itself.
 
     Args:
         server_args: resolved.
     """
-    if overwrites_arguments():
-        return getattr(server_args, "_a3_given", None)
-    return dict(server_args._raw_input)
+    if not overwrites_arguments():
+        return dict(server_args._raw_input)
+    if hasattr(server_args, "_a3_given"):
+        return dict(server_args._a3_given)
+    # Made before plugins were loaded: what SGLang fills in for this model anyway was not given.
+    given = {name: getattr(server_args, name) for name in argument_defaults()}
+    plain = type(server_args)(**{name: given[name] for name in ("model_path", "device", "quantization")})
+    return {
+        name: default if given[name] == getattr(plain, name) else given[name]
+        for name, default in argument_defaults().items()
+    }
 
 
 def resolved_argument(server_args: Any, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from a3_sglang import seams
@@ -48,13 +47,12 @@ def _known_wrong(server_args: Any) -> str | None:
     for feature in REFUSED:
         for name in filter(known.__contains__, feature.switches):
             off = (*_OFF, known[name])
-            if given is not None and given[name] not in off:
+            if given[name] not in off:
                 return f"{_flag(name)}: {feature.reason}"
             if seams.resolved_argument(server_args, name) not in off:
-                who = "" if given is None else " (set by SGLang for this configuration)"
-                return f"{_flag(name)}{who}: {feature.reason}"
+                return f"{_flag(name)} (set by SGLang for this configuration): {feature.reason}"
         for name in filter(known.__contains__, feature.details):
-            if given is not None and given[name] != known[name]:
+            if given[name] != known[name]:
                 return f"{_flag(name)}: {feature.reason}"
     return None
 
@@ -85,8 +83,12 @@ def _not_deterministic(server_args: Any, options: ServerOptions) -> str | None:
 
 def _unknown(server_args: Any, options: ServerOptions) -> str | None:
     """Options whose effect on a3 is not known and that were not allowed by name."""
-    changed = _changed(server_args)
-    names = [name for name, value in changed if name not in options.allow and not _known_right(name, value)]
+    given = seams.given_arguments(server_args)
+    names = [
+        name
+        for name, default in seams.argument_defaults().items()
+        if given[name] != default and name not in options.allow and not _known_right(name, given[name])
+    ]
     if not names:
         return None
     allow = ",".join((*options.allow, *names))
@@ -94,15 +96,6 @@ def _unknown(server_args: Any, options: ServerOptions) -> str | None:
         f"{', '.join(map(_flag, names))}: not known to work with a3; to use "
         f"{'it' if len(names) == 1 else 'them'} all the same, add --a3-allow {allow}"
     )
-
-
-def _changed(server_args: Any) -> Iterator[tuple[str, Any]]:
-    """Fields that were given another value than their default, with that value."""
-    given = seams.given_arguments(server_args)
-    for name, default in seams.argument_defaults().items():
-        value = seams.resolved_argument(server_args, name) if given is None else given[name]
-        if value != default:
-            yield name, value
 
 
 def _known_right(name: str, value: Any) -> bool:
