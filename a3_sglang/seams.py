@@ -189,6 +189,15 @@ def row(tree: Any, req: Any) -> torch.Tensor:
     return tree.req_to_token_pool.req_to_token[index]
 
 
+def abort(req: Any, message: str) -> None:
+    """End a request with an error after its next forward."""
+    from http import HTTPStatus
+
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
 def keep_row_as_prefix(tree: Any, req: Any) -> None:
     """After a chunk that is not inserted: the next chunk starts behind it (releases before 0.5.23)."""
     if hasattr(req, "prefix_indices"):
