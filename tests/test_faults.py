@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_random_model, tiny_llama
 from traffic import MIN_REUSE, Traffic, answer
 
 from a3_sglang.cache.breaker import LIMIT
@@ -21,7 +22,8 @@ from a3_test_faults import STAGES, VARIABLE  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
-ARGUMENTS = {"chunked_prefill_size": 2048, "max_total_tokens": 16384}
+# In float32 an answer does not depend on what else is in its batch.
+ARGUMENTS = {"chunked_prefill_size": 2048, "max_total_tokens": 16384, "dtype": "float32"}
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}
 """SGLang's own checks of its pool after every batch."""
 
@@ -69,10 +71,11 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def faulty(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    faults = tmp_path_factory.mktemp("faults") / "stages"
+    folder = tmp_path_factory.mktemp("faults")
+    faults, tiny = folder / "stages", save_random_model(folder / "model", tiny_llama(), Path(model))
     with (
         environment(**STRICT, **{VARIABLE: str(faults)}, A3_MIN_REUSE=MIN_REUSE, A3_REPORT="exact"),
-        engine(model, "a3", **ARGUMENTS) as running,
+        engine(str(tiny), "a3", **ARGUMENTS) as running,
     ):
         yield Faulty(Traffic(running, seed=3), faults)
 
