@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from a3_sglang import seams
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
@@ -50,6 +51,19 @@ def _read_ratio(value: Any) -> Ratio:
     return known_ratio(value)
 
 
+def _read_arguments(value: Any) -> tuple[str, ...]:
+    """Names of SGLang's server options from a comma-separated text; ``--some-option`` is read as ``some_option``.
+
+    Raises:
+        ValueError: the installed SGLang has no such option.
+    """
+    names = value.split(",") if isinstance(value, str) else list(value)
+    names = [str(name).strip().removeprefix("--").replace("-", "_") for name in names]
+    if unknown := [name for name in names if name not in seams.argument_defaults()]:
+        raise ValueError(f"SGLang has no server option {reprlib.repr(unknown[0])}")
+    return tuple(dict.fromkeys(names))
+
+
 class ServerOptions(BaseModel):
     """Options of a server; every request starts from them.
 
@@ -70,11 +84,15 @@ class ServerOptions(BaseModel):
         description="Where reusable KV comes from: what any earlier request left (harvest), or only requests that "
         "say they are donors (compiled), so that answers do not depend on other traffic.",
     )
-
     row_attention: Literal["auto", "flashinfer", "triton"] = Field(
         "auto",
         description="What recomputed tokens attend with on a GPU; auto tries both at start and keeps the fastest that "
         "is right.",
+    )
+    allow: Annotated[tuple[str, ...], BeforeValidator(_read_arguments)] = Field(
+        (),
+        description="Server options of SGLang, separated by commas, that are accepted although their effect on a3 is "
+        "not known.",
     )
 
     report: Literal["rounded", "exact"] = Field(

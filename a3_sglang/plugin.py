@@ -36,6 +36,8 @@ def register() -> None:
     HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AFTER)
     HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
+    if seams.overwrites_arguments():
+        HookRegistry.register(seams.ARGUMENTS_HOOK, seams.remember_arguments, HookType.AROUND)
 
 
 # ---- options
@@ -61,7 +63,7 @@ def _add_options(_result: None, parser: argparse.ArgumentParser) -> None:
             action=_ToEnvironment,
             metavar=name.upper(),
             default=argparse.SUPPRESS,
-            help=f"{field.description} Default: {field.default}.",
+            help=f"{field.description} Default: {field.default or 'none'}.",
         )
 
 
@@ -71,8 +73,9 @@ def _add_options(_result: None, parser: argparse.ArgumentParser) -> None:
 def _launch(original: Callable[..., Any], engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse what cannot be served before any process is spawned."""
     if server_args.radix_cache_backend == BACKEND:
-        ServerOptions.from_environment()
-        reason = refusal(server_args, seams.model_config(server_args))
+        options = ServerOptions.from_environment()
+        seams.resolve_arguments(server_args)
+        reason = refusal(server_args, seams.model_config(server_args), options)
         if reason is not None:
             raise RefusedError(f"--radix-cache-backend a3: {reason}")
     return original(engine, server_args, *args, **kwargs)

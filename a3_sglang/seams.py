@@ -7,11 +7,14 @@ and goes on. The rest of the package asks this module instead of SGLang.
 from __future__ import annotations
 
 import array
+import dataclasses
 import importlib
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import sglang
@@ -203,6 +206,79 @@ def keep_row_as_prefix(tree: Any, req: Any) -> None:
     if hasattr(req, "prefix_indices"):
         length = len(req.get_fill_ids())
         req.prefix_indices = row(tree, req)[:length].to(torch.int64, copy=True)
+
+
+# ---- the server's arguments
+
+ARGUMENTS_HOOK = "sglang.srt.server_args.ServerArgs.__post_init__"
+"""Where :func:`remember_arguments` goes in releases that :func:`overwrites_arguments`."""
+
+
+@cache
+def argument_defaults() -> dict[str, Any]:
+    """The declared default of every field of ServerArgs; None for a field that has to be given."""
+    from sglang.srt.server_args import ServerArgs
+
+    if not dataclasses.is_dataclass(ServerArgs):
+        missing, fields = msgspec.NODEFAULT, msgspec.structs.fields(ServerArgs)
+    else:
+        missing, fields = dataclasses.MISSING, dataclasses.fields(ServerArgs)
+    defaults: dict[str, Any] = {}
+    for field in fields:
+        made = field.default if field.default_factory is missing else field.default_factory()
+        defaults[field.name] = None if made is missing else made
+    return defaults
+
+
+def overwrites_arguments() -> bool:
+    """Releases before 0.5.21 write what they resolve over what was given, as soon as ServerArgs is made."""
+    from sglang.srt.server_args import ServerArgs
+
+    return not hasattr(ServerArgs, "resolve_once")
+
+
+def remember_arguments(original: Callable[..., None], server_args: Any) -> None:
+    """Hook around :data:`ARGUMENTS_HOOK`: keep what was given before it is overwritten."""
+    server_args._a3_given = {name: getattr(server_args, name) for name in argument_defaults()}
+    original(server_args)
+
+
+def resolve_arguments(server_args: Any) -> None:
+    """Let SGLang fill in what was not given, where it has not yet."""
+    if not overwrites_arguments():
+        server_args.resolve_once()
+
+
+def given_arguments(server_args: Any) -> dict[str, Any] | None:
+    """Every field as it was given; None where only the resolved values are left.
+
+    Args:
+        server_args: resolved.
+    """
+    if overwrites_arguments():
+        return getattr(server_args, "_a3_given", None)
+    return dict(server_args._raw_input)
+
+
+def resolved_argument(server_args: Any, name: str) -> Any:
+    """A field as SGLang runs with it.
+
+    Args:
+        server_args: resolved.
+        name: a field of this release.
+    """
+    if overwrites_arguments():
+        return getattr(server_args, name)
+    from sglang.srt.arg_groups.overrides import resolution_result
+
+    return resolution_result(server_args, name)
+
+
+def rust_server() -> bool:
+    """Whether requests are taken by SGLang's server in Rust, which is chosen in the environment alone."""
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_RUST_SERVER.get()) if hasattr(envs, "SGLANG_RUST_SERVER") else False
 
 
 # ---- the model

@@ -25,14 +25,14 @@ def build_tree(context: Any) -> Any:
     Raises:
         RefusedError: one line that says what is not supported.
     """
-    reason = refusal(context.server_args, context.model_config)
+    options = ServerOptions.from_environment()
+    reason = refusal(context.server_args, context.model_config, options)
     if reason is None and context.is_hybrid_swa:
         reason = "models with sliding-window attention are not supported"
     if reason is None and context.is_hybrid_ssm:
         reason = "models with recurrent layers are not supported"
     if reason is not None:
         raise RefusedError(f"--radix-cache-backend a3: {reason}")
-    options = ServerOptions.from_environment()
     try:
         model = SGLangModel(context.tp_worker.model_runner)
     except UnsupportedModelError as error:

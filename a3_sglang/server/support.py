@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from a3_sglang import seams
+from a3_sglang.config import AUTO, ServerOptions
+from a3_sglang.server.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
 
 
 class RefusedError(ValueError):
@@ -14,46 +19,105 @@ SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 _OFF = (None, False, "", "null", "none")
 
-_UNSUPPORTED_ARGS: tuple[tuple[str, str], ...] = (
-    ("disable_radix_cache", "--disable-radix-cache leaves no tree to reuse from; drop one of the two options"),
-    ("enable_hierarchical_cache", "--enable-hierarchical-cache is not supported yet"),
-    ("enable_lmcache", "--enable-lmcache is another radix cache; drop one of the two options"),
-    ("enable_flexkv", "--enable-flexkv is another radix cache; drop one of the two options"),
-    ("enable_unified_cache_external_linker", "an external cache linker is not supported"),
-    ("enable_streaming_session", "--enable-streaming-session is not supported"),
-    ("enable_dp_attention", "--enable-dp-attention is not supported"),
-    ("speculative_algorithm", "speculative decoding is not supported yet"),
-    ("enable_two_batch_overlap", "--enable-two-batch-overlap is not supported"),
-)
-_ONE_ONLY = (("tp_size", "tensor"), ("pp_size", "pipeline"), ("dcp_size", "decode context"))
+# Allowed, or refused before the unknown ones are looked for.
+_DECIDED = ALLOWED | CHECKED | {name for feature in REFUSED for name in (*feature.switches, *feature.details)}
 
 
-def refusal(server_args: Any, model_config: Any) -> str | None:
-    """One line that says why this configuration is refused; None where nothing speaks against it.
+def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str | None:
+    """One line that says why this configuration is refused; None if nothing speaks against it.
 
     Args:
-        server_args: SGLang's ServerArgs (resolved).
+        server_args: SGLang's ServerArgs, resolved.
         model_config: SGLang's ModelConfig.
+        options: a3's own options.
     """
-    for name, reason in _UNSUPPORTED_ARGS:
-        if getattr(server_args, name, None) not in _OFF:
-            return reason
-    for name, kind in _ONE_ONLY:
-        if (getattr(server_args, name, None) or 1) > 1:
-            return f"{kind} parallelism is not supported yet (--{name.replace('_', '-')} must be 1)"
-    if getattr(server_args, "disaggregation_mode", None) not in _OFF:
-        return "prefill-decode disaggregation is not supported"
-    kept, computed = getattr(server_args, "kv_cache_dtype", "auto"), str(model_config.dtype).removeprefix("torch.")
-    if kept not in ("auto", computed) and (kept, computed) != ("bf16", "bfloat16"):
-        return f"KV in {kept} of a model in {computed} is not supported yet (--kv-cache-dtype must be auto)"
-    return model_refusal(model_config)
+    return (
+        _known_wrong(server_args)
+        or _wrong_kv_dtype(server_args, model_config)
+        or _not_deterministic(server_args, options)
+        or model_refusal(model_config)
+        or _unknown(server_args, options)
+    )
+
+
+def _known_wrong(server_args: Any) -> str | None:
+    """A feature that a3 cannot run with, whatever ``--a3-allow`` says."""
+    if seams.rust_server():
+        return "SGLANG_RUST_SERVER: SGLang's server in Rust loads no plugins, so custom_params would not be checked"
+    given, known = seams.given_arguments(server_args), seams.argument_defaults()
+    for feature in REFUSED:
+        for name in filter(known.__contains__, feature.switches):
+            off = (*_OFF, known[name])
+            if given is not None and given[name] not in off:
+                return f"{_flag(name)}: {feature.reason}"
+            if seams.resolved_argument(server_args, name) not in off:
+                who = "" if given is None else " (set by SGLang for this configuration)"
+                return f"{_flag(name)}{who}: {feature.reason}"
+        for name in filter(known.__contains__, feature.details):
+            if given is not None and given[name] != known[name]:
+                return f"{_flag(name)}: {feature.reason}"
+    return None
+
+
+def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
+    kept = seams.resolved_argument(server_args, "kv_cache_dtype")
+    computed = str(model_config.dtype).removeprefix("torch.")
+    if kept in ("auto", computed) or (kept, computed) == ("bf16", "bfloat16"):
+        return None
+    return f"--kv-cache-dtype: KV in {kept} of a model in {computed} is not supported yet (use auto)"
+
+
+def _not_deterministic(server_args: Any, options: ServerOptions) -> str | None:
+    """What makes answers depend on other requests or on the start, where SGLang was told to avoid that."""
+    asked = ("enable_deterministic_inference", "rl_on_policy_target")
+    name = next((name for name in asked if seams.resolved_argument(server_args, name) not in _OFF), None)
+    if name is None:
+        return None
+    if options.donors != "compiled":
+        return f"{_flag(name)}: with harvested donors answers depend on other requests; add --a3-donors compiled"
+    if seams.resolved_argument(server_args, "device") != "cpu" and options.row_attention == AUTO:
+        return (
+            f"{_flag(name)}: row attention chosen by timing may differ from start to start; add "
+            "--a3-row-attention flashinfer or triton"
+        )
+    return None
+
+
+def _unknown(server_args: Any, options: ServerOptions) -> str | None:
+    """Options whose effect on a3 is not known and that were not allowed by name."""
+    changed = _changed(server_args)
+    names = [name for name, value in changed if name not in options.allow and not _known_right(name, value)]
+    if not names:
+        return None
+    allow = ",".join((*options.allow, *names))
+    return (
+        f"{', '.join(map(_flag, names))}: not known to work with a3; to use "
+        f"{'it' if len(names) == 1 else 'them'} all the same, add --a3-allow {allow}"
+    )
+
+
+def _changed(server_args: Any) -> Iterator[tuple[str, Any]]:
+    """Fields that were given another value than their default, with that value."""
+    given = seams.given_arguments(server_args)
+    for name, default in seams.argument_defaults().items():
+        value = seams.resolved_argument(server_args, name) if given is None else given[name]
+        if value != default:
+            yield name, value
+
+
+def _known_right(name: str, value: Any) -> bool:
+    return name in _DECIDED or (name in ALLOWED_VALUES and ALLOWED_VALUES[name](value))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.strip("_").replace("_", "-")
 
 
 def model_refusal(model_config: Any) -> str | None:
     """The part of :func:`refusal` that concerns the model."""
     text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
     if getattr(model_config, "is_multimodal", False):
-        return "multimodal models are not supported (their positions are not one number a token)"
+        return "multimodal models are not supported (their positions are not one number per token)"
     if getattr(getattr(model_config, "attention_arch", None), "name", "") == "MLA":
         return "multi-head latent attention (MLA) is not supported"
     window = getattr(text, "sliding_window", None)
