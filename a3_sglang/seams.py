@@ -320,11 +320,19 @@ def row_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
 
 
 def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> Any:
-    """An SGLang attention backend whose every call goes to ``forward(q, k, v, layer, batch, save_kv_cache)``."""
+    """An SGLang attention backend whose every call goes to ``forward(q, k, v, layer)``.
+
+    An argument of attention that is not known here (sinks, say) would change what attention means, so it is an error.
+    """
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-    def call(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **_: Any) -> Any:
-        return forward(q, k, v, layer, batch, save_kv_cache)
+    def call(
+        self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **unknown: Any
+    ) -> Any:
+        given = sorted(name for name, value in unknown.items() if value is not None)
+        if given:
+            raise TypeError(f"layer {layer.layer_id} attends with {', '.join(given)}, which a3 does not know")
+        return forward(q, k, v, layer)
 
     cls: Any = type(
         "A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None}

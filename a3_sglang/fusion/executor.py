@@ -73,6 +73,15 @@ class Model(ABC):
         """
 
     @abstractmethod
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> Any:
+        """The model's own forward of rows, head included, as of a batch's tails; within :meth:`extended`.
+
+        Args:
+            tokens: int64 (rows,).
+            positions: int64 (rows,).
+        """
+
+    @abstractmethod
     def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> AbstractContextManager[None]:
         """A context for the model's own forward of other rows: it attends through ``attend``, and these rows go first.
 

@@ -43,7 +43,8 @@ def build_tree(context: Any) -> Any:
         raise RefusedError(f"--a3-row-attention: {error}") from None
     executor = Executor(model, device, _slice_rows(context.server_args))
     try:
-        warm_up(executor, make_selector(options.selector))
+        with model.checking_keys():
+            warm_up(executor, make_selector(options.selector))
     except Exception as error:
         raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {error}") from error
     tree = seams.create_tree(context, A3Tree)
