@@ -94,6 +94,11 @@ class ServerOptions(BaseModel):
         description="Server options of SGLang, separated by commas, that are accepted although their effect on a3 is "
         "not known.",
     )
+    report: Literal["rounded", "exact"] = Field(
+        "rounded",
+        description="Token counts in the report of each request: rounded to 64, or exact, which tells clients how much "
+        "of a guessed text is in other clients' prompts.",
+    )
 
     @field_validator("selector")
     @classmethod
@@ -134,12 +139,14 @@ class Effective(BaseModel):
     """The options one request runs with.
 
     Attributes:
+        valid: what the request asked for made sense; else it is not fused.
         enabled: it may be fused.
         donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
     """
 
     model_config = ConfigDict(frozen=True)
 
+    valid: bool = True
     enabled: bool
     donor: bool
     ratio: Ratio
@@ -212,6 +219,14 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
         min_span=fields.min_span or server.min_span,
         min_reuse=server.min_reuse,
     )
+
+
+def resolve_leniently(server: ServerOptions, custom_params: Any) -> Effective:
+    """Like :func:`resolve`, for the scheduler: what a front end let through must not raise there."""
+    try:
+        return resolve(server, custom_params)
+    except ValueError:
+        return resolve(server, {REQUEST_KEY: False}).model_copy(update={"valid": False})
 
 
 def _explain(error: ValidationError, name: Any) -> str:

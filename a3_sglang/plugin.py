@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from a3_sglang import seams
@@ -101,26 +102,26 @@ def _create_tree(context: Any) -> Any:
 
 
 def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Fuse a batch's planned requests, then run it."""
+    """Run a batch; the planned requests of an extend are fused on the way."""
+    run = partial(original, worker, batch, *args, **kwargs)
     if _tree is None or batch is None:
-        return original(worker, batch, *args, **kwargs)
+        return run()
     if not batch.forward_mode.is_extend():
-        result = original(worker, batch, *args, **kwargs)
-    elif _tree.fuse(batch):
-        with _tree.extend(batch):
-            result = original(worker, batch, *args, **kwargs)
+        result = run()
     else:
-        result = original(worker, batch, *args, **kwargs)
-    if batch.forward_mode.is_extend():
+        result = _tree.forward(batch, run)
         dump_kv(_tree, batch)
     dump_logits(batch, result)
     return result
 
 
 def _admit(_result: Any, adder: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Releases before 0.5.23 count obtained slots as the tree's; these are the request's own."""
+    """Tell the tree whether a request was admitted.
+
+    Releases before 0.5.23 count obtained slots as the tree's; these are the request's own.
+    """
     if _tree is not None:
-        _tree.after_admission(req)
+        _tree.after_admission(req, admitted=any(other is req for other in adder.can_run_list[-1:]))
 
 
 # ---- the tokenizer manager's process

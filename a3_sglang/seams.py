@@ -192,6 +192,15 @@ def row(tree: Any, req: Any) -> torch.Tensor:
     return tree.req_to_token_pool.req_to_token[index]
 
 
+def abort(req: Any, message: str) -> None:
+    """End a request with an error after its next forward."""
+    from http import HTTPStatus
+
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
 def keep_row_as_prefix(tree: Any, req: Any) -> None:
     """After a chunk that is not inserted: the next chunk starts behind it (releases before 0.5.23)."""
     if hasattr(req, "prefix_indices"):
@@ -318,11 +327,19 @@ def row_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
 
 
 def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> Any:
-    """An SGLang attention backend whose every call goes to ``forward(q, k, v, layer, batch, save_kv_cache)``."""
+    """An SGLang attention backend whose every call goes to ``forward(q, k, v, layer)``.
+
+    An argument of attention that is not known here (sinks, say) would change what attention means, so it is an error.
+    """
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-    def call(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **_: Any) -> Any:
-        return forward(q, k, v, layer, batch, save_kv_cache)
+    def call(
+        self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **unknown: Any
+    ) -> Any:
+        given = sorted(name for name, value in unknown.items() if value is not None)
+        if given:
+            raise TypeError(f"layer {layer.layer_id} attends with {', '.join(given)}, which a3 does not know")
+        return forward(q, k, v, layer)
 
     cls: Any = type(
         "A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -378,31 +377,23 @@ class FailingPick(Listening):
 
 
 @pytest.mark.parametrize("failure", ["model", "selector", "nan"])
-def test_a_failed_probe_recomputes_everything(failure, caplog):
+def test_what_fails_in_the_choice_can_be_recomputed_in_full(failure):
+    """An error reaches the caller, who has every row recomputed."""
     world, executor, jobs = pair(torch.seed() % 2**31, (0.2, 0.3))
     if failure == "model":
         world.model.__class__ = FailingProbe
         jobs = [dataclasses.replace(job, selector=Listening()) for job in jobs]
     elif failure == "selector":
-        # The first job has its rows by then; the batch is treated alike.
         jobs[1] = dataclasses.replace(jobs[1], selector=FailingPick())
     else:
         poisoned = jobs[1].plan.spans[0]
         world.model.keys[1][jobs[1].slots[poisoned.start + 3], 0, 2] = torch.nan
-    with caplog.at_level(logging.ERROR):
+    with pytest.raises((RuntimeError, IndexError, FloatingPointError)):
         executor.run(jobs, Timings())
-    assert "all reused rows of this batch are recomputed" in caplog.text
     for job in jobs:
+        executor.recompute_all(job)
         assert_close(job.recomputed, reused(job.plan))
         assert_full_prefill(world.model, job)
-
-
-def test_nothing_fails_silently(caplog):
-    _, executor, jobs = pair(torch.seed() % 2**31, (0.2, 0.3))
-    with caplog.at_level(logging.ERROR):
-        executor.run(jobs, Timings())
-    assert caplog.text == ""
-    assert all(0 < len(job.recomputed) < job.plan.reused for job in jobs)
 
 
 # ---- accounts
@@ -421,13 +412,13 @@ def test_charged_is_what_the_model_computed(seed, prefix, parts, tail, ratio):
 
 def test_charged_by_hand():
     world = World(torch.seed() % 2**31)
-    job = world.job(world.prompt(10, [(6, 30)], 40), 10, Probe(), 0.5, executor_of(world))
-    assert (job.plan.reused + job.plan.gap, job.plan.end - job.plan.prefix) == (36, 36)
+    job = world.job(world.prompt(10, [(6, 32)], 40), 10, Probe(), 0.5, executor_of(world))
+    assert (job.plan.reused + job.plan.gap, job.plan.end - job.plan.prefix) == (38, 38)
     gap = job.plan.gap
-    assert job.charged(4) == pytest.approx(gap / 36)
+    assert job.charged(4) == pytest.approx(gap / 38)
     job.recomputed = reused(job.plan)[:12]
     job.probed_rows, job.probed_layers = 40, 3
-    assert job.charged(4) == pytest.approx(((12 + gap) * 4 + 40 * 3) / (4 * 36))
+    assert job.charged(4) == pytest.approx(((12 + gap) * 4 + 40 * 3) / (4 * 38))
 
 
 def test_timings_add_up():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.fusion.plan import MIN_TAIL, make_plan
+from a3_sglang.fusion.plan import MIN_TAIL, Plan, Span, make_plan
 
 MIN_SPAN = 8
 
@@ -90,9 +91,9 @@ def test_a_span_in_the_last_tokens_is_left_to_the_tail():
     index = AnyPositionIndex(MIN_SPAN)
     donor = list(range(100))
     index.add("space", donor)
-    prompt = [500, *donor[: MIN_TAIL - 1]]
+    prompt = [500, *donor[: MIN_TAIL - 4]]
     runs = index.find("space", prompt)
-    assert [(run.start, run.length) for run in runs] == [(1, MIN_TAIL - 1)]
+    assert [(run.start, run.length) for run in runs] == [(1, MIN_TAIL - 4)]
     assert make_plan(runs, 0, len(prompt), len(prompt), 1) is None
 
 
@@ -103,6 +104,34 @@ def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
     prompt = [500, *donor[10:30], *range(600, 640), *donor[50:70], *range(700, 710)]
     plan = make_plan(index.find("space", prompt), 0, len(prompt), len(prompt), 1)
     assert plan is not None
-    assert [(span.start, span.end) for span in plan.spans] == [(1, 21)]
-    assert plan.end == 21
-    assert list(plan.gaps()) == [(0, 1)]
+    assert [(span.start, span.end) for span in plan.spans] == [(3, 19)]
+    assert plan.end == 19
+    assert list(plan.gaps()) == [(0, 3)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(MIN_SPAN, 80)), min_size=1, max_size=5),
+    st.integers(0, 30),
+    st.integers(0, 40),
+    st.floats(0, 1),
+)
+def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ratio):
+    """What matching in whole blocks cuts off is computed in any case; the rest of the budget is the selector's."""
+    block, at, spans = 16, prefix, []
+    for gap, length in pieces:
+        at += gap
+        spans.append(Span(at, length, 0, None))
+        at += length
+    plan = Plan(prefix, at + padding, tuple(spans))
+    beside = set()
+    for start, end in plan.gaps():
+        for span in spans:
+            beside |= set(range(max(start, span.start - block + 1), min(end, span.start)))
+            beside |= set(range(max(start, span.end), min(end, span.end + block - 1)))
+    assert plan.seams(block) == len(beside)
+    left = plan.ratio(ratio, block) * plan.reused
+    wanted = ratio * (plan.reused + len(beside)) - len(beside)
+    assert left == pytest.approx(max(wanted, ratio * plan.reused / 2))
+    assert plan.ratio(1.0, block) == 1.0
+    assert plan.ratio(0.0, block) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +15,19 @@ from reference import Llama, Shape
 from torch.testing import assert_close
 
 from a3_sglang import seams
-from a3_sglang.cache.backend import A3Tree, state_of
+from a3_sglang.cache.backend import A3Tree
+from a3_sglang.cache.breaker import LIMIT
+from a3_sglang.cache.report import PARTS
+from a3_sglang.cache.request import Reason, state_of
 from a3_sglang.config import ServerOptions
+from a3_sglang.fusion import executor as executor_module
 from a3_sglang.fusion.device import TorchDevice
 from a3_sglang.fusion.executor import Executor
 
 # Their constructors are those of the newest SGLang.
 pytestmark = pytest.mark.engine
 SLOTS = 512
-OPTIONS = ServerOptions(min_span=8, min_reuse=16)
+OPTIONS = ServerOptions(min_span=8, min_reuse=16, report="exact")
 
 
 class Cache:
@@ -94,14 +99,21 @@ class Cache:
         """Tokens obtained."""
         return self.tree.init_load_back(SimpleNamespace(req=req))[0]
 
-    def fuse(self, *reqs) -> None:
-        """All but the extend of a batch of these requests."""
+    def fuse(self, *reqs, run: Callable[[], Any] = lambda: None) -> Any:
+        """A batch of these requests; ``run`` takes the place of its extend."""
         for row, req in enumerate(reqs):
             prefix = list(req.origin_input_ids)[: state_of(req).plan.prefix]
-            self.tree.req_to_token_pool.req_to_token[row, : len(prefix)] = self.slots_of(prefix)
+            slots = torch.cat([self.slots_of(prefix), state_of(req).private])
+            self.tree.req_to_token_pool.req_to_token[row, : len(slots)] = slots
             req.kv = SimpleNamespace(req_pool_idx=row)
-        # An extend that is too long to take anything along.
-        self.tree.fuse(SimpleNamespace(reqs=list(reqs), extend_lens=[self.executor.slice_rows]))
+        batch = SimpleNamespace(
+            reqs=list(reqs),
+            prefix_lens=[state_of(req).plan.end for req in reqs],
+            # An extend that is too long to take anything along.
+            extend_lens=[self.executor.slice_rows for _ in reqs],
+            out_cache_loc=torch.zeros(1, dtype=torch.int64),
+        )
+        return self.tree.forward(batch, run)
 
     def evict(self, count: int) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -118,6 +130,14 @@ def tokens(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(5, 100, (count,), generator=generator).tolist()
 
 
+def text(generator: torch.Generator, count: int) -> list[int]:
+    """Tokens that no prompt below begins with, so that nothing of them is an exact prefix by chance."""
+    drawn = tokens(generator, count)
+    for token, position in enumerate((0, 4, 20, 40)):
+        drawn[position] = token
+    return drawn
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     generator = torch.Generator()
@@ -127,13 +147,13 @@ def generator() -> torch.Generator:
 
 def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
     cache = Cache()
-    donor = tokens(generator, 120)
+    donor = text(generator, 120)
     cache.donate(donor)
     req = cache.request(tokens(generator, 10) + donor[40:] + tokens(generator, 40))
     assert cache.match(req) == 90
     cache.evict(SLOTS)
     assert cache.load(req) == 0
-    assert state_of(req).reason == "the donors were evicted"
+    assert state_of(req).reason == Reason.EVICTED
     assert cache.match(req) == 0
     assert cache.all_slots_back()
 
@@ -141,7 +161,7 @@ def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
 def test_the_copy_itself_cannot_evict_its_donors(generator):
     """Room for the private slots is made of what else there is, and where that is too little, there is no fusion."""
     cache = Cache()
-    donor, other = tokens(generator, 200), tokens(generator, 300)
+    donor, other = text(generator, 200), tokens(generator, 300)
     cache.donate(donor)
     cache.donate(other)
     req = cache.request(donor[40:] + tokens(generator, 40))
@@ -162,42 +182,172 @@ def test_the_copy_itself_cannot_evict_its_donors(generator):
 
 def test_no_room_is_a_full_prefill(generator):
     cache = Cache()
-    donor = tokens(generator, 300)
+    donor = text(generator, 300)
     cache.donate(donor)
     req = cache.request(tokens(generator, 8) + donor + tokens(generator, 40))
     assert cache.match(req) > 0
     assert cache.load(req) == 0
-    assert state_of(req).reason == "no room for private slots"
+    assert state_of(req).reason == Reason.NO_ROOM
     assert cache.match(cache.request(donor + tokens(generator, 4))) == 0
     assert cache.all_slots_back()
 
 
-def test_an_error_in_the_copy_is_a_full_prefill(generator, monkeypatch, caplog):
-    cache = Cache()
-    donor = tokens(generator, 120)
+def admitted(cache: Cache, generator: torch.Generator, **options: Any) -> tuple[Any, list[int]]:
+    """A request over 100 tokens of a new donor, ready to be fused, and its prompt."""
+    donor = text(generator, 120)
     cache.donate(donor)
     prompt = donor[20:] + tokens(generator, 40)
-    req = cache.request(prompt)
+    req = cache.request(prompt, **options)
     assert (cache.match(req), cache.load(req)) == (100, 100)
+    return req, prompt
 
-    def fails(*_args):
-        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(cache.executor, "copy", fails)
-    cache.fuse(req)
-    assert "could not be copied; they are recomputed" in caplog.text
+def assert_full_prefill(cache: Cache, req: Any, prompt: list[int]) -> None:
     assert state_of(req).exact
-    assert req.customized_info["a3"][0]["recomputed"] == 100
     exact = cache.model.prefill64(torch.tensor(prompt))
     for found, expected in zip((cache.model.keys, cache.model.values), exact, strict=False):
         for layer in range(cache.model.depth):
             assert_close(found[layer][state_of(req).private].double(), expected[layer][:100], rtol=1e-4, atol=1e-4)
 
 
+def fails(*_args: Any, **_kwargs: Any) -> Any:
+    raise RuntimeError("injected")
+
+
+def fails_once(function: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
+    """``function``, whose call after ``before`` good ones fails."""
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return fails() if calls == before + 1 else function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("selector", ["probe", "reuse", "epic", "a3"])
+@pytest.mark.parametrize("stage", ["copy", "probe", "select", "recompute", "extend"])
+def test_an_error_in_any_stage_is_a_full_prefill(stage, selector, generator, monkeypatch, caplog):
+    """And no other request pays for it: the batch runs once more, as in stock SGLang."""
+    cache = Cache()
+    req, prompt = admitted(cache, generator, selector=selector)
+    executor, run = cache.executor, lambda: "result"
+    if stage == "copy":
+        monkeypatch.setattr(executor, "copy", fails)
+    elif stage == "probe":
+        monkeypatch.setattr(executor, "_probe", fails)
+    elif stage == "select":
+        monkeypatch.setattr(executor_module, "_select", fails)
+    elif stage == "recompute":
+        monkeypatch.setattr(executor, "recompute", fails_once(executor.recompute))
+    else:
+        run = fails_once(run)
+    assert cache.fuse(req, run=run) == "result"
+    assert "injected" in caplog.text
+    assert_full_prefill(cache, req, prompt)
+    (report,) = req.customized_info["a3"]
+    assert report["reason"] == Reason.ERROR
+    assert (report["reused"], report["recomputed"]) == (0, 100)
+    assert not cache.tree.breaker.open
+    cache.allocator.free(state_of(req).private)
+    assert cache.all_slots_back()
+
+
+def test_what_cannot_be_recomputed_is_aborted_alone(generator, monkeypatch):
+    """Two requests in a batch; the KV of one of them cannot be made."""
+    cache = Cache()
+    (req, prompt), (other, _) = (admitted(cache, generator) for _ in "ab")
+    for pool in (*cache.model.keys, *cache.model.values):
+        pool[state_of(other).private] = torch.nan
+    real = cache.executor.recompute_all
+    monkeypatch.setattr(cache.executor, "prepare", fails)
+    monkeypatch.setattr(
+        cache.executor, "recompute_all", lambda job: fails() if job.tokens.tolist() != prompt else real(job)
+    )
+    assert cache.fuse(req, other, run=lambda: "result") == "result"
+    assert_full_prefill(cache, req, prompt)
+    assert req.to_finish is None
+    assert other.to_finish.status_code == 500
+    for pool in (*cache.model.keys, *cache.model.values):
+        assert torch.equal(pool[state_of(other).private], torch.zeros_like(pool[state_of(other).private]))
+
+
+def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, caplog):
+    cache = Cache()
+    failing = [*range(LIMIT - 1), *range(LIMIT + 1, 2 * LIMIT)]
+    for number in range(2 * LIMIT + 1):
+        with monkeypatch.context() as patch:
+            if number in failing:
+                patch.setattr(cache.executor, "prepare", fails)
+            assert not cache.tree.breaker.open
+            req, _ = admitted(cache, generator)
+            cache.fuse(req)
+            cache.allocator.free(state_of(req).private)
+        cache.evict(SLOTS)
+        if number == failing[-1]:
+            # Two in a row, then a good one, so the count began anew.
+            assert not cache.tree.breaker.open
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.executor, "prepare", fails)
+        for _ in range(LIMIT):
+            assert not cache.tree.breaker.open
+            req, _ = admitted(cache, generator)
+            cache.fuse(req)
+            cache.allocator.free(state_of(req).private)
+            cache.evict(SLOTS)
+    assert cache.tree.breaker.open
+    assert "fusion is off" in caplog.text
+    donor = text(generator, 120)
+    cache.donate(donor)
+    req = cache.request(donor[20:] + tokens(generator, 40))
+    assert cache.match(req) == 0
+    assert state_of(req).reason == Reason.DISABLED
+    assert cache.all_slots_back()
+
+
+def test_errors_of_the_extend_itself_are_those_of_stock(generator):
+    cache = Cache()
+    req, _ = admitted(cache, generator)
+    with pytest.raises(RuntimeError, match="injected"):
+        cache.fuse(req, run=fails)
+
+
+def test_an_error_after_admission_began_leaks_nothing(generator, monkeypatch):
+    for name in ("allocate", "locked", "matched_slots", "loaded"):
+        cache = Cache()
+        donor = text(generator, 120)
+        cache.donate(donor)
+        req = cache.request(donor[20:] + tokens(generator, 40))
+        assert cache.match(req) == 100
+        with monkeypatch.context() as patch:
+            patch.setattr(seams, name, fails_once(getattr(seams, name)))
+            if name == "loaded":
+                with pytest.raises(RuntimeError, match="injected"):
+                    cache.load(req)
+                cache.tree.after_admission(req, admitted=False)
+            else:
+                assert cache.load(req) == 0
+                assert state_of(req).reason == Reason.ERROR
+        assert cache.all_slots_back()
+
+
+def test_options_that_a_front_end_let_through_are_a_full_prefill(generator):
+    """Not every front end loads plugins; what it does not check must not raise in the scheduler."""
+    cache = Cache()
+    donor = text(generator, 120)
+    cache.donate(donor)
+    req = cache.request(donor[20:] + tokens(generator, 40), ratio=2)
+    assert cache.match(req) == 0
+    assert state_of(req).reason == Reason.INVALID
+    with cache.tree._insertion(req):
+        cache.donate(tokens(generator, 40))
+
+
 def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
     """Admitted first, copied first: the second one's private slots are those that the first one copies from."""
     cache = Cache()
-    donors = [tokens(generator, 150) for _ in "ab"]
+    donors = [text(generator, 150) for _ in "ab"]
     for donor in donors:
         cache.donate(donor)
     for pool in (*cache.model.keys, *cache.model.values):
@@ -220,32 +370,98 @@ def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
 
 def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
     cache = Cache()
-    donor = tokens(generator, 120)
+    donor = text(generator, 120)
     cache.donate(donor)
 
-    def fails(*_args):
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(cache.tree.index, "find", fails)
+    monkeypatch.setattr(cache.tree.index, "search", fails)
     req = cache.request(donor[20:] + tokens(generator, 40))
     assert cache.match(req) == 0
-    assert state_of(req).reason == "the search failed"
+    assert state_of(req).reason == Reason.ERROR
 
 
 def test_an_admission_that_came_to_nothing_gives_its_slots_back(generator):
-    """Matched, loaded, and matched again: the scheduler took it back before its batch ran."""
+    """Loaded, but not admitted by the scheduler, or matched again before its batch ran."""
     cache = Cache()
-    donor = tokens(generator, 152)
+    donor = text(generator, 152)
     cache.donate(donor)
     req = cache.request(donor[20:] + tokens(generator, 40))
-    for _ in range(5):
+    for number in range(6):
         assert cache.match(req) == 132
         free = cache.allocator.available_size()
         assert cache.load(req) == 132
         assert cache.allocator.available_size() == free - 132
-    # Aborted: no batch ever holds it; the next fusion of any batch lets it go.
-    cache.fuse()
+        if number % 2:
+            cache.tree.after_admission(req, admitted=False)
+            assert cache.allocator.available_size() == free
     assert cache.all_slots_back()
+
+
+def test_a_donor_evicted_after_the_match_is_replaced_by_another(generator):
+    """The scheduler was promised where the tail starts; what no donor holds any more is a gap."""
+    cache = Cache()
+    known, more = tokens(generator, 60), tokens(generator, 40)
+    older = [0, *tokens(generator, 19), *known]
+    cache.donate(older)
+    cache.donate([1, *tokens(generator, 15), *known, *more])
+    req = cache.request([2, *tokens(generator, 6), *known, *more, *tokens(generator, 40)])
+    assert cache.match(req) == 107
+    cache.slots_of(older)
+    cache.evict(116)
+    assert cache.load(req) == 107
+    plan = state_of(req).plan
+    assert plan.end == 107
+    assert plan.reused == 60
+    assert plan.gap == 47
+    cache.fuse(req)
+    assert sum(req.customized_info["a3"][0][part] for part in PARTS) == len(req.origin_input_ids)
+
+
+def test_a_living_donor_is_found_past_stale_ones(generator):
+    cache = Cache()
+    known = tokens(generator, 32)
+    first = [0, *tokens(generator, 19), *known]
+    cache.donate(first)
+    for number in range(1, 7):
+        cache.donate([100 + number, *tokens(generator, 19), *known])
+    cache.slots_of(first)
+    cache.evict(6 * 52)
+    assert len(cache.slots_of(first)) == 52
+    req = cache.request([1, *tokens(generator, 8), *known, *tokens(generator, 40)])
+    assert cache.match(req) == 41
+
+
+def test_searching_does_not_split_the_tree(generator, capfd):
+    """A donor is matched by its whole path; matching a part of it would leave a node for every request."""
+    cache = Cache()
+    donor = text(generator, 400)
+    cache.donate(donor)
+
+    def nodes() -> int:
+        capfd.readouterr()
+        cache.tree.pretty_print()
+        return len(capfd.readouterr().out.splitlines())
+
+    before = nodes()
+    assert before >= 2
+    for _ in range(20):
+        begin = int(torch.randint(1, 300, (1,), generator=generator))
+        req = cache.request([1, 2, 3, *donor[begin : begin + 50], *tokens(generator, 33)])
+        assert cache.match(req) > 0
+    assert nodes() == before
+
+
+def test_a_request_is_searched_once_while_it_waits(generator, monkeypatch):
+    """Whatever the policy asks every round, and whatever unrelated requests leave in the tree meanwhile."""
+    cache = Cache()
+    donor = text(generator, 200)
+    cache.donate(donor)
+    req = cache.request([0, 1, 2, 3, 4, *donor[40:], *tokens(generator, 40)])
+    offered = cache.match(req)
+    for _ in range(5):
+        cache.donate(tokens(generator, 30))
+        for _ in range(3):
+            assert cache.match(req) == offered
+    assert state_of(req).search.searches == 1
 
 
 @settings(max_examples=25, deadline=None)

@@ -46,11 +46,12 @@ class World:
         return slots
 
     def prompt(self, prefix: int, pieces: list[tuple[int, int]], tail: int) -> np.ndarray:
-        """``prefix`` new tokens, then pieces of (new tokens, donor tokens), then ``tail`` new tokens."""
+        """``prefix`` new tokens, pieces of (new tokens, donor tokens in whole blocks), and ``tail`` new tokens."""
         parts = [self.tokens(prefix)]
         for gap, span in pieces:
             donor = self.donors[self.random.integers(len(self.donors))]
-            begin = self.random.integers(0, len(donor) - span + 1)
+            span -= span % self.index.block
+            begin = self.random.integers(0, (len(donor) - span) // self.index.block + 1) * self.index.block
             parts += [self.tokens(gap), donor[begin : begin + span]]
         return np.concatenate([*parts, self.tokens(tail)])
 

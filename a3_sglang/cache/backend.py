@@ -2,78 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from a3_sglang import seams
-from a3_sglang.cache.index import AnyPositionIndex, Run
-from a3_sglang.config import Effective, ServerOptions, resolve
+from a3_sglang.cache.breaker import Breaker
+from a3_sglang.cache.index import AnyPositionIndex, Segment
+from a3_sglang.cache.report import make_report
+from a3_sglang.cache.request import Reason, RequestState, ineligible, state_of
+from a3_sglang.config import Effective, ServerOptions, resolve_leniently
 from a3_sglang.fusion.executor import Executor, Job, Part, Timings
 from a3_sglang.fusion.plan import Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
+from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
-
-logger = logging.getLogger(__name__)
 
 _TIMED = os.environ.get("A3_TIMINGS") == "1"
 """Whether requests report how long the parts of their fusion took."""
-
-
-@dataclass(slots=True)
-class RequestState:
-    """What the backend knows of one request; lies on the request, so it lives as long as that.
-
-    Attributes:
-        options: what the request runs with; None until it was first matched.
-        plan: spans the tree offered at the last match.
-        seen: what the plan was made from; the same again means the same plan.
-        reason: why there is no plan.
-        private: the request's own slots behind its exact prefix, int64; None where it was not fused.
-        sources: the donors' slots of its spans, int64 (reused,). It is kept while the request lives: it was made in
-            another of the device's streams than the one that reads it.
-        waiting: slots are allocated, the fusion has not run.
-        recomputed: positions of the reused rows that were recomputed, int64.
-        exact: all KV of the request is as a full prefill makes it.
-        reported: the report of this admission is written.
-    """
-
-    options: Effective | None = None
-    plan: Plan | None = None
-    seen: Hashable = None
-    reason: str | None = None
-    private: torch.Tensor | None = None
-    sources: torch.Tensor | None = None
-    waiting: bool = False
-    recomputed: torch.Tensor | None = None
-    exact: bool = True
-    reported: bool = False
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since start."""
-
-    fused: int = 0
-    plain: int = 0
-    reused: int = 0
-    recomputed: int = 0
-    gap: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-
-
-def state_of(req: Any) -> RequestState:
-    """The request's state, made on first use."""
-    state = getattr(req, "a3", None)
-    if state is None:
-        state = req.a3 = RequestState()
-    return state
 
 
 class A3Tree:
@@ -87,23 +38,24 @@ class A3Tree:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.index: AnyPositionIndex | None = None
         self.executor: Executor | None = None
-        self.waiting: dict[str, Any] = {}
-        self.left: list[Part] = []
+        self.waiting: dict[int, Any] = {}
+        """Admitted requests whose fusion has not run, by identity, in order of admission."""
         self._inserting: Any = None
         super().__init__(*args, **kwargs)
 
-    def start(self, options: ServerOptions, executor: Executor, capacity: int) -> None:
+    def start(self, options: ServerOptions, executor: Executor, capacity: int, metrics: Metrics | None = None) -> None:
         """Begin to offer spans.
 
         Args:
             options: the server's.
             executor: runs the fusions.
             capacity: tokens the KV pool holds.
+            metrics: where failures are counted.
         """
         self.options = options
         self.executor = executor
-        self.counters = Counters()
-        self.timings = self._new_timings()
+        metrics = metrics or Metrics(None)
+        self.breaker = Breaker(metrics.failed, metrics.turned_off)
         self.index = AnyPositionIndex(
             options.min_span,
             capacity=2 * capacity,
@@ -114,11 +66,11 @@ class A3Tree:
 
     def insert(self, params: Any) -> Any:
         result = super().insert(params)  # type: ignore[misc]
-        if self.index is not None:
+        if self.index is not None and not self.breaker.open:
             try:
                 self.index.add(seams.namespace(params.key), seams.key_tokens(params.key)[: self._donated()])
             except Exception:
-                logger.exception("a3: a donor could not be indexed; the index starts anew")
+                self.breaker.failed("indexing")
                 self.index.clear()
         return result
 
@@ -127,7 +79,7 @@ class A3Tree:
         if self.options.donors == "harvest":
             return None
         req = self._inserting
-        # The answer to a donor is none.
+        # The answer to a donor is no donor.
         return len(req.origin_input_ids) if req is not None and self._options_of(req).donor else 0
 
     @contextmanager
@@ -154,13 +106,15 @@ class A3Tree:
             return result
         state = state_of(req)
         self._drop_unused(req, state)
-        state.private, state.recomputed, state.exact, state.reported = None, None, True, False
+        state.plan, state.private, state.recomputed, state.exact, state.reported = None, None, None, True, False
+        if self.breaker.open:
+            state.reason = Reason.DISABLED
+            return result
         try:
             state.plan = self._plan(req, state, params.key, seams.matched_length(result))
         except Exception:
-            # An error in the search is a miss: the request gets its full prefill.
-            logger.exception("a3: no plan for request %s", req.rid)
-            state.plan, state.reason = None, "the search failed"
+            self.breaker.failed("search")
+            state.reason = Reason.ERROR
         if state.plan is None or result.host_hit_length:
             return result
         if state.plan.prefix < seams.matched_length(result):
@@ -171,55 +125,51 @@ class A3Tree:
             host_hit_length=state.plan.end - state.plan.prefix,
         )
 
-    def _plan(self, req: Any, state: RequestState, key: Any, prefix: int) -> Plan | None:
+    def _plan(self, req: Any, state: RequestState, key: Any, prefix: int, end: int | None = None) -> Plan | None:
+        """What of the prompt can be reused now; None, with the reason in the state, if that is too little.
+
+        Args:
+            req: the request.
+            state: of the request.
+            key: the tokens that the scheduler asks for, as a RadixKey.
+            prefix: tokens of it that the tree holds as a prefix.
+            end: where the tail has to start, if that is settled.
+        """
         assert self.index is not None
         options = self._options_of(req)
-        seen = (self.index.version, len(key), prefix)
-        if state.seen == seen:
-            return state.plan
-        state.seen, state.reason = seen, _unfit(req, options)
+        state.reason = ineligible(req, options)
         if state.reason is not None:
             return None
-        space, tokens = seams.namespace(key), seams.key_tokens(key)
-        prompt, held_prefix = len(req.origin_input_ids), prefix
-        for _ in range(4):
-            if self.options.donors == "compiled":
-                # What else the tree holds of the prompt would make the answer depend on other requests.
-                prefix = min(held_prefix, self.index.known_prefix(space, tokens))
-            runs = self.index.find(space, tokens, prefix, options.min_span)
-            plan = make_plan(runs, prefix, prompt, len(tokens), self.page_size)  # type: ignore[attr-defined]
-            reused = plan.reused if plan else 0
-            if reused < options.min_reuse:
-                state.reason = f"{reused} reusable tokens, fewer than min_reuse {options.min_reuse}"
-                return None
-            assert plan is not None
-            held = [self._held(space, span.run) for span in plan.spans]
-            if all(held):
-                state.seen = (self.index.version, len(key), held_prefix)
-                return plan
-        state.reason = "the donors were evicted"
-        return None
+        space = seams.namespace(key)
+        if self.options.donors == "compiled":
+            # What else the tree holds of the prompt would make the answer depend on other requests.
+            prefix = min(prefix, self.index.known_prefix(space, seams.key_tokens(key)))
+        if state.search is None:
+            state.search = self.index.search(space, np.array(req.origin_input_ids, dtype=np.int32))
+        runs = state.search.runs(prefix, options.min_span, self._cached_length)
+        plan = make_plan(runs, prefix, len(req.origin_input_ids), len(key), self.page_size, end)  # type: ignore[attr-defined]
+        state.reusable = plan.reused if plan else 0
+        if state.reusable < options.min_reuse:
+            state.reason = Reason.TOO_LITTLE if state.reusable else Reason.NOTHING
+            return None
+        return plan
 
     def _options_of(self, req: Any) -> Effective:
         state = state_of(req)
         if state.options is None:
-            state.options = resolve(self.options, req.sampling_params.custom_params)
+            state.options = resolve_leniently(self.options, req.sampling_params.custom_params)
         return state.options
 
-    def _held(self, space: Hashable, run: Run) -> bool:
-        """Whether the tree still has this run; the index forgets it where not."""
-        held = seams.matched_length(self._match_path(space, run))
-        if held < run.offset + run.length:
-            assert self.index is not None
-            self.index.forget(run.segment, held)
-            return False
-        return True
+    def _cached_length(self, segment: Segment) -> int:
+        """How many tokens of a donor's path the tree still holds."""
+        return seams.matched_length(self._match_donor(segment))
 
-    def _match_path(self, space: Hashable, run: Run) -> Any:
+    def _match_donor(self, segment: Segment) -> Any:
+        """Match a donor's whole path: a part of it would split the tree's nodes."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 
-        path = run.path(self.page_size)  # type: ignore[attr-defined]
-        return super().match_prefix(MatchPrefixParams(key=seams.key_like(space, path)))  # type: ignore[misc]
+        key = seams.key_like(segment.namespace, segment.path(segment.end))
+        return super().match_prefix(MatchPrefixParams(key=key))  # type: ignore[misc]
 
     def init_load_back(self, params: Any) -> Any:
         req = params.req
@@ -227,47 +177,67 @@ class A3Tree:
         if state is None or state.plan is None:
             return super().init_load_back(params)  # type: ignore[misc]
         try:
-            slots = self._obtain(req, state.plan)
+            slots = self._obtain(req, state)
         except Exception:
-            logger.exception("a3: the spans of request %s could not be found again", req.rid)
-            slots, state.reason = None, "the search failed"
+            self.breaker.failed("admission")
+            slots, state.reason = None, Reason.ERROR
         if slots is None:
-            state.plan = state.seen = None
+            state.plan = None
             return seams.loaded(torch.empty(0, dtype=torch.int64, device=self.device), req.last_node)  # type: ignore[attr-defined]
         state.private, state.waiting = slots, True
-        self.waiting[req.rid] = req
+        self.waiting[id(req)] = req
         return seams.loaded(slots, req.last_node)
 
-    def _obtain(self, req: Any, plan: Plan) -> torch.Tensor | None:
-        """Private slots, and the spans' sources in the state; None, with a reason, where that cannot be done.
+    def _obtain(self, req: Any, state: RequestState) -> torch.Tensor | None:
+        """Private slots, and the spans' sources in the state; None, with a reason, if that cannot be done.
 
-        Nothing is copied yet. What the device runs for the requests before may still write donors of this one, or,
-        for the last time, slots that were freed and are now private: only :meth:`fuse` stands behind it in order.
+        Nothing is copied yet. What the device still runs for earlier requests may write the donors of this one, or,
+        for the last time, slots that were freed and are now private; only :meth:`forward` comes after it in order.
         """
-        assert self.index is not None
-        state = state_of(req)
-        space = self._namespace_of(req)
-        unlock, sources = [], []
+        locks: list[Callable[[], None]] = []
         try:
-            for span in plan.spans:
-                result = self._match_path(space, span.run)
-                if seams.matched_length(result) < span.offset + span.length:
-                    self.index.forget(span.run.segment, seams.matched_length(result))
-                    state.reason = "the donors were evicted"
-                    return None
-                unlock.append(seams.locked(self, result.last_device_node))
-                sources.append(seams.matched_slots(self, result)[span.offset : span.offset + span.length])
-                self.index.touch(span.run)
-            slots = seams.allocate(self, plan.end - plan.prefix)
-            if slots is None:
-                state.reason = "no room for private slots"
+            for _ in range(2):
+                sources = self._sources(state, locks)
+                if sources is not None:
+                    break
+                # A donor was evicted since the match. Others may hold the same text; the tail's start is settled.
+                assert state.plan is not None
+                key = seams.key_like(self._namespace_of(req), np.array(req.origin_input_ids, dtype=np.int32))
+                plan = self._plan(req, state, key[: state.plan.end], state.plan.prefix, state.plan.end)
+                if plan is None or plan.prefix != state.plan.prefix:
+                    sources = None
+                    break
+                state.plan = plan
+            if sources is None:
+                state.reason = Reason.EVICTED
                 return None
+            assert state.plan is not None
             state.sources = torch.cat(sources).to(torch.int64)
+            slots = seams.allocate(self, state.plan.end - state.plan.prefix)
+            if slots is None:
+                state.reason = Reason.NO_ROOM
             return slots
         finally:
             # Donors evicted from here on are overwritten by what runs after the copy, or is copied after it.
-            for release in unlock:
+            for release in locks:
                 release()
+
+    def _sources(self, state: RequestState, locks: list[Callable[[], None]]) -> list[torch.Tensor] | None:
+        """The donors' slots of each span, their nodes locked; None if a donor is gone, which is then forgotten."""
+        assert self.index is not None
+        assert state.plan is not None
+        slots: dict[Segment, torch.Tensor] = {}
+        for span in state.plan.spans:
+            segment = span.run.segment
+            if segment not in slots:
+                result = self._match_donor(segment)
+                locks.append(seams.locked(self, result.last_device_node))
+                slots[segment] = seams.matched_slots(self, result)
+            if len(slots[segment]) < span.offset + span.length:
+                self.index.forget(segment, len(slots[segment]))
+                return None
+            self.index.touch(span.run)
+        return [slots[span.run.segment][span.offset : span.offset + span.length] for span in state.plan.spans]
 
     def _namespace_of(self, req: Any) -> Hashable:
         return (req.extra_key, getattr(req, "cache_salt", None) or None)
@@ -277,7 +247,15 @@ class A3Tree:
         if state.waiting:
             self.token_to_kv_pool_allocator.free(state.private)  # type: ignore[attr-defined]
             state.waiting, state.private = False, None
-        self.waiting.pop(req.rid, None)
+        self.waiting.pop(id(req), None)
+
+    def after_admission(self, req: Any, admitted: bool) -> None:
+        """Private slots stay the request's own, whatever the admission made of them."""
+        state = state_of(req)
+        if not admitted:
+            self._drop_unused(req, state)
+        elif state.waiting and state.plan is not None:
+            seams.protect(req, state.plan.prefix)
 
     def load_back_is_cache_owned(self) -> bool:
         return False
@@ -324,81 +302,105 @@ class A3Tree:
 
     # ---- fusion
 
-    def fuse(self, batch: Any) -> bool:
-        """Begin the fusion of a batch's newly admitted requests and write all new reports.
+    def forward(self, batch: Any, run: Callable[[], Any]) -> Any:
+        """Run an extend batch, with the fusion of its newly admitted requests, and write all new reports.
 
-        The last pass of it is left to :meth:`extend` where that may take it along.
+        An error in the fusion costs no request its answer: whatever was to be reused is recomputed, request by
+        request, and the batch runs as in stock SGLang. A request for which that fails too is aborted alone.
+
+        Args:
+            batch: the ScheduleBatch.
+            run: runs it as SGLang does.
 
         Returns:
-            Whether any request of the batch is fused.
+            What ``run`` returned.
         """
-        assert self.executor is not None
-        fresh = [req for req in batch.reqs if state_of(req).waiting]
-        jobs = [self._job(req) for req in fresh]
+        fused = [req for req in batch.reqs if self._fused(req)]
+        mine = {id(req) for req in batch.reqs}
         # By order of admission: what one request's donors gave up may be another's by now.
-        admitted = list(self.waiting)
-        for req, job in sorted(zip(fresh, jobs, strict=True), key=lambda pair: admitted.index(pair[0].rid)):
-            self._fill(req, job)
-        fused = [self._fused(req) for req in batch.reqs]
-        if jobs and (self._on_cpu or all(fused)):
-            self.left = self.executor.prepare(jobs, self.timings, sum(batch.extend_lens))
-        elif jobs:
-            self.executor.run(jobs, self.timings)
-        for req, job in zip(fresh, jobs, strict=True):
-            state = state_of(req)
-            state.waiting, state.recomputed, state.exact = False, job.recomputed, job.exact
-            self.waiting.pop(req.rid, None)
-            self._report(req, job, job.charged(self.executor.model.depth))
+        admitted = [req for key, req in self.waiting.items() if key in mine]
+        jobs: dict[int, Job] = {}
+        if not fused:
+            result = run()
+        else:
+            timings = Timings(self.device if _TIMED else None)  # type: ignore[attr-defined]
+            try:
+                for req in admitted:
+                    jobs[id(req)] = self._job(req)
+                result = self._run_fused(batch, [(req, jobs[id(req)]) for req in admitted], timings, run)
+            except Exception:
+                self.breaker.failed(timings.part)
+                self._recompute_everything(admitted, jobs)
+                result = run()
+            else:
+                if admitted:
+                    self.breaker.succeeded()
+        for req in admitted:
+            self._finish_fusion(req, jobs.get(id(req)))
         for req in batch.reqs:
-            self._report(req, None, 0.0)
+            self._report(req, jobs.get(id(req)))
+        if fused and _TIMED:
+            for req in fused:
+                req.customized_info["a3_ms"] = [timings.milliseconds()]
         for req in list(self.waiting.values()):
             self._drop_unused(req, state_of(req))
-        return any(fused)
+        return result
 
-    def _fill(self, req: Any, job: Job) -> None:
-        """Copy a request's spans; should that fail, all of them will be recomputed."""
-        assert self.executor is not None
-        sources = state_of(req).sources
-        assert sources is not None
-        try:
-            with self.timings.add("copy"):
-                self.executor.fill(job, sources)
-        except Exception:
-            logger.exception("a3: the spans of request %s could not be copied; they are recomputed", req.rid)
-            job.ratio = 1.0
+    def _run_fused(self, batch: Any, admitted: list[tuple[Any, Job]], timings: Timings, run: Callable[[], Any]) -> Any:
+        """Fuse the admitted requests and run the batch, which takes along what may be left to recompute.
 
-    @property
-    def _on_cpu(self) -> bool:
-        return bool(self.device.type == "cpu")  # type: ignore[attr-defined]
-
-    @contextmanager
-    def extend(self, batch: Any) -> Iterator[None]:
-        """A context for the extend of a fused batch.
-
-        It takes along what is left to recompute, and then attends as the fusion does. On a CPU it always does the
-        latter, as SGLang's own attention would compute every prefix again; elsewhere only where all requests of the
-        batch are fused, as the others keep SGLang's attention.
-
-        With ``A3_TIMINGS=1`` the requests report how long each part took; where the extend takes the recompute
-        along, all of it counts as recompute.
+        On a CPU rows always attend as the fusion does, as SGLang's own attention would compute every prefix again;
+        elsewhere only if all requests of the batch are fused, as the others keep SGLang's attention.
         """
         assert self.executor is not None
-        timings, self.timings = self.timings, self._new_timings()
-        left, self.left = self.left, []
+        on_cpu = self.device.type == "cpu"  # type: ignore[attr-defined]
+        jobs = [job for _, job in admitted]
+        for req, job in admitted:
+            sources = state_of(req).sources
+            assert sources is not None
+            with timings.add("copy"):
+                self.executor.fill(job, sources)
+        left: list[Part] = []
+        if jobs and (on_cpu or all(self._fused(req) for req in batch.reqs)):
+            left = self.executor.prepare(jobs, timings, sum(batch.extend_lens))
+        elif jobs:
+            self.executor.run(jobs, timings)
+        for req, job in admitted:
+            state_of(req).exact = job.exact
         with timings.add("recompute" if left else "tail"):
-            if left or self._on_cpu:
-                with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
-                    yield
-            else:
-                yield
-        if _TIMED:
-            taken = timings.milliseconds()
-            for req in batch.reqs:
-                if self._fused(req):
-                    req.customized_info["a3_ms"] = [taken]
+            if not left and not on_cpu:
+                return run()
+            with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
+                return run()
 
-    def _new_timings(self) -> Timings:
-        return Timings(self.device if _TIMED else None)  # type: ignore[attr-defined]
+    def _recompute_everything(self, admitted: list[Any], jobs: dict[int, Job]) -> None:
+        """Compute the KV between prefix and tail of each request in full, after an error in the fusion."""
+        assert self.executor is not None
+        for req in admitted:
+            state = state_of(req)
+            state.reason = Reason.ERROR
+            try:
+                job = jobs[id(req)] = self._job(req)
+                self.executor.recompute_all(job)
+                state.exact = True
+            except Exception:
+                self.breaker.failed("full recompute")
+                self._abort(req)
+
+    def _abort(self, req: Any) -> None:
+        """End a request whose KV cannot be made; its slots hold nothing, so that its last forward stays finite."""
+        assert self.executor is not None
+        private = state_of(req).private
+        with suppress(Exception):
+            for pool in (*self.executor.model.keys, *self.executor.model.values):
+                pool[private] = 0
+        seams.abort(req, "a3: the prompt's KV could not be computed; the server's log has the error")
+
+    def _finish_fusion(self, req: Any, job: Job | None) -> None:
+        state = state_of(req)
+        state.waiting = False
+        state.recomputed = job.recomputed if job is not None else None
+        self.waiting.pop(id(req), None)
 
     def _groups(self, batch: Any) -> list[RowGroup]:
         """The rows of a batch's extend."""
@@ -410,72 +412,38 @@ class A3Tree:
             begin += length
         return groups
 
-    def after_admission(self, req: Any) -> None:
-        """Private slots stay the request's own, whatever the admission made of them."""
-        state = state_of(req)
-        if state.waiting and state.plan is not None:
-            seams.protect(req, state.plan.prefix)
-
     def _job(self, req: Any) -> Job:
         state = state_of(req)
         plan, options = state.plan, state.options
         assert plan is not None
         assert options is not None
         assert state.private is not None
+        assert self.index is not None
         slots = torch.cat([seams.row(self, req)[: plan.prefix].to(torch.int64), state.private.to(torch.int64)])
         tokens = torch.from_numpy(np.asarray(req.origin_input_ids, dtype=np.int64))
-        if not self._on_cpu:
+        if tokens.device != slots.device:
             # From memory that is not pinned the copy would wait for all that the device has to do.
             tokens = tokens.pin_memory().to(slots.device, non_blocking=True)
-        return Job(plan, tokens, slots, make_selector(options.selector), options.ratio)
+        ratio = options.ratio if options.ratio == "auto" else plan.ratio(options.ratio, self.index.block)
+        return Job(plan, tokens, slots, make_selector(options.selector), ratio)
 
-    def _report(self, req: Any, job: Job | None, charged: float) -> None:
+    def _report(self, req: Any, job: Job | None) -> None:
         state = state_of(req)
         if state.reported:
             return
         state.reported = True
-        prompt = len(req.origin_input_ids)
-        options = state.options
-        report: dict[str, Any]
+        prompt, charged = len(req.origin_input_ids), 0.0
         if job is None:
             prefix = min(seams.prefix_length(req), prompt)
-            report = {"prefix": prefix, "reused": 0, "recomputed": 0, "gap": 0, "tail": prompt - prefix}
-            state.reason = state.reason or "nothing to reuse"
-            self.counters.plain += 1
-            self.counters.reasons[state.reason] = self.counters.reasons.get(state.reason, 0) + 1
+            counts = [prefix, 0, 0, 0, prompt - prefix]
+            state.reason = state.reason or Reason.NOTHING
         else:
+            assert self.executor is not None
             plan, recomputed = job.plan, len(job.recomputed)
-            report = {
-                "prefix": plan.prefix,
-                "reused": plan.reused - recomputed,
-                "recomputed": recomputed,
-                "gap": plan.gap,
-                "tail": max(prompt - plan.end, 0),
-            }
-            self.counters.fused += 1
-            self.counters.reused += plan.reused - recomputed
-            self.counters.recomputed += recomputed
-            self.counters.gap += plan.gap
-        report |= {
-            "charged": round(charged, 6),
-            "selector": options.selector if options is not None else self.options.selector,
-            "reason": None if job is not None else state.reason,
-        }
+            counts = [plan.prefix, plan.reused - recomputed, recomputed, plan.gap, max(prompt - plan.end, 0)]
+            charged = job.charged(self.executor.model.depth)
+        selector = state.options.selector if state.options is not None else self.options.selector
+        report = make_report(
+            counts, charged, selector, state.reason, state.reusable, exact=self.options.report == "exact"
+        )
         req.customized_info = {**(req.customized_info or {}), "a3": [report]}
-
-
-def _unfit(req: Any, options: Effective) -> str | None:
-    """Why this request gets a full prefill whatever the index holds."""
-    if not options.enabled:
-        return "off"
-    if options.donor:
-        return "the request is a donor"
-    if getattr(req, "lora_id", None) is not None:
-        return "the request uses a LoRA adapter"
-    if getattr(req, "input_embeds", None) is not None:
-        return "the request brings embeddings"
-    if getattr(req, "multimodal_inputs", None) is not None:
-        return "the request is multimodal"
-    if getattr(req, "session", None) is not None:
-        return "the request belongs to a session"
-    return None

@@ -1,26 +1,27 @@
-"""Any-position index: which runs of a prompt stand somewhere in the radix tree, wherever they stood there.
+"""Any-position index: which runs of a prompt are anywhere in the radix tree.
 
-The index knows tokens only. A *donor* is a path of the radix tree; its tokens are cut into blocks of
-``block`` tokens, counted from the root. Every run of at least ``2 * block - 1`` equal tokens contains one
-whole block of its donor, so looking up the hash of every window of the prompt (stride 1) finds every such
-run. A hit is compared token by token and extended to both sides, so a hash collision costs time and nothing
-else. Donors that share a prefix share its blocks, as they share its KV in the tree: the index is a trie of
-segments, each holding only what no earlier donor had. Segments begin where whole blocks and whole pages of the
-tree (*units*) do, and may end at any page: the tokens behind a path's last unit have no hash of their own, but a run
-that reaches them goes on through them.
+The index knows tokens only. A *donor* is a path of the radix tree; its tokens are cut into blocks of ``block`` tokens,
+counted from the root. The hash of every window of a prompt (stride 1) is looked up, so a block of a donor is found
+wherever it is in the prompt. A hit is compared token by token, so a hash collision costs time and nothing else, and
+followed block by block.
 
-An entry does not hold slots. Its owner asks the tree for them (by the path's tokens) when a run is used; where
-the tree no longer has them, :meth:`AnyPositionIndex.forget` drops the entries.
+A run consists of whole blocks of one donor. It is never extended token by token: if it were, a client could read
+other clients' prompts by guessing one token at a time. A guess has to be right about a whole block at once.
+
+Donors that share a prefix share its blocks, as they share its KV in the tree: the index is a trie of segments, each
+holding only what no earlier donor had. Segments begin where whole blocks and whole pages of the tree (*units*) do, and
+may end at any page. The tokens after a segment's last unit have no hash of their own; they are matched together with
+the block before them, all or nothing, so that a donor can be reused to its end.
+
+An entry does not hold slots. Its owner asks the tree for them (by the path's tokens) when a run is used; if the tree
+no longer has them, :meth:`AnyPositionIndex.forget` drops the entries.
 """
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +30,11 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int32]
 _U64 = np.uint64
 _MULTIPLIER = _U64(0x9E3779B97F4A7C15)
-# Bounds the time of one lookup on repetitive prompts (a run of one token meets itself everywhere).
-_MAX_COMPARED = 4096
+_STEPS_PER_BLOCK, _SPARE_STEPS = 2, 256
+"""A search takes at most so many steps per block of the prompt, and so many besides: one for every position looked at,
+donor compared and segment followed."""
+_DEAD_ROUNDS = 64
+"""Blocks of forgotten donors that a search skips, at most, before it finds a living one with the same content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,25 @@ class Run:
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """The part of a donor's path that starts where it leaves its parent, in whole pages."""
+    """The part of a donor's path that starts where it leaves its parent.
+
+    Attributes:
+        namespace: whose tokens these are.
+        parent: None for the root of a namespace, which has no tokens.
+        begin: position of its first token in the path; a multiple of the unit.
+        tokens: int32, whole pages.
+        children: by position and the content hashes of their first unit's blocks.
+        number: of the segment; -1 for roots.
+        blocks: ``(first block, count)`` of its blocks in the index's arrays, in order.
+    """
 
     namespace: Hashable
     parent: Segment | None
     begin: int
     tokens: Tokens
-    children: list[Segment] = field(default_factory=list)
+    children: dict[tuple[int, bytes], Segment] = field(default_factory=dict)
     number: int = -1
+    blocks: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -76,6 +91,10 @@ class Segment:
             length = min(length, node.begin)
             node = node.parent
         return np.concatenate(parts[::-1])
+
+
+Held = Callable[[Segment], int]
+"""How many tokens of a segment's path the tree still holds."""
 
 
 class _BlockTable:
@@ -142,7 +161,7 @@ class AnyPositionIndex:
     """Finds runs of a prompt in donors.
 
     Args:
-        min_span: shortest run that :meth:`find` must find.
+        min_span: shortest run that is found, in tokens; blocks are half as long.
         capacity: indexed tokens above which the donors used longest ago are forgotten (None: no bound). The
             radix tree evicts without telling; twice its size keeps all that can still be there.
         candidates: how many donors with the same block are compared, newest first.
@@ -161,6 +180,11 @@ class AnyPositionIndex:
         self.capacity = capacity
         self.candidates = candidates
         self.version = 0
+        """Grows with every change of what is indexed."""
+        self.generation = 0
+        """Grows when blocks get new numbers."""
+        self.steps = 0
+        """Work of all searches: windows hashed, and steps of :data:`_STEPS_PER_BLOCK`."""
         powers = np.empty(self.block, _U64)
         powers[0] = 1
         with np.errstate(over="ignore"):
@@ -172,7 +196,7 @@ class AnyPositionIndex:
     def clear(self) -> None:
         """Forget everything."""
         self._roots: dict[Hashable, Segment] = {}
-        # Segments by number; insertion order of the dict is the order of last use.
+        # Segments by number; the order of the dict is the order of last use.
         self._segments: OrderedDict[int, Segment] = OrderedDict()
         self._next_number = 0
         self._tokens = 0
@@ -182,8 +206,10 @@ class AnyPositionIndex:
     def _clear_blocks(self) -> None:
         self._hash, self._chain = np.zeros(64, _U64), np.zeros(64, _U64)
         self._owner, self._ordinal, self._older = (np.zeros(64, np.int32) for _ in range(3))
+        self._live = np.zeros(64, np.bool_)
         self._count = self._dead = 0
         self._by_content, self._by_path = _BlockTable(), _BlockTable()
+        self.generation += 1
 
     def __len__(self) -> int:
         """Indexed tokens; those of a prefix that donors share count once."""
@@ -192,7 +218,7 @@ class AnyPositionIndex:
     @property
     def nbytes(self) -> int:
         """Bytes held by tokens, hashes and tables (segments' own objects: under 1 KiB each)."""
-        arrays = (self._hash, self._chain, self._owner, self._ordinal, self._older)
+        arrays = (self._hash, self._chain, self._owner, self._ordinal, self._older, self._live)
         tokens = sum(s.tokens.nbytes for s in self._segments.values())
         return tokens + sum(a.nbytes for a in arrays) + self._by_content.nbytes + self._by_path.nbytes
 
@@ -205,19 +231,37 @@ class AnyPositionIndex:
             return
         segment, known = self._longest_known(namespace, path, chain)
         known -= known % (self._unit // self.block)
-        begin = known * self.block
-        if known < len(content) or self._extend_right(path, segment, 0, begin)[1] < len(path):
-            while segment.parent is not None and begin == segment.begin:
-                segment = segment.parent
-            if segment.parent is None or begin < segment.end:
-                segment = self._new_segment(namespace, segment, begin)
-            segment.tokens = np.concatenate([segment.tokens, path[begin:]])
-            self._tokens += len(path) - begin
-            self._index_blocks(segment, begin - segment.begin, content[known:], chain[known:])
+        if known < len(content):
+            first = content[known : known + self._unit // self.block].tobytes()
+            segment = self._grow(namespace, segment, path, known * self.block, first)
+            self._index_blocks(segment, content[known:], chain[known:])
             self.version += 1
+        assert segment is not None
         self._touch(segment)
         while self.capacity is not None and self._tokens > self.capacity and len(self._segments) > 1:
-            self._drop(next(iter(self._segments.values())), 0)
+            self._cut(next(iter(self._segments.values())), 0)
+        self._compact()
+
+    def _grow(self, namespace: Hashable, segment: Segment | None, path: Tokens, begin: int, content: bytes) -> Segment:
+        """Put a path's tokens from ``begin`` on into the segment that knows those before, or into a new one."""
+        while segment is not None and segment.parent is not None and begin == segment.begin:
+            segment = segment.parent
+        if segment is None:
+            segment = self._roots.get(namespace) or Segment(namespace, None, 0, np.empty(0, np.int32))
+        whole = self._whole_end(segment)
+        if (
+            segment.parent is None
+            or begin < whole
+            or not _starts_with(path[begin:], segment.tokens[whole - segment.begin :])
+        ):
+            segment = self._new_segment(namespace, segment, begin, content)
+        else:
+            # The same donor goes on, perhaps after tokens that had no whole block yet.
+            self._tokens -= segment.end - begin
+            segment.tokens = segment.tokens[: begin - segment.begin]
+        segment.tokens = np.concatenate([segment.tokens, path[begin:]])
+        self._tokens += len(path) - begin
+        return segment
 
     def known_prefix(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> int:
         """How many of a prompt's first tokens are a donor's first tokens too, in whole blocks and pages."""
@@ -226,19 +270,31 @@ class AnyPositionIndex:
         return known * self.block // self._unit * self._unit
 
     def forget(self, segment: Segment, keep: int) -> None:
-        """The tree holds only the first ``keep`` tokens of this segment's path: drop what lies behind."""
+        """The tree holds only the first ``keep`` tokens of this segment's path: drop what comes after them."""
+        self._forget(segment, keep)
+        self._compact()
+
+    def _forget(self, segment: Segment, keep: int) -> None:
+        # Tokens after the last whole unit are a donor's end, and what is left of this one is none.
+        keep -= keep % self._unit
         node = segment
         while node.parent is not None and keep < node.end:
-            self._drop(node, max(keep - node.begin, 0))
+            parent = node.parent
+            self._cut(node, max(keep - node.begin, 0))
             if keep >= node.begin:
                 break
-            node = node.parent
+            node = parent
 
-    def _new_segment(self, namespace: Hashable, parent: Segment, begin: int) -> Segment:
+    def _new_segment(self, namespace: Hashable, parent: Segment, begin: int, content: bytes) -> Segment:
         segment = Segment(namespace, parent, begin, np.empty(0, np.int32), number=self._next_number)
         self._next_number += 1
         self._segments[segment.number] = segment
-        parent.children.append(segment)
+        namesake = parent.children.pop((begin, content), None)
+        if namesake is not None:  # Equal hashes of different blocks: the newer one is kept.
+            self._cut(namesake, 0)
+        parent.children[begin, content] = segment
+        if parent.parent is None:
+            self._roots[namespace] = parent
         return segment
 
     def _touch(self, segment: Segment) -> None:
@@ -252,73 +308,85 @@ class AnyPositionIndex:
         """Note that a run was used, so that its donor is forgotten later than others."""
         self._touch(run.segment)
 
-    def _drop(self, segment: Segment, keep: int) -> None:
-        """Cut a segment to its first ``keep`` tokens (whole pages), with all that branches off behind."""
-        keep -= keep % self._page
-        for child in [c for c in segment.children if c.begin > segment.begin + keep]:
-            self._drop(child, 0)
-        self._dead += self._blocks_in(len(segment.tokens)) - self._blocks_in(keep)
-        self._tokens -= len(segment.tokens) - keep
-        segment.tokens = segment.tokens[:keep].copy()
-        if not keep:
-            del self._segments[segment.number]
-            assert segment.parent is not None
-            segment.parent.children.remove(segment)
+    def _cut(self, segment: Segment, keep: int) -> None:
+        """Cut a segment to its first ``keep`` tokens (whole units), with all that branches off after them."""
+        pending = [(segment, keep)]
+        while pending:
+            node, keep = pending.pop()
+            pending += [(child, 0) for child in node.children.values() if child.begin > node.begin + keep or not keep]
+            kept = self._blocks_in(keep)
+            self._dead += self._blocks_in(len(node.tokens)) - kept
+            self._tokens -= len(node.tokens) - keep
+            node.tokens = node.tokens[:keep].copy()
+            ranges, node.blocks = node.blocks, []
+            for first, count in ranges:
+                left = min(count, max(kept, 0))
+                self._live[first + left : first + count] = False
+                kept -= left
+                if left:
+                    node.blocks.append((first, left))
+            if not keep:
+                self._remove(node)
         self.version += 1
+
+    def _remove(self, segment: Segment) -> None:
+        """Take a segment without tokens out of the trie, and its root if nothing else hangs there."""
+        del self._segments[segment.number]
+        parent = segment.parent
+        assert parent is not None
+        parent.children = {key: child for key, child in parent.children.items() if child is not segment}
+        if parent.parent is None and not parent.children and self._roots.get(segment.namespace) is parent:
+            del self._roots[segment.namespace]
+
+    def _compact(self) -> None:
+        """Leave dead blocks behind once they are the majority."""
         if self._dead > 1024 and self._dead * 2 > self._count:
             self._rebuild()
 
     # ---- blocks
 
-    def _index_blocks(
-        self, segment: Segment, begin: int, content: npt.NDArray[np.uint64], chain: npt.NDArray[np.uint64]
-    ) -> None:
-        """Enter the blocks of a segment from its token ``begin`` on."""
+    def _index_blocks(self, segment: Segment, content: npt.NDArray[np.uint64], chain: npt.NDArray[np.uint64]) -> None:
+        """Enter blocks that follow those which the segment has already."""
         n = len(content)
         if not n:
             return
-        first = self._count
+        first, have = self._count, sum(count for _, count in segment.blocks)
         self._reserve(first + n)
         new = np.arange(first, first + n, dtype=np.int32)
         self._hash[first : first + n] = content
         self._chain[first : first + n] = chain
         self._owner[first : first + n] = segment.number
-        self._ordinal[first : first + n] = begin // self.block + np.arange(n)
+        self._ordinal[first : first + n] = have + np.arange(n)
+        self._live[first : first + n] = True
+        segment.blocks.append((first, n))
         self._count += n
-        # Blocks with equal content form a list, newest first; equal ones within this batch follow each other.
-        self._older[first : first + n] = self._by_content.get(content, self._hash)
-        order = np.argsort(content, kind="stable")
-        same_as_next = content[order[:-1]] == content[order[1:]]
-        self._older[new[order[1:][same_as_next]]] = new[order[:-1][same_as_next]]
-        newest = np.append(~same_as_next, True)
-        heads = new[order[newest]]
-        self._by_content.put(self._hash[heads], heads, self._hash)
+        # Blocks with equal content form a list, newest first. Of equal ones in one path only the first is listed:
+        # following it covers the others, and a text of one repeated token makes no list of its own.
+        _, earliest = np.unique(content, return_index=True)
+        self._older[first : first + n] = -1
+        heads = new[earliest]
+        self._older[heads] = self._by_content.get(content[earliest], self._hash)
+        self._by_content.put(content[earliest], heads, self._hash)
         self._by_path.put(chain, new, self._chain)
 
     def _reserve(self, n: int) -> None:
         if n <= len(self._hash):
             return
         size = max(n, len(self._hash) * 5 // 4)
-        for name in ("_hash", "_chain", "_owner", "_ordinal", "_older"):
+        for name in ("_hash", "_chain", "_owner", "_ordinal", "_older", "_live"):
             old = getattr(self, name)
             grown = np.zeros(size, old.dtype)
             grown[: self._count] = old[: self._count]
             setattr(self, name, grown)
 
     def _rebuild(self) -> None:
-        """Leave the dead blocks behind."""
-        segments = list(self._segments.values())
-        owner, ordinal = self._owner[: self._count], self._ordinal[: self._count]
-        by_owner: dict[int, npt.NDArray[np.int64]] = {}
-        order = np.lexsort((ordinal, owner))
-        cuts = np.flatnonzero(np.diff(owner[order])) + 1
-        for group in np.split(order, cuts):
-            by_owner[int(owner[group[0]])] = group
+        """Number the living blocks anew, without the dead ones."""
         hashes, chains = self._hash, self._chain
         self._clear_blocks()
-        for segment in segments:
-            kept = by_owner.get(segment.number, order[:0])[: self._blocks_in(len(segment.tokens))]
-            self._index_blocks(segment, 0, hashes[kept], chains[kept])
+        for segment in self._segments.values():
+            kept = np.concatenate([np.arange(0), *(np.arange(first, first + n) for first, n in segment.blocks)])
+            segment.blocks = []
+            self._index_blocks(segment, hashes[kept], chains[kept])
 
     def _path_hashes(
         self, namespace: Hashable, tokens: Sequence[int] | Tokens
@@ -332,6 +400,10 @@ class AnyPositionIndex:
     def _blocks_in(self, tokens: int) -> int:
         """Blocks of the whole units among so many tokens."""
         return tokens // self._unit * self._unit // self.block
+
+    def _whole_end(self, segment: Segment) -> int:
+        """Where a segment's last whole unit ends, as a position in its path."""
+        return segment.begin + len(segment.tokens) // self._unit * self._unit
 
     def _block_hashes(self, windows: npt.NDArray[np.int32], namespace: Hashable) -> npt.NDArray[np.uint64]:
         """Polynomial hashes of windows of ``block`` tokens, shape (n, block) -> (n,)."""
@@ -348,117 +420,301 @@ class AnyPositionIndex:
             place = np.arange(1, len(content) + 1, dtype=_U64) * _MULTIPLIER
             return _mix(np.cumsum(_mix(content ^ place), dtype=_U64))
 
-    def _longest_known(self, namespace: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]) -> tuple[Segment, int]:
+    def _longest_known(
+        self, namespace: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]
+    ) -> tuple[Segment | None, int]:
         """The segment that holds the deepest known block of this path, and how many blocks are known."""
         blocks = self._by_path.get(chain, self._chain)
-        for known in range(len(chain), 0, -1):
-            if blocks[known - 1] < 0:
-                continue
+        for known in (np.flatnonzero(blocks >= 0) + 1)[::-1]:
             segment = self._alive(int(blocks[known - 1]), namespace)
-            if segment is not None and np.array_equal(segment.path(known * self.block), path[: known * self.block]):
-                return segment, known
-        return self._roots.setdefault(namespace, Segment(namespace, None, 0, np.empty(0, np.int32))), 0
+            length = int(known) * self.block
+            if segment is not None and np.array_equal(segment.path(length), path[:length]):
+                return segment, int(known)
+        return None, 0
 
     def _alive(self, block: int, namespace: Hashable) -> Segment | None:
-        segment = self._segments.get(int(self._owner[block]))
-        if segment is None or segment.namespace != namespace:
+        if not self._live[block]:
             return None
-        return segment if self._ordinal[block] < self._blocks_in(len(segment.tokens)) else None
+        segment = self._segments[int(self._owner[block])]
+        return segment if segment.namespace == namespace else None
 
-    # ---- lookup
+    # ---- search
+
+    def search(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> PromptSearch:
+        """The search for one prompt, which may be asked again and again."""
+        return PromptSearch(self, namespace, np.asarray(tokens, np.int32))
 
     def find(
-        self, namespace: Hashable, tokens: Sequence[int] | Tokens, start: int = 0, min_span: int | None = None
+        self,
+        namespace: Hashable,
+        tokens: Sequence[int] | Tokens,
+        start: int = 0,
+        min_span: int | None = None,
+        held: Held | None = None,
     ) -> list[Run]:
-        """Disjoint runs of ``tokens[start:]`` that donors hold, by their place in the prompt.
+        """What :meth:`PromptSearch.runs` finds in a prompt that is asked for once."""
+        return self.search(namespace, tokens).runs(start, min_span, held)
 
-        The longest run is taken first; what it covers is cut out of the others, and what is left of them counts
-        while it is at least ``min_span`` long.
+    def window_hashes(self, namespace: Hashable, prompt: Tokens) -> npt.NDArray[np.uint64]:
+        """Hash of every ``block`` tokens of a prompt, stride 1; uint64 (len(prompt) - block + 1,)."""
+        if len(prompt) < self.block:
+            return np.empty(0, _U64)
+        return self._block_hashes(np.lib.stride_tricks.sliding_window_view(prompt, self.block), namespace)
+
+    def indexed_since(self, count: int) -> npt.NDArray[np.uint64]:
+        """Content hashes of the blocks that were entered after the first ``count`` of this generation."""
+        return self._hash[count : self._count]
+
+    @property
+    def count(self) -> int:
+        """Blocks entered in this generation, dead ones included."""
+        return self._count
+
+    def holds(self, run: Run) -> bool:
+        """Whether the index still knows all of a run."""
+        segment = run.segment
+        return self._segments.get(segment.number) is segment and run.offset + run.length <= segment.end
+
+    def sweep(
+        self,
+        namespace: Hashable,
+        prompt: Tokens,
+        windows: npt.NDArray[np.uint64],
+        start: int,
+        shortest: int,
+        held: Held | None,
+    ) -> list[Run]:
+        """Disjoint runs of ``prompt[start:]``, from left to right.
+
+        At the first position that is not covered yet and at which blocks of donors begin, the longest run of these
+        donors is taken, if it has ``shortest`` tokens and the tree still holds it; the sweep goes on after it.
+
+        Args:
+            namespace: whose donors.
+            prompt: int32 tokens.
+            windows: :meth:`window_hashes` of it.
+            start: first position that is looked at.
+            shortest: tokens of the shortest run.
+            held: asked once per donor that would be taken; what it no longer holds is forgotten. None: all is held.
         """
-        prompt = np.asarray(tokens, np.int32)
-        shortest = max(min_span or self.min_span, self.min_span)
-        if len(prompt) - start < shortest or not self._count:
-            return []
-        return select_runs(self.matches(namespace, prompt, start), shortest)
-
-    def matches(self, namespace: Hashable, prompt: Tokens, start: int = 0) -> list[Run]:
-        """Every maximal run, overlaps included, that reaches at least one whole block of a donor."""
-        windows = np.lib.stride_tricks.sliding_window_view(prompt[start:], self.block)
-        heads = self._by_content.get(self._block_hashes(windows, namespace), self._hash)
+        self.steps += len(windows)
+        heads = self._living_heads(windows)
+        # A run of more than one block shows at its second block, too.
+        if shortest > self.block + self._unit - self._page:
+            following = np.append(heads[self.block :], np.full(min(self.block, len(heads)), -1, np.int32))
+            heads = np.where(following >= 0, heads, -1)
+        found = np.flatnonzero(heads >= 0)
         runs: list[Run] = []
-        # (segment, offset - position) -> end of the run already found on this diagonal.
-        covered: dict[tuple[int, int], int] = {}
-        compared = 0
-        for i in np.flatnonzero(heads >= 0):
-            position = start + int(i)
-            block, tried = int(heads[i]), 0
-            while block >= 0 and tried < self.candidates:
-                segment = self._alive(block, namespace)
-                if segment is not None:
-                    tried += 1
-                    offset = segment.begin + int(self._ordinal[block]) * self.block
-                    if covered.get((segment.number, offset - position), -1) < position + self.block:
-                        compared += 1
-                        run = self._extend(prompt, start, position, segment, offset)
-                        if run is not None:
-                            runs.append(run)
-                            node: Segment | None = run.segment
-                            while node is not None and node.number >= 0:
-                                covered[node.number, offset - position] = run.end
-                                node = node.parent
-                block = int(self._older[block])
-            if compared >= _MAX_COMPARED:
-                break
+        budget = _Budget(_STEPS_PER_BLOCK * (len(prompt) // self.block) + _SPARE_STEPS)
+        sweep = _Sweep(namespace, prompt, windows, shortest, held, budget)
+        at = int(np.searchsorted(found, start))
+        while at < len(found) and budget.spend():
+            position = int(found[at])
+            run = self._take(sweep, position, int(heads[position]))
+            if run is None:
+                at += 1
+                continue
+            runs.append(run)
+            at = int(np.searchsorted(found, run.end))
+        self.steps += budget.spent
+        self._compact()
         return runs
 
-    def _extend(self, prompt: Tokens, start: int, position: int, segment: Segment, offset: int) -> Run | None:
-        """The longest run through the block at ``offset`` of this segment's path."""
-        at = offset - segment.begin
-        if not np.array_equal(segment.tokens[at : at + self.block], prompt[position : position + self.block]):
-            return None
-        left = 0
-        node: Segment | None = segment
-        while node is not None:
-            upto = offset - left - node.begin
-            room = min(upto, position - left - start)
-            same = _common_suffix(node.tokens[upto - room : upto], prompt[position - left - room : position - left])
-            left += same
-            if same < upto:
+    def _living_heads(self, windows: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+        """The newest living block of each content, -1 if there is none; dead ones are taken out of the lists."""
+        heads = self._by_content.get(windows, self._hash)
+        hits = np.flatnonzero(heads >= 0)
+        if self._live[heads[hits]].all():
+            return heads
+        first, inverse = np.unique(heads[hits], return_inverse=True)
+        living = first.copy()
+        for _ in range(_DEAD_ROUNDS):
+            dead = np.flatnonzero(living >= 0)
+            dead = dead[~self._live[living[dead]]]
+            if not len(dead):
                 break
-            node = node.parent
-        leaf, length = self._extend_right(prompt[position:], segment, offset, self.block)
-        return Run(position - left, left + length, leaf, offset - left)
+            self.steps += len(dead)
+            living[dead] = self._older[living[dead]]
+        living[(living >= 0) & ~self._live[living]] = -1
+        moved = living[(living >= 0) & (living != first)]
+        if len(moved):
+            self._by_content.put(self._hash[moved], moved, self._hash)
+        heads[hits] = living[inverse]
+        return heads
 
-    def _extend_right(self, prompt: Tokens, segment: Segment, offset: int, length: int) -> tuple[Segment, int]:
-        """The segment that agrees longest with ``prompt`` from ``offset`` on, and how long; ``length`` is known."""
-        at = offset + length - segment.begin
-        same = length + _common_prefix(segment.tokens[at:], prompt[length:])
-        best = (segment, same)
-        for child in segment.children:
-            reach = child.begin - offset
-            if length <= reach <= same and len(prompt) > reach and child.tokens[0] == prompt[reach]:
-                other = self._extend_right(prompt, child, offset, reach)
-                best = max(best, other, key=lambda found: found[1])
-        return best
+    def _take(self, sweep: _Sweep, position: int, block: int) -> Run | None:
+        """The longest run at a position that the tree still holds; None if there is none that is long enough.
+
+        Args:
+            sweep: what is searched for.
+            position: in the prompt.
+            block: the newest living one with the content that begins there.
+        """
+        before = -1
+        while block >= 0 and sweep.budget.left:
+            runs: list[tuple[Run, int]] = []
+            tried = 0
+            while block >= 0 and tried < self.candidates and sweep.budget.spend():
+                older, segment = int(self._older[block]), self._alive(block, sweep.namespace)
+                if segment is not None:
+                    tried += 1
+                    runs.append((self._follow(sweep, position, block, segment), block))
+                if self._live[block]:
+                    before = block
+                elif before >= 0:
+                    self._older[before] = older
+                block = older
+            while runs:
+                # Of equal ones the newest comes first.
+                run, number = runs.pop(max(range(len(runs)), key=lambda i: runs[i][0].length))
+                if run.length < sweep.shortest:
+                    break
+                if run.offset + run.length <= sweep.held_length(run.segment):
+                    return run
+                self._forget(run.segment, sweep.held_length(run.segment))
+                segment = self._alive(number, sweep.namespace)
+                if segment is not None and sweep.budget.spend():
+                    # The tree lost the donor's end only.
+                    runs.append((self._follow(sweep, position, number, segment), number))
+        return None
+
+    def _follow(self, sweep: _Sweep, position: int, number: int, segment: Segment) -> Run:
+        """The run of whole blocks that begins at a position of the prompt and with a block of a segment."""
+        block, prompt, windows = self.block, sweep.prompt, sweep.windows
+        offset = end = segment.begin + int(self._ordinal[number]) * block
+        shift = position - offset
+        while True:
+            whole = self._whole_end(segment)
+            same = _common_prefix(segment.tokens[end - segment.begin : whole - segment.begin], prompt[end + shift :])
+            end += same // block * block
+            # Others branch off at whole units. One that shares this unit, too, cannot exist.
+            branch = end - end % self._unit
+            first = windows[branch + shift : branch + shift + self._unit : block].tobytes()
+            child = segment.children.get((branch, first))
+            if child is not None and _starts_with(prompt[branch + shift :], child.tokens[: self._unit]):
+                if not sweep.budget.spend():
+                    break
+                segment, end = child, branch
+                continue
+            break
+        rest = segment.tokens[end - segment.begin :]
+        if end == whole and len(rest):
+            if _starts_with(prompt[end + shift :], rest):
+                end = segment.end
+            elif not any(begin == end for begin, _ in segment.children):
+                end -= block  # The last block is matched with the tokens after it, or not at all.
+        return Run(position, max(end - offset, 0), segment, offset)
 
 
-def select_runs(runs: list[Run], shortest: int) -> list[Run]:
-    """Disjoint runs, longest first (ties: the earlier one); overlaps are trimmed off the shorter runs."""
-    number = itertools.count()
-    heap = [(-run.length, run.start, next(number), run) for run in runs]
-    heapq.heapify(heap)
-    taken: list[Run] = []
-    while heap and -heap[0][0] >= shortest:
-        run = heapq.heappop(heap)[-1]
-        at = bisect.bisect_left(taken, run.start, key=lambda t: t.end - 1)
-        if at == len(taken) or taken[at].start >= run.end:
-            taken.insert(at, run)
-            continue
-        for begin, end in ((run.start, taken[at].start), (taken[at].end, run.end)):
-            if end - begin >= shortest:
-                part = Run(begin, end - begin, run.segment, run.offset + begin - run.start)
-                heapq.heappush(heap, (-part.length, part.start, next(number), part))
-    return taken
+class PromptSearch:
+    """One prompt's search, which is repeated only if what it found is gone, or something relevant was indexed.
+
+    Args:
+        index: where to look.
+        namespace: of the prompt.
+        prompt: int32 tokens.
+    """
+
+    def __init__(self, index: AnyPositionIndex, namespace: Hashable, prompt: Tokens) -> None:
+        self._index, self._namespace, self._prompt = index, namespace, prompt
+        self._runs: list[Run] = []
+        # What was searched for, and which blocks the index had by then.
+        self._start, self._shortest, self._generation, self._count = 0, 0, -1, 0
+        self._uncovered: npt.NDArray[np.uint64] | None = None
+        self.searches = 0
+        """How often the index was searched."""
+
+    def runs(self, start: int, min_span: int | None = None, held: Held | None = None) -> list[Run]:
+        """Disjoint runs of the prompt from ``start`` on, by their place in the prompt.
+
+        Args:
+            start: tokens that come from elsewhere, usually an exact prefix.
+            min_span: tokens of the shortest run; not below the index's.
+            held: see :meth:`AnyPositionIndex.sweep`.
+        """
+        index = self._index
+        shortest = max(min_span or index.min_span, index.min_span)
+        if len(self._prompt) - start < shortest:
+            return []
+        if self._outdated(start, shortest):
+            windows = index.window_hashes(self._namespace, self._prompt)
+            self._runs = index.sweep(self._namespace, self._prompt, windows, start, shortest, held)
+            self._start, self._shortest, self._uncovered = start, shortest, None
+            self._generation, self._count = index.generation, index.count
+            self.searches += 1
+        return list(_from(self._runs, start, shortest))
+
+    def _outdated(self, start: int, shortest: int) -> bool:
+        index = self._index
+        if self._generation != index.generation or self._shortest != shortest or start < self._start:
+            return True
+        if not all(index.holds(run) for run in self._runs):
+            return True
+        new = index.indexed_since(self._count)
+        if not len(new):
+            return False
+        self._count += len(new)
+        if self._uncovered is None:
+            self._uncovered = self._hash_uncovered()
+        if not len(self._uncovered):
+            return False
+        place = np.searchsorted(self._uncovered, new).clip(max=len(self._uncovered) - 1)
+        return bool((self._uncovered[place] == new).any())
+
+    def _hash_uncovered(self) -> npt.NDArray[np.uint64]:
+        """Hashes, ascending, of the windows that are not within what was found or comes from elsewhere."""
+        windows = self._index.window_hashes(self._namespace, self._prompt)
+        wanted = np.ones(len(windows), np.bool_)
+        wanted[: self._start] = False
+        for run in self._runs:
+            wanted[run.start : run.end - self._index.block + 1] = False
+        return np.unique(windows[wanted])
+
+
+def _from(runs: Iterable[Run], start: int, shortest: int) -> Iterable[Run]:
+    """Runs from a position on, without what became too short."""
+    for run in runs:
+        cut = max(start - run.start, 0)
+        if run.length - cut >= shortest:
+            yield Run(run.start + cut, run.length - cut, run.segment, run.offset + cut)
+
+
+@dataclass(slots=True)
+class _Sweep:
+    """One search of a prompt; see :meth:`AnyPositionIndex.sweep`."""
+
+    namespace: Hashable
+    prompt: Tokens
+    windows: npt.NDArray[np.uint64]
+    shortest: int
+    held: Held | None
+    budget: _Budget
+    _lengths: dict[Segment, int] = field(default_factory=dict)
+
+    def held_length(self, segment: Segment) -> int:
+        """How many tokens of a segment's path the tree still holds; asked once."""
+        if self.held is None:
+            return segment.end
+        if segment not in self._lengths:
+            self._lengths[segment] = self.held(segment)
+        return self._lengths[segment]
+
+
+class _Budget:
+    """Steps that one search may take."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self.spent = 0
+
+    @property
+    def left(self) -> bool:
+        return self.spent < self._steps
+
+    def spend(self) -> bool:
+        """Take one step; False if there is none left."""
+        self.spent += 1
+        return self.spent <= self._steps
 
 
 def _common_prefix(a: Tokens, b: Tokens) -> int:
@@ -470,8 +726,8 @@ def _common_prefix(a: Tokens, b: Tokens) -> int:
     return first if differ[first] else n
 
 
-def _common_suffix(a: Tokens, b: Tokens) -> int:
-    return _common_prefix(a[::-1], b[::-1])
+def _starts_with(tokens: Tokens, beginning: Tokens) -> bool:
+    return len(tokens) >= len(beginning) and bool((tokens[: len(beginning)] == beginning).all())
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,6 @@ from a3_sglang.fusion.rotation import RopeTable
 from a3_sglang.fusion.row_attention import Attention, RowGroup
 from a3_sglang.fusion.spread import Spread
 from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
-
-logger = logging.getLogger(__name__)
 
 SLICE_ROWS = 8192
 """Rows that go through the model at once, at most, where nothing else is said."""
@@ -73,6 +70,15 @@ class Model(ABC):
             tokens: int64 (rows,).
             positions: int64 (rows,).
             attend: takes the place of the model's attention.
+        """
+
+    @abstractmethod
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> Any:
+        """The model's own forward of rows, head included, as of a batch's tails; within :meth:`extended`.
+
+        Args:
+            tokens: int64 (rows,).
+            positions: int64 (rows,).
         """
 
     @abstractmethod
@@ -147,10 +153,13 @@ class Timings:
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device is not None and device.type == "cuda"
         self._taken: list[tuple[str, Any, Any]] = []
+        self.part = self.PARTS[0]
+        """The part that was begun last."""
 
     @contextmanager
     def add(self, part: str) -> Iterator[None]:
         """Time what runs within it, as a part in :attr:`PARTS`."""
+        self.part = part
         begin = self._now()
         yield
         self._taken.append((part, begin, self._now()))
@@ -224,9 +233,6 @@ class Executor:
     def prepare(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
         """Choose what is recomputed, and recompute what the forward of the tails cannot take along.
 
-        An error in probe or selection is no reason to lose a request: its reused rows are then all recomputed,
-        which is the full prefill.
-
         Args:
             jobs: of one batch.
             timings: are added to.
@@ -236,13 +242,13 @@ class Executor:
         Returns:
             What is left to recompute, for :meth:`extended`; none where nothing is.
         """
-        try:
-            self.choose(jobs, timings)
-        except Exception:
-            logger.exception("a3: the probe failed; all reused rows of this batch are recomputed")
-            for job in jobs:
-                job.recomputed = _rows(job.plan, job.slots.device).positions
+        self.choose(jobs, timings)
         return self.recompute(jobs, timings, behind)
+
+    def recompute_all(self, job: Job) -> None:
+        """Recompute all reused rows and the gaps of a job, which is the full prefill of its context."""
+        job.recomputed = _rows(job.plan, job.slots.device).positions
+        self.recompute([job], Timings(), self.slice_rows)
 
     def choose(self, jobs: Sequence[Job], timings: Timings) -> None:
         """Probe, and choose what is recomputed."""

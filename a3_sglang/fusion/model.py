@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -38,6 +39,8 @@ class SGLangModel(Model):
         UnsupportedModelError: with the reason.
     """
 
+    _check_key: Callable[[int, torch.Tensor], None] | None = None
+
     def __init__(self, runner: Any) -> None:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -45,7 +48,8 @@ class SGLangModel(Model):
         pool = runner.token_to_kv_pool
         if type(pool) is not MHATokenToKVPool:
             raise UnsupportedModelError(f"the KV pool {type(pool).__name__} is not supported (only plain MHA and GQA)")
-        rotary = rotary_by_layer(runner.model)
+        rotary = self._rotary = rotary_by_layer(runner.model)
+        check_stack(runner.model)
         self.depth = len(rotary)
         self.heads = query_heads(runner.model)
         self.keys = [pool.get_key_buffer(layer) for layer in range(self.depth)]
@@ -62,29 +66,50 @@ class SGLangModel(Model):
                 check_rotation(module, self.keys[0].shape[-1], self.keys[0].dtype)
         self.ropes = {layer: tables[id(module)] for layer, module in rotary.items()}
 
+    @property
+    def _layers(self) -> Any:
+        """The module that owns the layers; SGLang's models have it below the head."""
+        return self._runner.model.model
+
     @torch.no_grad()
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
         with self._attention(attend), suppress(PassOver):
-            self._runner.model.model(tokens, positions, seams.row_batch(tokens, positions))
+            self._layers(tokens, positions, seams.row_batch(tokens, positions))
+
+    @torch.no_grad()
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        self._runner.model(tokens, positions, seams.row_batch(tokens, positions))
 
     @contextmanager
     def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> Iterator[None]:
-        passes = 0
+        passes, total, layers = 0, 0, self._layers
+        # Models call their stack by position or by keyword, and name its arguments as they like.
+        signature = inspect.signature(type(layers).forward)
+        names = list(signature.parameters)[1:4]
 
-        def before(_layers: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            own_tokens, own_positions, _, *others = args
+        def before(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            nonlocal total
+            bound = signature.bind(module, *args, **kwargs)
+            own_tokens, own_positions, _ = (bound.arguments[name] for name in names)
             all_tokens, all_positions = torch.cat([tokens, own_tokens]), torch.cat([positions, own_positions])
-            return (all_tokens, all_positions, seams.row_batch(all_tokens, all_positions), *others)
+            total = len(all_tokens)
+            batch = seams.row_batch(all_tokens, all_positions)
+            bound.arguments.update(zip(names, (all_tokens, all_positions, batch), strict=True))
+            return bound.args[1:], bound.kwargs
 
-        def after(_layers: Any, _args: Any, hidden: torch.Tensor) -> torch.Tensor:
+        def after(_module: Any, _args: Any, out: Any) -> Any:
             nonlocal passes
             passes += 1
-            return hidden[len(tokens) :]
+            return _without_first(out, len(tokens), total)
 
-        layers = self._runner.model.model
         hooks = []
         if len(tokens):
-            hooks = [layers.register_forward_pre_hook(before), layers.register_forward_hook(after)]
+            hooks = [
+                layers.register_forward_pre_hook(before, with_kwargs=True),
+                layers.register_forward_hook(after),
+            ]
         try:
             # A graph that was captured of the prefill attends as it did then.
             with seams.eager_prefill(self._runner), self._attention(attend):
@@ -95,10 +120,40 @@ class SGLangModel(Model):
         if hooks and passes != 1:
             raise RuntimeError(f"rows to recompute went through the model {passes} times, not once")
 
+    @contextmanager
+    def checking_keys(self) -> Iterator[None]:
+        """Within it every layer must attend with the keys that its rotary module returned.
+
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        returned: dict[int, torch.Tensor] = {}
+
+        def rotated(module: Any, _args: Any, out: Any) -> None:
+            returned[id(module)] = out[1].detach().clone()
+
+        def check(layer: int, key: torch.Tensor) -> None:
+            expected = returned.pop(id(self._rotary[layer]), None)
+            if expected is None:
+                raise UnsupportedModelError(f"layer {layer} attends with keys that RoPE was not applied to")
+            if not torch.equal(key.flatten(1), expected.flatten(1)):
+                raise UnsupportedModelError(f"layer {layer} changes its keys after RoPE")
+
+        hooks = [module.register_forward_hook(rotated) for module in {id(m): m for m in self._rotary.values()}.values()]
+        self._check_key = check
+        try:
+            yield
+        finally:
+            self._check_key = None
+            for hook in hooks:
+                hook.remove()
+
     def _attention(self, attend: Attend) -> Any:
         """A context in which the model attends through ``attend``."""
 
-        def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, _batch: Any, _save: bool) -> Any:
+        def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> Any:
+            if self._check_key is not None:
+                self._check_key(layer.layer_id, k)
             heads, kv_heads, dim = layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
             out = attend.attend(
                 layer.layer_id,
@@ -139,12 +194,48 @@ def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
                 raise UnsupportedModelError(f"{name} has a sliding window of {attention.sliding_window_size} tokens")
             if attention.logit_cap:
                 raise UnsupportedModelError(f"{name} caps its logits")
+            kind = getattr(attention.attn_type, "value", attention.attn_type)
+            if kind != "decoder":
+                raise UnsupportedModelError(f"{name} attends in another way than causally ({kind})")
             if attention.is_cross_attention or attention.qk_head_dim != attention.v_head_dim:
                 raise UnsupportedModelError(f"{name} is no plain self-attention")
             found[attention.layer_id] = rotary
     if not found or sorted(found) != list(range(len(found))):
         raise UnsupportedModelError("no plain stack of attention layers was found in the model")
     return found
+
+
+def check_stack(model: torch.nn.Module) -> None:
+    """Whether the model keeps its layers where passes over rows can run through them.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    stack = getattr(model, "model", None)
+    attentions = sum(isinstance(module, RadixAttention) for module in model.modules())
+    inside = sum(isinstance(module, RadixAttention) for module in stack.modules()) if stack is not None else 0
+    if stack is None or inside != attentions:
+        raise UnsupportedModelError(f"{type(model).__name__} does not keep its layers in one module named model")
+    names = list(inspect.signature(type(stack).forward).parameters)[1:4]
+    if len(names) < 3 or names[1:] != ["positions", "forward_batch"]:
+        raise UnsupportedModelError(
+            f"{type(stack).__name__}.forward takes ({', '.join(names)}, ...), not (input_ids, positions, forward_batch)"
+        )
+
+
+def _without_first(out: Any, count: int, total: int) -> Any:
+    """What a stack returned, without the first ``count`` of its ``total`` rows.
+
+    Raises:
+        TypeError: it is not a tensor of rows, nor a tuple or list of such.
+    """
+    if isinstance(out, torch.Tensor) and len(out) == total:
+        return out[count:]
+    if isinstance(out, (tuple, list)):
+        return type(out)(None if part is None else _without_first(part, count, total) for part in out)
+    raise TypeError(f"the model's layers returned {type(out).__name__}, which is not understood")
 
 
 def query_heads(model: torch.nn.Module) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from a3_sglang.cache.index import Run
 
 MIN_TAIL = 32
-"""Tokens at a prompt's end that are always computed: the probe needs a question, also where it was asked before."""
+"""Tokens at a prompt's end that are always computed: the probe needs a question, even one that was asked before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +53,48 @@ class Plan:
         if at < self.end:
             yield at, self.end
 
+    def seams(self, block: int) -> int:
+        """Gap tokens within a block of a span: matching in whole blocks may have cut them off what a donor holds.
 
-def make_plan(runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int) -> Plan | None:
-    """Turn runs into a plan; None where nothing is left of them.
+        Args:
+            block: tokens per block of the index.
+        """
+        starts, ends = {span.start for span in self.spans}, {span.end for span in self.spans}
+        return sum(min(end - start, (block - 1) * ((start in ends) + (end in starts))) for start, end in self.gaps())
+
+    def ratio(self, nominal: float, block: int) -> float:
+        """The share of the reused tokens to recompute, if the tokens of :meth:`seams` count towards ``nominal``.
+
+        They are computed in any case, so counting them keeps the work at what the ratio says. At least half of the
+        nominal ratio is left for the rows that the selector picks.
+        """
+        beside = self.seams(block) / self.reused
+        return max(nominal / 2, nominal - (1 - nominal) * beside)
+
+
+def make_plan(
+    runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
+) -> Plan | None:
+    """Turn runs into a plan; None if nothing is left of them.
 
     Args:
-        runs: disjoint runs by their place in the prompt, all behind ``prefix``.
+        runs: disjoint runs by their place in the prompt, all after ``prefix``.
         prefix: tokens of the exact prefix; a multiple of ``page_size``.
         prompt: tokens of the prompt.
         limit: prompt tokens that may come from a cache (the scheduler keeps some back for logprobs).
         page_size: the tail starts at a multiple of it, as slots are allocated by the page.
+        end: where the tail has to start, if that is settled; None: after the last span.
     """
     furthest = min(limit, prompt - MIN_TAIL)
     furthest -= furthest % page_size
+    if end is not None:
+        furthest = min(furthest, end)
     spans = tuple(
         Span(run.start, min(run.end, furthest) - run.start, run.offset, run) for run in runs if run.start < furthest
     )
     if not spans:
         return None
-    end = spans[-1].end
-    return Plan(prefix, end + -end % page_size, spans)
+    if end is None:
+        end = spans[-1].end
+        end += -end % page_size
+    return Plan(prefix, end, spans)

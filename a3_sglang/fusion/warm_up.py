@@ -1,4 +1,4 @@
-"""A fused prefill of made-up tokens before the first request."""
+"""A fused prefill of random tokens before the first request."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Timings
 from a3_sglang.fusion.model import UnsupportedModelError
 from a3_sglang.fusion.plan import make_plan
 from a3_sglang.fusion.rotation import rotate
+from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import Full, Selector
 
 DONOR, GAP, RATIO = 160, 5, 0.15
 
 
 def warm_up(executor: Executor, selector: Selector) -> Job:
-    """Compile what a device has to compile, and see that all of it runs.
+    """Compile what a device has to compile, and see that all that requests will need runs.
 
-    Writes KV of no meaning, so nothing may be in the pool yet.
+    Writes KV of random tokens, so nothing may be in the pool yet.
 
     Args:
         executor: of a pool with room for a few hundred tokens.
@@ -30,12 +31,12 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
         What ran.
 
     Raises:
-        UnsupportedModelError: keys that the model makes of a token do not differ by the turn between their positions.
-        Exception: whatever else goes wrong; here it is not made good by a full prefill.
+        UnsupportedModelError: a token's keys at two positions do not differ by the rotation between them.
+        Exception: whatever else goes wrong.
     """
     random = np.random.default_rng(0)
-    donor, gap, tail = (random.integers(0, 100, n, dtype=np.int32) for n in (DONOR, GAP, QUESTION_TOKENS))
-    prompt = np.concatenate([donor[DONOR // 2 :], gap, donor[: DONOR // 2], tail])
+    donor, gap, question = (random.integers(0, 100, n, dtype=np.int32) for n in (DONOR, GAP, QUESTION_TOKENS))
+    prompt = np.concatenate([donor[DONOR // 2 :], gap, donor[: DONOR // 2], question])
     index = AnyPositionIndex(DONOR // 4)
     index.add("warm-up", donor)
     plan = make_plan(index.find("warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
@@ -46,9 +47,14 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
     job = Job(plan, torch.from_numpy(prompt).long().to(device), free[DONOR:], selector, RATIO)
     executor.fill(job, torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans]))
     whole = replace(job, selector=Full())
+    tail = torch.arange(plan.end, len(prompt), device=device)
+    slots = torch.cat([job.slots, 1 + DONOR + tail])
     for one in (job, whole):
-        executor.choose([one], Timings())
-        executor.recompute([one], Timings(), executor.slice_rows)
+        # Both ways that a request may take: a pass of its own, and one that the tail's extend takes along.
+        executor.run([one], Timings())
+        left = executor.prepare([one], Timings(), len(tail))
+        with executor.extended(left, [RowGroup(0, len(tail), slots, tail + 1, one.exact)], slots[tail]):
+            executor.model.extend(job.tokens[tail], tail)
     _check_keys(executor, whole)
     return job
 

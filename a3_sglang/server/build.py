@@ -12,6 +12,7 @@ from a3_sglang.fusion.device import device_for
 from a3_sglang.fusion.executor import SLICE_ROWS, Executor
 from a3_sglang.fusion.model import SGLangModel, UnsupportedModelError
 from a3_sglang.fusion.warm_up import warm_up
+from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
 from a3_sglang.server.support import RefusedError, refusal
 
@@ -42,11 +43,12 @@ def build_tree(context: Any) -> Any:
         raise RefusedError(f"--a3-row-attention: {error}") from None
     executor = Executor(model, device, _slice_rows(context.server_args))
     try:
-        warm_up(executor, make_selector(options.selector))
+        with model.checking_keys():
+            warm_up(executor, make_selector(options.selector))
     except Exception as error:
         raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {error}") from error
     tree = seams.create_tree(context, A3Tree)
-    tree.start(options, executor, capacity=model.keys[0].shape[0])
+    tree.start(options, executor, capacity=model.keys[0].shape[0], metrics=Metrics(context.server_args))
     logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(device).__name__, options)
     return tree
 

@@ -1,0 +1,89 @@
+"""What the backend knows of one request, and why a request is not fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from a3_sglang.cache.index import PromptSearch
+from a3_sglang.config import Effective
+from a3_sglang.fusion.plan import Plan
+
+
+class Reason(StrEnum):
+    """Why a request got a full prefill; the values of the report's ``reason``."""
+
+    OFF = "off"
+    DONOR = "donor"
+    INVALID = "invalid options"
+    LORA = "LoRA adapter"
+    EMBEDDINGS = "input embeddings"
+    MULTIMODAL = "multimodal"
+    SESSION = "session"
+    BEAM = "beam search"
+    NOTHING = "nothing to reuse"
+    TOO_LITTLE = "too little to reuse"
+    EVICTED = "donors evicted"
+    NO_ROOM = "no room"
+    ERROR = "error"
+    DISABLED = "disabled after errors"
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the backend knows of one request; kept on the request, so it lives as long as that.
+
+    Attributes:
+        options: what the request runs with; None until it was first matched.
+        search: the search for its prompt; None until it was first searched for.
+        plan: spans the tree offered at the last match.
+        reason: why there is no plan, or why everything was recomputed.
+        reusable: tokens that could have been reused, if they were too few.
+        private: the request's own slots after its exact prefix, int64; None if it was not fused.
+        sources: the donors' slots of its spans, int64 (reused,). Kept while the request lives, as it is made on
+            another CUDA stream than the one that reads it.
+        waiting: slots are allocated, the fusion has not run.
+        recomputed: positions of the reused rows that were recomputed, int64.
+        exact: all KV of the request is as a full prefill makes it.
+        reported: the report of this admission is written.
+    """
+
+    options: Effective | None = None
+    search: PromptSearch | None = None
+    plan: Plan | None = None
+    reason: Reason | None = None
+    reusable: int = 0
+    private: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+    waiting: bool = False
+    recomputed: torch.Tensor | None = None
+    exact: bool = True
+    reported: bool = False
+
+
+def state_of(req: Any) -> RequestState:
+    """The request's state, made on first use."""
+    state = getattr(req, "a3", None)
+    if state is None:
+        state = req.a3 = RequestState()
+    return state
+
+
+def ineligible(req: Any, options: Effective) -> Reason | None:
+    """Why this request gets a full prefill whatever the index holds; None if it may be fused."""
+    params = req.sampling_params
+    checks = (
+        (not options.valid, Reason.INVALID),
+        (not options.enabled, Reason.OFF),
+        (options.donor, Reason.DONOR),
+        (getattr(req, "lora_id", None) is not None, Reason.LORA),
+        (getattr(req, "input_embeds", None) is not None, Reason.EMBEDDINGS),
+        (getattr(req, "multimodal_inputs", None) is not None, Reason.MULTIMODAL),
+        (getattr(req, "session", None) is not None, Reason.SESSION),
+        # The rows of a beam share one prompt, and SGLang drops their custom_params.
+        ((getattr(params, "beam_width", None) or 1) > 1 or getattr(req, "beam_group", None) is not None, Reason.BEAM),
+    )
+    return next((reason for applies, reason in checks if applies), None)
