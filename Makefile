@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ENVIRONMENT := $(PYTHON) tools/environment.py
 MATRIX := 0.5.17 0.5.21
+# A3_TEST_DTYPE=float32 make test: in another dtype than what is fast on this CPU.
 # More arguments for pytest: make test PYTEST_ARGS="-k index -x"
 PYTEST_ARGS ?=
 # More arguments for the demo.
@@ -26,12 +27,12 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+: *##' $(firstword $(MAKEFILE_LIST)) | awk -F': *## *' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo:  ## see the reuse at work: the demo on a small model, on the CPU
-	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
+	@$(ENVIRONMENT) plan && bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
 	env $(RUN_SETTINGS) "$$bin/python" -P examples/demo.py --model "$$model" $(DEMO_ARGS)
 
 test:  ## run all tests against the installed package
 	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
-	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" "$$bin/python" $(PYTEST) $(PYTEST_ARGS)
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" "$$bin/python" $(PYTEST) --durations=15 $(PYTEST_ARGS)
 
 test-matrix:  ## run the core tests with the other supported versions of SGLang
 	@model=$$($(ENVIRONMENT) model) && \

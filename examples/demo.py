@@ -23,9 +23,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
+
+from a3_sglang.cli.output import silence, steps, working
+from a3_sglang.cpu import serving_dtype
 
 PASSAGES = ("assert", "del", "pass", "break", "continue", "global", "nonlocal", "return", "yield", "import")
 QUESTIONS = (
@@ -37,17 +39,30 @@ QUESTIONS = (
 )
 SYSTEM = "You answer questions about Python from the passages of its documentation."
 START_LIMIT = 300
+SLOW_QUESTIONS = 3
+"""Questions on a CPU without bfloat16 instructions, where a prompt takes three times as long."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
+    parser.add_argument("--questions", type=int, help=f"default {len(QUESTIONS)}, in float32 {SLOW_QUESTIONS}")
     parser.add_argument("--passages", type=int, default=6, help="passages in a prompt")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", help="dtype of the model; auto: what runs fast on this machine")
+    parser.add_argument("--verbose", action="store_true", help="show what the libraries print")
     args = parser.parse_args()
+    if not args.verbose:
+        silence()
 
     console = Console()
+    dtype, reason = serving_dtype() if on_cpu() else ("auto", "the model's own")
+    if args.dtype != "auto":
+        dtype, reason = args.dtype, "given with --dtype"
+    if dtype == "float32" and args.questions is None:
+        args.questions = SLOW_QUESTIONS
+    args.questions = args.questions or len(QUESTIONS)
+    console.print(f"dtype {dtype}: {reason}. {args.questions} questions, each asked twice.", highlight=False)
     chooser = random.Random(args.seed)
     names = [name for name in PASSAGES if name in topics]
     texts = {name: " ".join(topics[name].split())[:1800] for name in names}
@@ -55,27 +70,32 @@ def main() -> int:
     log = Path(tempfile.gettempdir()) / f"a3-demo-{port}.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            command(args.model, port),
+            command(args.model, port, dtype),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         try:
-            wait_until_ready(server, port, log, console)
+            with working("starting the server", console):
+                wait_until_ready(server, port, log)
+            # Imported here: it takes a second, which the server needs in any case.
+            from openai import OpenAI
+
             client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
             rows = []
-            with console.status("The first prompt is prefilled in full and leaves its KV in the radix tree ..."):
+            with working("prefilling the passages once, in another order", console):
                 for group in (names[: len(names) // 2], names[len(names) // 2 :]):
                     ask(client, prompt(group, texts, "What are these passages about?"), fuse=False, salt=None)
-            for number, question in enumerate(QUESTIONS[: args.questions]):
-                with console.status(f"Question {number + 1} of {args.questions} ..."):
+            with steps("asking", args.questions, console=console) as step:
+                for number, question in enumerate(QUESTIONS[: args.questions]):
                     chosen = chooser.sample(names, args.passages)
                     text = prompt(chosen, texts, question)
                     # The salt makes the full prefill find nothing, as on a server that never saw the passages.
                     full_ms, full_answer, _ = ask(client, text, fuse=False, salt=f"full-{number}")
                     a3_ms, a3_answer, report = ask(client, text, fuse=True, salt=None)
                     rows.append((question, report, full_ms, a3_ms, full_answer, a3_answer))
+                    step()
         finally:
             stop(server)
     show(console, rows)
@@ -85,11 +105,16 @@ def main() -> int:
     return 0
 
 
-def command(model: str, port: int) -> list[str]:
+def on_cpu() -> bool:
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+
+
+def command(model: str, port: int, dtype: str) -> list[str]:
     arguments = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port), "--radix-cache-backend", "a3"]
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    arguments += ["--dtype", dtype]
+    if on_cpu():
         arguments += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"]
-        arguments += ["--dtype", "bfloat16", "--max-total-tokens", "32768", "--chunked-prefill-size", "8192"]
+        arguments += ["--max-total-tokens", "32768", "--chunked-prefill-size", "8192"]
     return [sys.executable, "-P", "-m", "sglang.launch_server", *arguments]
 
 
@@ -99,20 +124,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path, console: Console) -> None:
+def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Return once the server answers.
+
+    Raises:
+        SystemExit: it ended, or takes too long; with its last lines.
+    """
     started = time.monotonic()
-    with console.status("") as status:
-        while True:
-            waited = time.monotonic() - started
+    while True:
+        if server.poll() is not None or time.monotonic() - started > START_LIMIT:
             lines = log.read_text(errors="replace").splitlines()
-            status.update(f"The server is loading ({waited:.0f} s) {lines[-1][:100] if lines else ''}")
-            if server.poll() is not None or waited > START_LIMIT:
-                raise SystemExit("the server did not start; its last lines:\n" + "\n".join(lines[-15:]))
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
+            raise SystemExit("the server did not start; its last lines:\n" + "\n".join(lines[-15:]))
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
 
 
 def prompt(chosen: list[str], texts: dict[str, str], question: str) -> str:
@@ -120,7 +147,7 @@ def prompt(chosen: list[str], texts: dict[str, str], question: str) -> str:
     return f"{passages}\n\nQuestion: {question} Answer in one sentence."
 
 
-def ask(client: OpenAI, text: str, fuse: bool, salt: str | None) -> tuple[float, str, dict[str, Any] | None]:
+def ask(client: Any, text: str, fuse: bool, salt: str | None) -> tuple[float, str, dict[str, Any] | None]:
     """Milliseconds to the first token, the answer, and the report of reuse."""
     messages: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
     extra: dict[str, Any] = {"custom_params": {"a3": fuse}}

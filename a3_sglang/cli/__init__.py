@@ -1,22 +1,17 @@
-"""The command ``a3-sglang``; one file a subcommand."""
+"""The command ``a3-sglang``."""
 
 from __future__ import annotations
 
-import typer
+import sys
 
-from a3_sglang.cli import bench, doctor, evaluate, verify
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="KV reuse at any position for SGLang: check an installation, verify a model, measure gain and answers.",
-)
-app.command("doctor")(doctor.doctor)
-app.command("verify")(verify.verify)
-app.command("eval")(evaluate.evaluate)
-app.add_typer(bench.app, name="bench")
+from a3_sglang.cli.output import VERBOSE, silence
 
 
 def main() -> None:
     """Console script."""
+    if VERBOSE not in sys.argv:
+        silence()
+    # Imported here: SGLang warns of things while it is imported.
+    from a3_sglang.cli.app import app
+
     app()

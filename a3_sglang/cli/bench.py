@@ -5,17 +5,16 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from a3_sglang.cli.common import (
+    DtypeOption,
     JsonOption,
     ModelOption,
     Prompts,
+    VerboseOption,
     console,
     engine,
     environment,
@@ -23,10 +22,11 @@ from a3_sglang.cli.common import (
     generate,
     generate_all,
     print_table,
-    progress_console,
+    resolve_dtype,
     vocabulary_of,
     write_json,
 )
+from a3_sglang.cli.output import Step, steps
 
 SETTLE_SECONDS = 0.3
 PARTS = ("copy", "probe", "select", "recompute", "tail")
@@ -49,6 +49,8 @@ def ttft(
     repeats: Annotated[int, typer.Option(min=1, help="Measured pairs.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Requests that are sent at once.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    dtype: DtypeOption = "auto",
+    verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
     """Time to first token of shuffled chunks: stock SGLang's full prefill against a3.
@@ -61,10 +63,14 @@ def ttft(
     import sglang
 
     prompts = Prompts(vocabulary_of(model), context, chunks, seed)
-    room = {"chunked_prefill_size": 2 * context * batch}
-    with engine(model, None, **room) as running, _steps("stock", repeats) as step:
+    room = {"chunked_prefill_size": 2 * context * batch, "dtype": resolve_dtype(dtype)}
+    with engine(model, None, **room) as running, steps("measuring stock", repeats + 1) as step:
         stock = full_prefills(running, prompts, repeats, batch, step)
-    with environment(A3_TIMINGS="1"), engine(model, "a3", **room) as running, _steps("a3", repeats) as step:
+    with (
+        environment(A3_TIMINGS="1", A3_REPORT="exact"),
+        engine(model, "a3", **room) as running,
+        steps("measuring a3", repeats + 1) as step,
+    ):
         pairs = fused_prefills(running, prompts, ratio, repeats, batch, step)
     figures = summary(stock, pairs) | {
         "context": context,
@@ -73,6 +79,7 @@ def ttft(
         "repeats": repeats,
         "batch": batch,
         "device": _device(),
+        "dtype": room["dtype"],
         "sglang": sglang.__version__,
     }
     print_table(
@@ -90,10 +97,6 @@ def ttft(
     )
     console.print(f"{figures['device']}, SGLang {sglang.__version__}, {model}")
     write_json(json, figures)
-
-
-Step = Callable[[], None]
-"""Called after every measurement."""
 
 
 def full_prefills(running: Any, prompts: Prompts, repeats: int, batch: int, step: Step) -> list[float]:
@@ -135,20 +138,6 @@ def summary(stock: list[float], pairs: list[dict[str, float]]) -> dict[str, Any]
         "repeats_full_ms": stock,
         "repeats_a3_ms": [pair["a3_ms"] for pair in pairs],
     }
-
-
-@contextmanager
-def _steps(name: str, repeats: int) -> Iterator[Callable[[], None]]:
-    """Progress that is drawn between measurements only: drawing takes time from a CPU engine."""
-    with Progress(console=progress_console, auto_refresh=False) as progress:
-        task = progress.add_task(f"measuring {name}", total=repeats + 1)
-        progress.refresh()
-
-        def step() -> None:
-            progress.advance(task)
-            progress.refresh()
-
-        yield step
 
 
 def _pair(running: Any, prompts: Prompts, ratio: float, batch: int, swap: bool) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,26 +18,43 @@ from rich.console import Console
 from rich.table import Table
 
 from a3_sglang import seams
+from a3_sglang.cli.output import VERBOSE, working
+from a3_sglang.cpu import serving_dtype
 
 console = Console()
-progress_console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option(help="Model folder or Hub id.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="Dtype of the model, by SGLang's name; auto: on a CPU what runs fast on it.")
+]
+VerboseOption = Annotated[bool, typer.Option(VERBOSE, help="Show what SGLang and its libraries print.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def resolve_dtype(dtype: str) -> str:
+    """The dtype that a command serves its model in, which is printed with the reason."""
+    import torch
+
+    reason = "given with --dtype"
+    if dtype == "auto":
+        dtype, reason = ("auto", "the model's own") if torch.cuda.is_available() else serving_dtype()
+    console.print(f"dtype {dtype}: {reason}", highlight=False)
+    return dtype
 
 
 def engine_arguments(model: str, **overrides: Any) -> dict[str, Any]:
     """Arguments of ``sglang.Engine``; on a machine without a GPU those with which SGLang runs on the CPU."""
     import torch
 
-    arguments: dict[str, Any] = {"model_path": model, "log_level": "warning", "random_seed": 1}
+    level = "warning" if VERBOSE in sys.argv else "error"
+    arguments: dict[str, Any] = {"model_path": model, "log_level": level, "random_seed": 1}
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         arguments |= {
             "device": "cpu",
             "attention_backend": "torch_native",
             "disable_cuda_graph": True,
-            "dtype": "bfloat16",
+            "dtype": serving_dtype()[0],
             "max_total_tokens": 65536,
             "mem_fraction_static": 0.5,
         }
@@ -51,7 +69,7 @@ def engine(model: str, backend: str | None, **overrides: Any) -> Iterator[Any]:
     name = f"SGLang {sglang.__version__} " + (f"with --radix-cache-backend {backend}" if backend else "as it is")
     if backend is not None:
         overrides["radix_cache_backend"] = backend
-    with progress_console.status(f"Starting {name} ..."):
+    with working(f"starting {name}"):
         running = sglang.Engine(**engine_arguments(model, **overrides))
     try:
         yield running

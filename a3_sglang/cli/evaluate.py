@@ -15,19 +15,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import Progress
 
 from a3_sglang.cli.common import (
+    DtypeOption,
     JsonOption,
     ModelOption,
+    VerboseOption,
     engine,
     environment,
     flush,
     generate,
     print_table,
-    progress_console,
+    resolve_dtype,
     write_json,
 )
+from a3_sglang.cli.output import steps
 from a3_sglang.config import AUTO, DONOR_MODES, known_ratio, known_selector, suits
 from a3_sglang.evaluation import scores
 from a3_sglang.evaluation.prompts import Case, Writer
@@ -133,8 +135,16 @@ class Evaluation:
         report = self._reports[selector]
         reused = report["reused"] + report["recomputed"]
         row = (1 - make_selector(selector).fresh_layers / self.depth) / (reused + report["gap"])
-        rows = report["recomputed"] + (ratio - report["charged"]) / row
-        return float(min(max(rows / reused, 0), 1))
+        share = float(min(max((report["recomputed"] + (ratio - report["charged"]) / row) / reused, 0), 1))
+        # What matching in whole blocks leaves out counts towards a ratio, so it takes a little more than the share.
+        ratio = share
+        for _ in range(3):
+            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": ratio})
+            missing = share - out["meta_info"]["a3"]["recomputed"] / reused
+            if abs(missing) * reused < 1:
+                break
+            ratio = min(max(ratio + missing, 0.0), 1.0)
+        return ratio
 
     def _ask(self, ids: list[int], option: Any, answer: int | list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Logits (tokens, vocabulary) and the engine's answer; a list of token ids is forced on it."""
@@ -170,6 +180,8 @@ def evaluate(
     passage_tokens: Annotated[int, typer.Option(min=64, help="Tokens a passage keeps.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of made-up questions and of the passages' order.")] = 0,
     cells: Annotated[Path | None, typer.Option(help="Keep single results here and go on from them.")] = None,
+    dtype: DtypeOption = "auto",
+    verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
     """Mean KL divergence to the full prefill, agreement, F1 and exact match of every selector.
@@ -199,6 +211,7 @@ def evaluate(
         raise typer.BadParameter(f"there are only {len(questions)} questions", param_hint="--start")
     count = len(numbers)
     source = hashlib.sha256(data.read_bytes()).hexdigest()[:16] if data else task
+    served = resolve_dtype(dtype)
     settings = {
         "model_path": model,
         "questions": source,
@@ -207,20 +220,22 @@ def evaluate(
         "seed": seed,
         "charged": charged,
         "sglang": sglang.__version__,
+        "dtype": served,
     }
     done = {cell.key: cell for cell in _kept(cells, settings)}
     prefill = 4 * (passages + 2) * (passage_tokens + 32)
-    with Progress(console=progress_console) as progress:
-        steps = progress.add_task("asking", total=count * len(ways), completed=0)
+    before = sum((number, *way) in done for number in numbers for way in ways)
+    with steps("asking", count * len(ways), before) as step:
         for mode in dict.fromkeys(way[2] for way in ways):
             missing = {n: [way for way in ways if way[2] == mode and (n, *way) not in done] for n in numbers}
-            progress.advance(steps, sum(way[2] == mode for way in ways) * count - sum(map(len, missing.values())))
             if not any(missing.values()):
                 continue
+            options = {"A3_MIN_REUSE": "64", "A3_DONORS": mode, "A3_REPORT": "exact"}
+            arguments = {"disable_overlap_schedule": True, "chunked_prefill_size": prefill, "dtype": served}
             with (
                 tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,
-                environment(**{LOGITS_VARIABLE: folder, "A3_MIN_REUSE": "64", "A3_DONORS": mode}),
-                engine(model, "a3", disable_overlap_schedule=True, chunked_prefill_size=prefill) as running,
+                environment(**options, **{LOGITS_VARIABLE: folder}),
+                engine(model, "a3", **arguments) as running,
             ):
                 asking = Evaluation(running, mode, Path(folder), tokenizer, depth, charged)
                 for number, wanted in missing.items():
@@ -230,7 +245,7 @@ def evaluate(
                     for cell in asking.cells(number, case, questions[number].answers, wanted):
                         done[cell.key] = cell
                         _keep(cells, settings, cell)
-                        progress.advance(steps)
+                        step()
     rows = [summary(way, [done[(number, *way)] for number in numbers]) for way in ways]
     title = (
         f"a3-sglang eval {model}, {count} questions of {data or task}, {passages} passages of {passage_tokens} tokens"

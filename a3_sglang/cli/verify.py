@@ -13,18 +13,21 @@ import torch
 import typer
 
 from a3_sglang.cli.common import (
+    DtypeOption,
     JsonOption,
     ModelOption,
     Prompts,
+    VerboseOption,
     engine,
     environment,
     flush,
     generate,
     print_table,
-    progress_console,
+    resolve_dtype,
     vocabulary_of,
     write_json,
 )
+from a3_sglang.cli.output import working
 from a3_sglang.server.debug import DUMP_VARIABLE
 from a3_sglang.server.support import RefusedError
 
@@ -98,8 +101,8 @@ class Verification:
                 assert error == error, "NaN in the KV"
                 worst = max(worst, error)
             bits += worst == 0.0
-        eps = torch.finfo(torch.bfloat16).eps
-        assert worst <= eps, f"KV differs by {worst:.2e}, more than bf16 rounding ({eps:.2e})"
+        eps = torch.finfo(mine["k"].dtype).eps
+        assert worst <= eps, f"KV differs by {worst:.2e}, more than one rounding of its dtype ({eps:.2e})"
         return f"{count} prompts, same tokens, KV within {worst:.1e}, logprobs within {logprob:.1e}"
 
     def layer_zero(self) -> str:
@@ -116,7 +119,7 @@ class Verification:
         assert values, "layer-0 values of moved spans differ"
         a, b = mine["k"][0, :end].float(), theirs["k"][0, :end].float()
         error = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
-        assert error <= 4 * torch.finfo(torch.bfloat16).eps, f"layer-0 keys of moved spans differ by {error:.2e}"
+        assert error <= 4 * torch.finfo(mine["k"].dtype).eps, f"layer-0 keys of moved spans differ by {error:.2e}"
         return f"values equal, keys within {error:.1e} (rounding of two rotations)"
 
     def exact_wins(self) -> str:
@@ -174,12 +177,14 @@ def verify(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of the ratio-1.0 check.")] = 20,
     context: Annotated[int, typer.Option(min=256, help="Tokens of a prompt before its question.")] = 640,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    dtype: DtypeOption = "auto",
+    verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
     """Check the invariants on a live engine of this model. Exit status 0 only where all hold."""
     source = Prompts(vocabulary_of(model), context, 4, seed)
     plain = [source.shuffled() for _ in range(4)]
-    options: dict[str, Any] = {"chunked_prefill_size": 4 * context}
+    options: dict[str, Any] = {"chunked_prefill_size": 4 * context, "dtype": resolve_dtype(dtype)}
     with engine(model, None, **options) as running:
         stock = [answer(running, ids) for ids in plain]
         inert = "a3" not in stock[0]["meta_info"]
@@ -188,7 +193,7 @@ def verify(
     ]
     with (
         tempfile.TemporaryDirectory(prefix="a3-verify-") as folder,
-        environment(**{DUMP_VARIABLE: folder, "A3_MIN_REUSE": "64"}),
+        environment(**{DUMP_VARIABLE: folder, "A3_MIN_REUSE": "64", "A3_REPORT": "exact"}),
         engine(model, "a3", **options) as running,
     ):
         checks = Verification(running, stock, plain, Path(folder), source)
@@ -209,7 +214,7 @@ def verify(
             "7: no slot leaks",
         )
         for name, check in zip(names, wanted, strict=True):
-            with progress_console.status(f"{name} ..."):
+            with working(f"checking {name}"):
                 try:
                     rows.append((name, True, check()))
                 except AssertionError as error:

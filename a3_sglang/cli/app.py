@@ -1,0 +1,17 @@
+"""The subcommands of ``a3-sglang``; one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from a3_sglang.cli import bench, doctor, evaluate, verify
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="KV reuse at any position for SGLang: check an installation, verify a model, measure gain and answers.",
+)
+app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(bench.app, name="bench")

@@ -1,0 +1,90 @@
+"""What commands show while they work: little, and at once, wherever it goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+VERBOSE = "--verbose"
+progress_console = Console(stderr=True)
+
+
+def silence(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
+    """Keep SGLang's and its libraries' warnings off the screen, here and in the processes that will be started.
+
+    Errors stay, and so does everything if the user has set these variables.
+    """
+    for name, value in {
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }.items():
+        environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    logging.getLogger("sglang").setLevel(logging.ERROR)
+
+
+Step = Callable[[], None]
+"""To be called after every step."""
+
+
+@contextmanager
+def steps(title: str, total: int, done: int = 0, console: Console | None = None) -> Iterator[Step]:
+    """Progress of work in equal steps: a bar in a terminal, a line per step elsewhere.
+
+    It is drawn in the calls only, never between them: drawing takes time from a CPU engine that is being measured.
+
+    Args:
+        title: what is done.
+        total: steps.
+        done: of them, those that were done before.
+        console: where it is shown; stderr by default.
+    """
+    console = console or progress_console
+    if not console.is_terminal:
+        count, started = done, time.monotonic()
+        _say(console, f"{title}: {total - done} steps")
+
+        def line() -> None:
+            nonlocal count
+            count += 1
+            _say(console, f"{title}: {count}/{total} ({time.monotonic() - started:.0f} s)")
+
+        yield line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        progress.refresh()
+
+        def bar() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        yield bar
+
+
+@contextmanager
+def working(title: str, console: Console | None = None) -> Iterator[None]:
+    """A piece of work without steps: a spinner in a terminal, a line before and after it elsewhere."""
+    console = console or progress_console
+    if console.is_terminal:
+        with console.status(f"{title} ..."):
+            yield
+        return
+    started = time.monotonic()
+    _say(console, f"{title} ...")
+    yield
+    _say(console, f"{title}: done in {time.monotonic() - started:.0f} s")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
