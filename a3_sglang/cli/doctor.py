@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from a3_sglang.cli.common import JsonOption, print_table, write_json
+from a3_sglang.cli.common import JsonOption, VerboseOption, print_table, write_json
 
 
 def doctor(
     model: Annotated[str | None, typer.Option(help="Also check whether this model can be served.")] = None,
+    verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
     """Check versions, the plugin, SGLang's seams and, with --model, the model. Exit status 1 where one is wrong."""
