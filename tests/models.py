@@ -1,0 +1,55 @@
+"""Small random models of many architectures, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+VOCABULARY = 512
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {}),
+    "Llama with llama3 RoPE": ("LlamaConfig", {"rope_scaling": LLAMA3}),
+    "Llama with YaRN": ("LlamaConfig", {"rope_scaling": YARN}),
+    "Qwen2": ("Qwen2Config", {}),
+    "Qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {"head_dim": 32, **MOE}),
+    "GLM-4": ("Glm4Config", {"head_dim": 32}),
+    "Phi-3": ("Phi3Config", {}),
+    "Cohere": ("CohereConfig", {}),
+    "Granite": ("GraniteConfig", {}),
+    # SGLang serves OLMo with as many KV heads as query heads only.
+    "OLMo": ("OlmoConfig", {"num_key_value_heads": 4}),
+    "OLMo-2": ("Olmo2Config", {}),
+    "StableLM": ("StableLmConfig", {"partial_rotary_factor": 0.25}),
+    "GPT-NeoX": ("GPTNeoXConfig", {"rotary_pct": 0.25}),
+}
+"""transformers' config class and what differs from :data:`SHAPE`."""
+
+
+def config_of(name: str) -> Any:
+    """A transformers config of this architecture."""
+    kind, overrides = ARCHITECTURES[name]
+    return getattr(transformers, kind)(**SHAPE | overrides)

@@ -1,0 +1,76 @@
+"""Every kind of model that is let in works: small random ones of many architectures, each on an engine of its own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, VOCABULARY, config_of
+from tiny import save_random_model
+from torch.testing import assert_close
+
+from a3_sglang.cache.report import PARTS
+from a3_sglang.cli.common import engine, environment, flush, generate
+from a3_sglang.server.support import RefusedError
+
+pytestmark = [pytest.mark.engine, pytest.mark.core]
+
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "chunked_prefill_size": 2048,
+    "max_total_tokens": 8192,
+    "context_length": 4096,
+}
+REFUSED: dict[str, str] = {}
+"""What a3 says of the architectures that it does not serve."""
+
+
+def tokens(count: int) -> list[int]:
+    return [random.randrange(5, VOCABULARY) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_equals_its_full_prefill_or_is_refused(name: str, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "model", config_of(name), Path())
+    if name in REFUSED:
+        with pytest.raises(RefusedError, match=REFUSED[name]), engine(str(folder), "a3", **ARGUMENTS):
+            pass
+        return
+    with environment(A3_DUMP_KV=str(tmp_path), A3_REPORT="exact"), engine(str(folder), "a3", **ARGUMENTS) as running:
+
+        def ask(ids: list[int], a3: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+            out = generate(running, ids, 6, a3, return_logprob=True)
+            return out, torch.load(tmp_path / f"{out['meta_info']['id']}.pt")
+
+        # Long passages with little between them, a gap, and a question.
+        passages = [tokens(200) for _ in range(4)]
+        prompt = [*tokens(3), *passages[2], *passages[0], *tokens(30), *passages[1], *tokens(40)]
+        full, exact = ask(prompt, False)
+        for ratio in (1.0, 0.2):
+            flush(running)
+            ask([token for passage in passages for token in passage], False)
+            fused, kv = ask(prompt, {"ratio": ratio})
+            report = fused["meta_info"]["a3"]
+            assert report["reason"] is None
+            assert sum(report[part] for part in PARTS) == len(prompt)
+            end = len(prompt) - report["tail"]
+            assert end > 500
+            if ratio == 1.0:
+                assert report["reused"] == 0
+                assert fused["output_ids"] == full["output_ids"]
+                for part in "kv":
+                    assert_close(kv[part][:, :end], exact[part][:, :end], rtol=1e-3, atol=1e-4)
+                continue
+            assert report["reused"] > 400
+            # Layer 0 has seen no context; deeper layers have, so copied rows differ there.
+            for part in "kv":
+                assert_close(kv[part][0, :end], exact[part][0, :end], rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(kv["v"][-1, :end], exact["v"][-1, :end], rtol=1e-3, atol=1e-4)
+        # A plain request afterwards answers as at the beginning, and all slots come back.
+        flush(running)
+        assert ask(prompt, False)[0]["output_ids"] == full["output_ids"]
+        flush(running)
