@@ -311,10 +311,10 @@ REFUSED = (
         ("enable_unified_cache_external_linker",),
         ("unified_cache_external_linker_backend", "unified_cache_external_linker_config", "enable_linker_mla_dedup"),
     ),
-    Feature("sparse attention does not read all of the KV a3 fills", ("enable_hisparse",), ("hisparse_config",)),
+    Feature("hierarchical sparse attention is not supported", ("enable_hisparse",), ("hisparse_config",)),
     Feature("streaming sessions are not supported", ("enable_streaming_session",)),
     Feature(
-        "a3's passes would run with the adapters of the batch before; LoRA is not supported yet",
+        "LoRA is not supported yet; recompute would run with the adapters of the previous batch",
         ("enable_lora", "lora_paths"),
         (
             "enable_lora_overlap_loading",
@@ -386,32 +386,30 @@ REFUSED = (
         ),
     ),
     Feature(
-        "the model returns a tuple with it, which a3 does not take apart",
+        "the model then returns a tuple, which a3 does not handle",
         ("enable_return_aux_hidden_states",),
         ("aux_hidden_state_capture", "return_aux_hidden_state_layer_ids"),
     ),
     Feature(
-        "what a3's passes record would be returned as the request's own",
+        "requests would get what was recorded in a3's own passes",
         ("enable_return_routed_experts", "enable_return_indexer_topk"),
     ),
     Feature(
-        "diffusion models attend in both directions, reused KV does not",
+        "diffusion models attend in both directions, a3 is causal",
         ("dllm_algorithm",),
         ("dllm_algorithm_config", "dllm_fdfo"),
     ),
     Feature(
-        "the canary takes KV that a3 copied for corruption",
+        "the canary would report copied KV as corrupt",
         ("kv_canary",),
         ("kv_canary_real_data", "kv_canary_sweep_interval"),
     ),
     Feature(
-        "multiplexed prefills bypass the step in which a3 fills their KV",
+        "multiplexed prefills skip the step that fills reused KV",
         ("enable_pdmux",),
         ("pdmux_config_path", "sm_group_num"),
     ),
-    Feature(
-        "it splits the batches whose KV a3 fills", ("enable_two_batch_overlap",), ("tbo_token_distribution_threshold",)
-    ),
+    Feature("two-batch overlap is not supported", ("enable_two_batch_overlap",), ("tbo_token_distribution_threshold",)),
     Feature("tensor parallelism is not supported yet", ("tp_size",)),
     Feature(
         "pipeline parallelism is not supported yet",
@@ -440,7 +438,7 @@ REFUSED = (
         ),
     ),
     Feature(
-        "data-parallel attention is not supported; --dp-size is",
+        "data-parallel attention is not supported (--dp-size is)",
         ("enable_dp_attention", "attn_dp_size"),
         ("enable_dp_attention_local_control_broadcast", "enable_dp_lm_head", "enable_tp_lm_head_all_to_all"),
     ),
@@ -509,7 +507,7 @@ REFUSED = (
         ("enable_http_worker_reuseport",),
     ),
     Feature(
-        "this gRPC server bypasses the tokenizer manager, so custom_params would not be checked (--grpc-port does not)",
+        "this gRPC server bypasses the tokenizer manager, so custom_params would not be checked; use --grpc-port",
         ("smg_grpc_mode", "grpc_mode"),
         ("smg_http_sidecar_port",),
     ),

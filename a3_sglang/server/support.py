@@ -18,6 +18,9 @@ SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 _OFF = (None, False, "", "null", "none")
 
+# Fields that are called differently on the command line; those of allowed fields are never shown.
+_CLI_NAMES = {"ep_join_mode": "elastic_ep_join_mode", "ep_join_rank_offset": "elastic_ep_join_rank_offset"}
+
 # Allowed, or refused before the unknown ones are looked for.
 _DECIDED = ALLOWED | CHECKED | {name for feature in REFUSED for name in (*feature.switches, *feature.details)}
 
@@ -103,7 +106,8 @@ def _known_right(name: str, value: Any) -> bool:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.strip("_").replace("_", "-")
+    """The option as it is written on the command line."""
+    return "--" + _CLI_NAMES.get(name, name).strip("_").replace("_", "-")
 
 
 def model_refusal(model_config: Any) -> str | None:
