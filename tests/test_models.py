@@ -15,7 +15,7 @@ from tiny import save_random_model
 from torch.testing import assert_close
 
 from a3_sglang.cache.report import PARTS
-from a3_sglang.cli.common import engine, environment, flush, generate
+from a3_sglang.cli.common import engine, engine_arguments, environment, flush, generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.core]
 
@@ -38,11 +38,12 @@ def tokens(count: int) -> list[int]:
 def test_a_model_equals_its_full_prefill_or_is_refused(name: str, tmp_path: Path) -> None:
     folder = save_random_model(tmp_path / "model", config_of(name), Path())
     if name in REFUSED:
-        # SGLang kills the whole process if its scheduler cannot start.
-        command = [sys.executable, "-P", "-c", "from a3_sglang.cli import main; main()", "verify", "--model", folder]
-        done = subprocess.run(
-            [*command, "--dtype", "float32"], capture_output=True, text=True, timeout=300, check=False
-        )
+        # In a process of its own: SGLang ends the whole process if its scheduler cannot start.
+        arguments = engine_arguments(str(folder), radix_cache_backend="a3", **ARGUMENTS)
+        code = f"import sglang\nif __name__ == '__main__':\n    sglang.Engine(**{arguments!r})\n"
+        (tmp_path / "start.py").write_text(code)
+        command = [sys.executable, "-P", tmp_path / "start.py"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode != 0
         assert f"RefusedError: --radix-cache-backend a3: {REFUSED[name]}" in done.stderr
         return
