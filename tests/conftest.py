@@ -1,11 +1,11 @@
-"""Shared pieces of the engine tests: one real engine at a time, real weights, real tokens."""
+"""Shared pieces of the tests: dtype, models, the shared engine, order, and what is said at the end."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import random
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +23,16 @@ for module in ("triton.experimental.gluon.language", *(f"a3_sglang.kernels.{name
     importlib.import_module(module)
 os.environ.pop("TRITON_INTERPRET", None)
 
-from traffic import MIN_REUSE, Traffic
+from a3_sglang.cpu import serving_dtype
 
-from a3_sglang.cli.common import engine, environment
+DTYPE_GIVEN = os.environ.get("A3_TEST_DTYPE")
+DTYPE, WHY = (DTYPE_GIVEN, "A3_TEST_DTYPE") if DTYPE_GIVEN else serving_dtype()
+os.environ["A3_TEST_DTYPE"] = DTYPE
+
+import forking
+from engines import ENGINES, STARTS, Engines, prepare
+from tiny import save_random_model, tiny_llama
+from traffic import Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
@@ -36,31 +43,89 @@ settings.load_profile("a3")
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
+    terminalreporter.write_line(f"engines and servers started: {STARTS.count}, in {STARTS.seconds:.0f} s")
+    terminalreporter.write_line(f"dtype of the engines: {DTYPE} ({WHY})")
     terminalreporter.write_line(f"GPU tests skipped: {len(skipped)}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests without an engine come first, then those that share one, by what they need of it."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    kinds: dict[str, int] = {}
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        if "engine" not in item.keywords:
+            return 0, 0
+        if not shares(item):
+            return 2, 0
+        return 1, kinds.setdefault(repr(wanted(item)), len(kinds))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The fork server imports SGLang while the first tests run."""
+    # What CUDA has begun cannot be forked.
+    wanted = any("engine" in item.keywords for item in session.items) and not session.config.option.collectonly
+    if wanted and not torch.cuda.is_available():
+        forking.install()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The shared engine is stopped before a test that may start its own, or should not see its variables."""
+    if not shares(item):
+        ENGINES.stop()
+    if "engine" in item.keywords:
+        prepare()
+
+
+def pytest_sessionfinish() -> None:
+    ENGINES.stop()
+
+
+def shares(item: pytest.Item) -> bool:
+    return "engines" in getattr(item, "fixturenames", ())
+
+
+def wanted(item: Any) -> dict[str, Any]:
+    """What a module says of the engine it shares, in capitals."""
+    return {name: getattr(item.module, name, default) for name, default in SAID.items()}
+
+
+SAID: dict[str, Any] = {"MODEL": "tiny", "ENGINE": {}, "OPTIONS": {}}
+"""``MODEL``: "tiny" or "model", the name of the fixture; ``ENGINE``: its arguments; ``OPTIONS``: its variables."""
 
 
 @pytest.fixture(scope="session")
 def model() -> str:
+    """Folder of SmolLM2-135M: for what needs language, and for real weights."""
     folder = os.environ.get("A3_TEST_MODEL")
     if not folder:
         pytest.fail("A3_TEST_MODEL names no model folder: run `make test`")
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small random Llama with the tokenizer of SmolLM2."""
+    return str(save_random_model(tmp_path_factory.mktemp("models") / "tiny", tiny_llama(), Path(model)))
+
+
+@pytest.fixture(scope="session")
+def engines() -> Engines:
+    """The engine that tests share; ask it for one in a fixture of a module, not of a test."""
+    return ENGINES
+
+
 @pytest.fixture(scope="module")
-def traffic(model: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Traffic]:
-    """An engine with the backend a3; a module's ``ENGINE`` dict overrides its arguments, ``OPTIONS`` its options."""
-    folder = tmp_path_factory.mktemp("kv")
-    arguments = {"chunked_prefill_size": 2048, "max_total_tokens": 16384} | getattr(request.module, "ENGINE", {})
-    with (
-        environment(A3_DUMP_KV=str(folder), A3_MIN_REUSE=MIN_REUSE, **getattr(request.module, "OPTIONS", {})),
-        engine(model, "a3", **arguments) as running,
-    ):
-        yield Traffic(running, seed=random.randrange(1 << 30), folder=folder)
+def traffic(engines: Engines, request: pytest.FixtureRequest) -> Traffic:
+    """Requests to a shared engine with the backend a3, see :data:`SAID`."""
+    said = wanted(request)
+    running, folder = engines.get(
+        request.getfixturevalue(said["MODEL"]), "a3", options=said["OPTIONS"], **said["ENGINE"]
+    )
+    return Traffic(running, seed=random.randrange(1 << 30), folder=folder)

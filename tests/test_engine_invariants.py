@@ -7,28 +7,25 @@ import time
 
 import pytest
 import torch
-from traffic import Traffic, answer
+from engines import POOL, Engines
+from tolerance import distance, roundings, turned
+from traffic import Traffic, answer, parts
 
-from a3_sglang.cli.common import engine, flush
+from a3_sglang.cli.common import flush
 
 pytestmark = [pytest.mark.engine, pytest.mark.core]
-BF16 = torch.finfo(torch.bfloat16).eps
-
-
-def parts(report: dict) -> int:
-    return sum(report[key] for key in ("prefix", "reused", "recomputed", "gap", "tail"))
 
 
 @pytest.fixture(scope="module")
-def stock(model: str) -> list:
+def stock(engines: Engines, tiny: str) -> list:
     """Prompts and their answers on a stock engine, which is stopped before the other starts."""
-    with engine(model, None, chunked_prefill_size=2048, max_total_tokens=16384) as running:
-        source = Traffic(running, seed=5)
-        prompts = [source.prompt() for _ in range(10)]
-        # An option that is none for a stock engine, on a prompt that leaves no prefix for the others.
-        source.ask(source.tokens(60), {"ratio": "nonsense"})
-        # Twice: once computed whole, once behind a cached prefix.
-        return [(ids, source.ask(ids), source.ask(ids)) for ids in prompts]
+    running, _ = engines.get(tiny, None)
+    source = Traffic(running, seed=5)
+    prompts = [source.prompt() for _ in range(10)]
+    # An option that is none for a stock engine, on a prompt that leaves no prefix for the others.
+    source.ask(source.tokens(60), {"ratio": "nonsense"})
+    # Twice: once computed whole, once after a cached prefix.
+    return [(ids, source.ask(ids), source.ask(ids)) for ids in prompts]
 
 
 def test_stock_engine_is_untouched(stock):
@@ -64,8 +61,7 @@ def beside_fused(traffic):
     flush(traffic.running)
     alone = traffic.kv(traffic.ask(plain, False))
     for part in ("k", "v"):
-        error = (during[part].float() - alone[part].float()).norm() / alone[part].float().norm()
-        assert error < 0.02
+        assert distance(during[part], alone[part]) < roundings(5)
 
 
 def test_ratio_one_is_a_full_prefill(traffic):
@@ -77,7 +73,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
         traffic.ask(traffic.prompt(list(range(8))), False)
         ids = traffic.prompt(random.sample(range(7, -1, -1), 5))
         # A passage that nobody has, before the last one.
-        at = len(ids) - 90
+        at = len(ids) - 110
         ids[at:at] = traffic.tokens(random.randrange(1, 60))
         fused = traffic.ask(ids, {"ratio": 1.0})
         report = fused["meta_info"]["a3"]
@@ -110,13 +106,13 @@ def test_moved_spans_have_fresh_layer_zero_kv(traffic):
     end = len(ids) - report["tail"]
     assert torch.equal(mine["v"][0, :end], theirs["v"][0, :end])
     error = (mine["k"][0, :end].float() - theirs["k"][0, :end].float()).norm(dim=-1)
-    assert (error <= 4 * BF16 * theirs["k"][0, :end].float().norm(dim=-1)).all()
+    assert (error <= (roundings(8) + turned(end)) * theirs["k"][0, :end].float().norm(dim=-1)).all()
     # And deeper layers differ, so the comparison above says something.
-    assert not torch.equal(mine["v"][5, :end], theirs["v"][5, :end])
+    assert distance(mine["v"][5, :end], theirs["v"][5, :end]) > 0.05
 
 
 def test_exact_prefix_wins(traffic):
-    """2 and 5: what stands behind the same tokens is a prefix, however many donors hold it elsewhere."""
+    """2 and 5: what comes after the same tokens is a prefix, however many donors hold it elsewhere."""
     flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([3, 2, 1, 0]), False)
@@ -167,7 +163,8 @@ def test_picked_rows_do_not_depend_on_the_batch(traffic):
     mine, theirs = traffic.kv(alone), traffic.kv(outs[3])
     assert outs[3]["meta_info"]["a3"] == alone["meta_info"]["a3"]
     end = len(ids) - 40
-    torch.testing.assert_close(mine["k"][:, :end].float(), theirs["k"][:, :end].float(), rtol=0.05, atol=0.05)
+    for part in ("k", "v"):
+        assert distance(mine[part][:, :end], theirs[part][:, :end]) < roundings(5)
 
 
 def test_bad_options_name_the_field_and_lose_nothing(traffic):
@@ -206,5 +203,5 @@ def test_all_slots_come_back(traffic):
     flush(traffic.running)
     time.sleep(1.5)
     usage = traffic.running.get_server_info()["internal_states"][0]
-    assert usage["memory_usage"]["token_capacity"] == 16384
+    assert usage["memory_usage"]["token_capacity"] == POOL["max_total_tokens"]
     assert traffic.ask(traffic.prompt(), False)["meta_info"]["cached_tokens"] == 0

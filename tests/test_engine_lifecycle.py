@@ -7,14 +7,16 @@ import random
 
 import pytest
 import torch
+from engines import Engines
+from tolerance import distance, roundings
 from torch.testing import assert_close
-from traffic import MIN_REUSE, Traffic, answer
+from traffic import Traffic, answer, parts
 
-from a3_sglang.cli.common import engine, environment, flush
+from a3_sglang.cli.common import flush
 
 pytestmark = pytest.mark.engine
 
-SMALL = {"chunked_prefill_size": 256, "max_total_tokens": 2600, "max_running_requests": 6}
+SMALL = {"chunked_prefill_size": 256, "max_total_tokens": 4096, "max_running_requests": 6}
 CONFIGURATIONS = {
     "overlap": {},
     "no overlap, pages of 16": {"disable_overlap_schedule": True, "page_size": 16},
@@ -28,22 +30,18 @@ def configuration(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def stock(model: str, configuration: str) -> list:
+def stock(engines: Engines, tiny: str, configuration: str) -> list[tuple[list[int], list[int]]]:
     """Plain prompts and a stock engine's answers, with the same pool and chunk size."""
-    with engine(model, None, **SMALL, **CONFIGURATIONS[configuration]) as running:
-        source = Traffic(running, seed=11)
-        prompts = [source.prompt(question=30) for _ in range(12)]
-        return [(ids, list(source.ask(ids)["output_ids"])) for ids in prompts]
+    running, _ = engines.get(tiny, None, **SMALL, **CONFIGURATIONS[configuration])
+    source = Traffic(running, seed=11)
+    prompts = [source.prompt(question=30) for _ in range(12)]
+    return [(ids, list(source.ask(ids)["output_ids"])) for ids in prompts]
 
 
 @pytest.fixture(scope="module")
-def small(model: str, configuration: str, stock: list, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("kv")
-    with (
-        environment(A3_DUMP_KV=str(folder), A3_MIN_REUSE=MIN_REUSE),
-        engine(model, "a3", **SMALL, **CONFIGURATIONS[configuration]) as running,
-    ):
-        yield Traffic(running, seed=11, folder=folder)
+def small(engines: Engines, tiny: str, configuration: str, stock: list) -> Traffic:
+    running, folder = engines.get(tiny, "a3", **SMALL, **CONFIGURATIONS[configuration])
+    return Traffic(running, seed=11, folder=folder)
 
 
 def layer_zero(kv: dict[str, torch.Tensor], end: int) -> torch.Tensor:
@@ -60,6 +58,8 @@ def test_random_requests(small, stock, configuration):
     """
     chooser = random.Random(random.randrange(1 << 30))
     seen = {"fused": 0, "plain": 0, "aborted": 0, "bad": 0}
+    kinds = [*["fused"] * 5, *["plain", "aborted"] * 2, "bad"] * (REQUESTS[configuration] // 10)
+    chooser.shuffle(kinds)
     of_token: dict[int, torch.Tensor] = {}
     for ids in (small.system, *small.documents):
         of_token |= zip(ids, layer_zero(small.kv(small.ask(ids, False, 1)), len(ids)), strict=True)
@@ -67,8 +67,8 @@ def test_random_requests(small, stock, configuration):
 
     async def one(number: int) -> None:
         nonlocal checked, written
-        await asyncio.sleep(chooser.random())
-        kind = chooser.choices(["fused", "plain", "aborted", "bad"], [5, 2, 2, 1])[0]
+        await asyncio.sleep(chooser.random() * 0.5)
+        kind = kinds[number]
         params = {"temperature": 0, "max_new_tokens": chooser.randrange(1, 9), "ignore_eos": True}
         if kind == "plain":
             ids, expected = chooser.choice(stock)
@@ -87,21 +87,20 @@ def test_random_requests(small, stock, configuration):
                 task = asyncio.ensure_future(
                     small.running.async_generate(input_ids=ids, sampling_params=params, rid=rid)
                 )
-                await asyncio.sleep(chooser.random() * 3)
+                await asyncio.sleep(chooser.random())
                 small.running.tokenizer_manager.abort_request(rid)
                 await task
             else:
                 out = await small.running.async_generate(input_ids=ids, sampling_params=params)
                 report = out["meta_info"]["a3"]
-                total = sum(report[key] for key in ("prefix", "reused", "recomputed", "gap", "tail"))
-                assert total == len(ids), report
+                assert parts(report) == len(ids), report
                 seen["fused"] += report["reason"] is None
                 end = len(ids) - report["tail"]
                 # A last page may reach into the question.
                 known = [p for p, token in enumerate(ids[:end]) if token in of_token]
                 expected = torch.stack([of_token[ids[p]] for p in known])
-                # Some roundings of bf16: rows are computed and turned in groups of any size.
-                assert_close(layer_zero(small.kv(out), end)[known], expected, rtol=0.02, atol=0.02)
+                # Some roundings: rows are computed and turned in groups of any size.
+                assert_close(layer_zero(small.kv(out), end)[known], expected, rtol=roundings(5), atol=roundings(5))
                 checked += report["reused"]
                 written += len(ids) - report["prefix"]
                 return
@@ -127,23 +126,18 @@ def test_long_tail_is_chunked_after_fusion(small):
     small.renew()
     small.ask(small.prompt([0, 1, 2, 3]), False)
     ids = small.prompt([3, 1, 0], question=700)
-    fused = small.ask(ids, {"ratio": 1.0}, 1, top_logprobs_num=20)
+    fused = small.ask(ids, {"ratio": 1.0}, 1)
     assert fused["meta_info"]["a3"]["reason"] is None
     assert fused["meta_info"]["a3"]["tail"] > 256
-    full = small.ask(ids, False, 1, top_logprobs_num=20)
-    # Kernels round by the chunks, which begin elsewhere; the likely tokens are the same and as likely.
-    mine, theirs = ({token: logprob for logprob, token, *_ in top(out)} for out in (fused, full))
-    both = mine.keys() & theirs.keys()
-    assert len(both) >= 15
-    assert sum(abs(mine[token] - theirs[token]) for token in both) / len(both) < 0.15
-
-
-def top(out):
-    return out["meta_info"]["output_top_logprobs"][0]
+    full = small.ask(ids, False, 1)
+    mine, theirs = small.kv(fused), small.kv(full)
+    # Kernels round by the chunks, which begin elsewhere.
+    for part in ("k", "v"):
+        assert distance(mine[part], theirs[part]) < roundings(5)
 
 
 def test_evicted_donors_are_a_miss(small):
-    """Donors that the pool had no room for any more give a full prefill and a reason."""
+    """Donors that were evicted give a full prefill and a reason."""
     flush(small.running, 60)
     small.renew()
     small.ask(small.prompt([0, 1, 2, 3]), False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import chain
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
     cells, out = tmp_path / "cells.jsonl", tmp_path / "out.json"
     arguments: dict[str, Any] = {
         "model": model,
+        "dtype": os.environ["A3_TEST_DTYPE"],
         "task": "facts",
         "selectors": "probe,random,reuse",
         "ratios": "0.15",
@@ -171,7 +173,8 @@ def test_eval_on_the_engine(model: str, tmp_path):
         assert rows["full", donors]["kl"] == 0
         assert rows["full", donors]["agreement"] == 1
         assert rows["full", donors]["charged"] == 1
-        assert rows["reuse", donors]["charged"] == 0
+        # Nothing is recomputed, but blocks leave out up to 30 tokens of each passage.
+        assert rows["reuse", donors]["charged"] < 30 / 150
         assert rows["reuse", donors]["kl"] > max(rows[NOISE, donors]["kl"], 1e-6)
         assert rows["probe", donors]["kl"] < rows["reuse", donors]["kl"]
         assert 0.15 <= rows["probe", donors]["charged"] < 0.35

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_random_model, tiny_llama
-from traffic import MIN_REUSE, Traffic, answer
+from engines import OPTIONS
+from traffic import Traffic, answer
 
 from a3_sglang.cache.breaker import LIMIT
 from a3_sglang.cache.report import PARTS
@@ -70,12 +70,11 @@ class Faulty:
 
 
 @pytest.fixture(scope="module")
-def faulty(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    folder = tmp_path_factory.mktemp("faults")
-    faults, tiny = folder / "stages", save_random_model(folder / "model", tiny_llama(), Path(model))
+def faulty(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    faults = tmp_path_factory.mktemp("faults") / "stages"
     with (
-        environment(**STRICT, **{VARIABLE: str(faults)}, A3_MIN_REUSE=MIN_REUSE, A3_REPORT="exact"),
-        engine(str(tiny), "a3", **ARGUMENTS) as running,
+        environment(**STRICT, **{VARIABLE: str(faults)}, **OPTIONS),
+        engine(tiny, "a3", **ARGUMENTS) as running,
     ):
         yield Faulty(Traffic(running, seed=3), faults)
 

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +19,30 @@ SHARED = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
 
 
-@pytest.fixture(scope="module", params=[80, 90])
-def compiled(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, int]]]:
-    """What each kernel needs on A100 (80) and H100 (90)."""
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """Both compile at the same time."""
     script = Path(__file__).with_name("compile_kernels.py")
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-P", script, str(request.param)], env=variables, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = {
+        arch: subprocess.Popen([sys.executable, "-P", script, str(arch)], env=variables, **pipes) for arch in SHARED
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module", params=SHARED)
+def compiled(
+    request: pytest.FixtureRequest, compilers: dict[int, subprocess.Popen[str]]
+) -> tuple[int, dict[str, dict[str, int]]]:
+    """What each kernel needs on A100 (80) and H100 (90)."""
+    process = compilers[request.param]
+    shown, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return request.param, json.loads(shown)
 
 
 def test_all_kernels_compile_and_fit(compiled):

@@ -22,6 +22,7 @@ def tiny_llama(**overrides: Any) -> LlamaConfig:
         "num_key_value_heads": 2,
         "vocab_size": 49152,
         "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,

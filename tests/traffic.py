@@ -10,12 +10,12 @@ import torch
 
 from a3_sglang.cli.common import generate
 
-MIN_REUSE = "64"
-"""The tests' prompts are short; below this many reusable tokens they get a full prefill."""
-
 
 class Traffic:
-    """Prompts over a fixed set of documents, and requests to one engine."""
+    """Prompts over a fixed set of documents, and requests to one engine.
+
+    Spans begin and end at blocks of 16 of the donor's tokens, so up to 30 tokens of a document may be no span.
+    """
 
     def __init__(self, running: Any, seed: int, folder: Path | None = None) -> None:
         self.running, self.random, self.folder = running, random.Random(seed), folder
@@ -23,7 +23,7 @@ class Traffic:
         self.renew()
 
     def renew(self) -> None:
-        self.documents = [self.tokens(self.random.randrange(50, 100)) for _ in range(8)]
+        self.documents = [self.tokens(self.random.randrange(90, 160)) for _ in range(8)]
 
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(5, 49000) for _ in range(count)]
@@ -38,6 +38,11 @@ class Traffic:
     def kv(self, out: dict[str, Any]) -> dict[str, torch.Tensor]:
         assert self.folder is not None
         return torch.load(self.folder / f"{out['meta_info']['id']}.pt")
+
+
+def parts(report: dict[str, Any]) -> int:
+    """All tokens of the prompt, as the report counts them."""
+    return sum(report[name] for name in ("prefix", "reused", "recomputed", "gap", "tail"))
 
 
 def answer(out: dict[str, Any]) -> tuple[list[int], list[float]]:

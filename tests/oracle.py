@@ -1,0 +1,88 @@
+"""A fused request on the engine, and what a Llama in float64 makes of the same donor and rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from reference import Llama, backwards, gaps, reused, rope64, spread64
+from tolerance import distance, roundings, turned
+from traffic import Traffic
+
+from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.cli.common import flush
+from a3_sglang.drift import BLOCK
+from a3_sglang.fusion.plan import Plan, make_plan
+
+SPREAD = {"ratio": 0.25}
+"""The option with which the rows between the recomputed ones are corrected."""
+
+
+class Fused:
+    """One fused request: the engine's KV, and the oracle's of the same donor, moved.
+
+    Attributes:
+        engine: KV of the engine, ``{"k", "v"}`` of (layers, tokens, kv_heads, head_dim) each.
+        copied: keys and values of each layer, float64; the spans' as they are copied, the rest the prompt's own.
+        rows: positions that the engine computed: recomputed ones and gaps.
+    """
+
+    def __init__(self, traffic: Traffic, oracle: Llama, option: dict) -> None:
+        traffic.renew()
+        flush(traffic.running)
+        donor = traffic.prompt([1, 4, 6, 2])
+        traffic.ask(donor, False, tokens=1)
+        prompt = traffic.prompt([6, 1, 2, 4])
+        out = traffic.ask(prompt, option, tokens=1)
+        self.engine, self.report = traffic.kv(out), out["meta_info"]["a3"]
+        self.tokens, self.oracle = torch.tensor(prompt), oracle
+        self.plan = self._plan(donor, prompt)
+        self.reused = reused(self.plan)
+        assert self.plan.prefix == self.report["prefix"]
+        assert len(self.reused) == self.report["reused"] + self.report["recomputed"]
+        self.recomputed = self.engine["recomputed"]
+        self.rows = torch.cat([self.recomputed, gaps(self.plan)]).sort().values
+        # The oracle's own KV of the donor, moved; of the prefix it is the prompt's own.
+        self.copied = [[layer.clone() for layer in part] for part in oracle.prefill64(self.tokens)[:2]]
+        of_donor = oracle.prefill64(torch.tensor(donor))[:2]
+        table = oracle.ropes[0].cos_sin.double()
+        for span in self.plan.spans:
+            new, old = slice(span.start, span.end), slice(span.offset, span.offset + span.length)
+            for layer in range(oracle.depth):
+                raw = rope64(of_donor[0][layer][old], backwards(table[old]), oracle.neox)
+                self.copied[0][layer][new] = rope64(raw, table[new], oracle.neox)
+                self.copied[1][layer][new] = of_donor[1][layer][old]
+
+    @staticmethod
+    def _plan(donor: list[int], prompt: list[int]) -> Plan:
+        index = AnyPositionIndex(32)
+        index.add("", donor)
+        prefix = next(i for i, (a, b) in enumerate(zip(donor, prompt, strict=False)) if a != b)
+        plan = make_plan(index.find("", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)
+        assert plan is not None
+        return plan
+
+    def error(self, part: int, layer: int, expected: torch.Tensor, rows: torch.Tensor) -> float:
+        """Relative distance of the engine's keys (0) or values (1) from what is expected."""
+        return distance(self.engine["kv"[part]][layer][rows], expected[rows])
+
+
+def check(traffic: Traffic, oracle: Llama, option: dict) -> None:
+    """Copied, rotated, recomputed and corrected KV, layer by layer."""
+    fused = Fused(traffic, oracle, option)
+    spread = option == SPREAD
+    correct = spread64(oracle, fused.plan, fused.recomputed, BLOCK) if spread else None
+    expected = oracle.rows64(fused.tokens, fused.rows, *fused.copied, correct)[:2]
+    context = torch.arange(fused.plan.end)
+    kept = fused.reused[~torch.isin(fused.reused, fused.recomputed)]
+    errors = [
+        [fused.error(part, layer, expected[part][layer], context) for layer in range(oracle.depth)] for part in (0, 1)
+    ]
+    # A deep layer of the engine is some tens of roundings away from float64.
+    assert max(map(max, errors)) < roundings(12) + turned(len(fused.tokens))
+    if spread:
+        # In the middle of the model the correction is larger than rounding, so that its absence would show.
+        middle = range(oracle.depth // 4, oracle.depth * 4 // 5)
+        for part in (0, 1):
+            here = [fused.error(part, layer, expected[part][layer], kept) for layer in middle]
+            without = [fused.error(part, layer, fused.copied[part][layer], kept) for layer in middle]
+            assert sum(without) > 1.5 * sum(here)

@@ -1,0 +1,40 @@
+"""A trained model on the engine: its attention and its drift are not those of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import SPREAD, check
+from reference import Llama
+from traffic import Traffic, answer, parts
+
+from a3_sglang.cli.common import flush
+
+pytestmark = [pytest.mark.engine, pytest.mark.core]
+
+MODEL = "model"
+
+
+def test_ratio_one_is_a_full_prefill(traffic: Traffic):
+    for _ in range(2):
+        flush(traffic.running)
+        traffic.renew()
+        traffic.ask(traffic.prompt(list(range(8))), False)
+        ids = traffic.prompt([6, 3, 0, 5])
+        fused = traffic.ask(ids, {"ratio": 1.0})
+        report = fused["meta_info"]["a3"]
+        assert report["reason"] is None
+        assert report["reused"] == 0
+        assert report["recomputed"] > 64
+        assert parts(report) == len(ids)
+        full = traffic.ask(ids, False)
+        assert answer(fused) == answer(full)
+        end = len(ids) - report["tail"]
+        mine, theirs = traffic.kv(fused), traffic.kv(full)
+        assert all(torch.equal(mine[part][:, :end], theirs[part][:, :end]) for part in "kv")
+
+
+def test_fused_kv_is_the_oracles(traffic: Traffic, model: str):
+    check(traffic, Llama.load(Path(model)), SPREAD)
