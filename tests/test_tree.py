@@ -31,26 +31,27 @@ OPTIONS = ServerOptions(min_span=8, min_reuse=16, report="exact")
 
 
 class Cache:
-    """A tree over a pool of ``SLOTS`` slots, with what a scheduler does to it spelled out."""
+    """A tree over a pool of slots, with what a scheduler does to it spelled out."""
 
-    def __init__(self, page_size: int = 1) -> None:
+    def __init__(self, page_size: int = 1, options: ServerOptions | None = None, slots: int = 0) -> None:
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
         from sglang.srt.mem_cache.unified_cache.components import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+        slots = slots or SLOTS
         self.model = Llama(shape=Shape(positions=4096))
         shape = self.model.shape
         pool = MHATokenToKVPool(
-            SLOTS, page_size, torch.float32, shape.kv_heads, shape.head_dim, self.model.depth, "cpu", False
+            slots, page_size, torch.float32, shape.kv_heads, shape.head_dim, self.model.depth, "cpu", False
         )
         self.model.keys = [pool.get_key_buffer(layer) for layer in range(self.model.depth)]
         self.model.values = [pool.get_value_buffer(layer) for layer in range(self.model.depth)]
         if page_size == 1:
-            self.allocator = TokenToKVPoolAllocator(SLOTS, torch.float32, "cpu", pool, False)
+            self.allocator = TokenToKVPoolAllocator(slots, torch.float32, "cpu", pool, False)
         else:
-            self.allocator = PagedTokenToKVPoolAllocator(SLOTS, page_size, torch.float32, "cpu", pool, False)
+            self.allocator = PagedTokenToKVPoolAllocator(slots, page_size, torch.float32, "cpu", pool, False)
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=ReqToTokenPool(4, 1024, "cpu", False),
@@ -60,7 +61,7 @@ class Cache:
         )
         self.tree = type("Tree", (A3Tree, UnifiedRadixCache), {})(params)
         self.executor = Executor(self.model, TorchDevice())
-        self.tree.start(OPTIONS, self.executor, capacity=SLOTS)
+        self.tree.start(options or OPTIONS, self.executor, capacity=slots)
 
     def key(self, tokens: list[int]):
         from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -499,3 +500,30 @@ def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
         mine = private[span.start - plan.prefix : span.end - plan.prefix]
         for values in cache.model.values:
             assert torch.equal(values[mine], values[slots])
+
+
+def test_counts_do_not_depend_on_guesses_of_another_clients_secret(generator):
+    """The attack of a client who knows the text before a secret, and asks with many guesses at once.
+
+    Blocks have 16 tokens. The secret is within one, which ends after it, so that no guess completes it.
+    """
+    cache = Cache(options=ServerOptions(report="exact"), slots=4000)
+    digits = list(range(1000, 1010))
+    form, secret = tokens(generator, 60), [digits[int(torch.randint(10, (1,), generator=generator))] for _ in range(6)]
+    before = 100 + int(torch.randint(10, (1,), generator=generator))
+    assert (before + 60) % 16 + len(secret) < 16
+    cache.donate([0, *tokens(generator, before - 1), *form, *secret, *tokens(generator, 300)])
+    mine = [1, *tokens(generator, 299)]
+    cache.donate(mine)
+    seen = set()
+    for number in range(1000):
+        known = secret[: number % len(secret)]
+        guesses = [digit for digit in digits if torch.rand(1, generator=generator) < 0.5]
+        prompt = [2, *mine[1:]]
+        for guess in [*guesses, *[3] * (10 - len(guesses))]:
+            prompt += [4, *(form + known)[-45:], guess]
+        req = cache.request([*prompt, 5, *tokens(generator, 60)])
+        cache.match(req)
+        seen.add((len(known), state_of(req).plan.reused))
+    # As many tokens, whatever was guessed.
+    assert len(seen) == len(secret)
