@@ -26,12 +26,13 @@ class Fused:
         rows: positions that the engine computed: recomputed ones and gaps.
     """
 
-    def __init__(self, traffic: Traffic, oracle: Llama, option: dict) -> None:
+    def __init__(self, traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
         traffic.renew()
         flush(traffic.running)
-        donor = traffic.prompt([1, 4, 6, 2])
+        order = list(range(documents))
+        donor = traffic.prompt(order)
         traffic.ask(donor, False, tokens=1)
-        prompt = traffic.prompt([6, 1, 2, 4])
+        prompt = traffic.prompt(order[::-1])
         out = traffic.ask(prompt, option, tokens=1)
         self.engine, self.report = traffic.kv(out), out["meta_info"]["a3"]
         self.tokens, self.oracle = torch.tensor(prompt), oracle
@@ -66,9 +67,9 @@ class Fused:
         return distance(self.engine["kv"[part]][layer][rows], expected[rows])
 
 
-def check(traffic: Traffic, oracle: Llama, option: dict) -> None:
+def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
     """Copied, rotated, recomputed and corrected KV, layer by layer."""
-    fused = Fused(traffic, oracle, option)
+    fused = Fused(traffic, oracle, option, documents)
     spread = option == SPREAD
     correct = spread64(oracle, fused.plan, fused.recomputed, BLOCK) if spread else None
     expected = oracle.rows64(fused.tokens, fused.rows, *fused.copied, correct)[:2]

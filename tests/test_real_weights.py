@@ -37,4 +37,4 @@ def test_ratio_one_is_a_full_prefill(traffic: Traffic):
 
 
 def test_fused_kv_is_the_oracles(traffic: Traffic, model: str):
-    check(traffic, Llama.load(Path(model)), SPREAD)
+    check(traffic, Llama.load(Path(model)), SPREAD, documents=2)

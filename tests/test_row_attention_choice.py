@@ -127,8 +127,8 @@ def test_a_model_whose_keys_turn_otherwise_is_refused(factor):
     world = World(torch.seed() % 2**31)
     for pool in (*world.model.keys, *world.model.values):
         pool.zero_()
-    forward = world.model.forward
-    world.model.forward = lambda tokens, positions, attend: forward(tokens, factor * positions, attend)
+    hidden = world.model.hidden
+    world.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions, attend)
     with pytest.raises(UnsupportedModelError, match="do not turn as its RoPE says"):
         warm_up(executor_of(world), make_selector("probe"))
 
