@@ -197,6 +197,11 @@ def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
             kind = getattr(attention.attn_type, "value", attention.attn_type)
             if kind != "decoder":
                 raise UnsupportedModelError(f"{name} attends in another way than causally ({kind})")
+            encoding = getattr(attention, "pos_encoding_mode", "NONE")
+            if encoding != "NONE" or getattr(attention, "use_irope", False):
+                raise UnsupportedModelError(f"{name} encodes positions in its attention ({encoding})")
+            if getattr(attention, "xai_temperature_len", -1) > 0:
+                raise UnsupportedModelError(f"{name} scales its logits by position")
             if attention.is_cross_attention or attention.qk_head_dim != attention.v_head_dim:
                 raise UnsupportedModelError(f"{name} is no plain self-attention")
             found[attention.layer_id] = rotary

@@ -52,7 +52,8 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
     for one in (job, whole):
         # Both ways that a request may take: a pass of its own, and one that the tail's extend takes along.
         executor.run([one], Timings())
-        left = executor.prepare([one], Timings(), len(tail))
+        executor.choose([one], Timings())
+        left = executor.recompute([one], Timings(), 0)
         with executor.extended(left, [RowGroup(0, len(tail), slots, tail + 1, one.exact)], slots[tail]):
             executor.model.extend(job.tokens[tail], tail)
     _check_keys(executor, whole)

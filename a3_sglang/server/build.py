@@ -46,7 +46,8 @@ def build_tree(context: Any) -> Any:
         with model.checking_keys():
             warm_up(executor, make_selector(options.selector))
     except Exception as error:
-        raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {error}") from error
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {first_line}") from error
     tree = seams.create_tree(context, A3Tree)
     tree.start(options, executor, capacity=model.keys[0].shape[0], metrics=Metrics(context.server_args))
     logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(device).__name__, options)
