@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import SPREAD, check
 from reference import Llama
+from tolerance import DTYPE, assert_same_prefill
 from traffic import Traffic, answer, parts
 
 from a3_sglang.cli.common import flush
@@ -30,10 +31,12 @@ def test_ratio_one_is_a_full_prefill(traffic: Traffic):
         assert report["recomputed"] > 64
         assert parts(report) == len(ids)
         full = traffic.ask(ids, False)
-        assert answer(fused) == answer(full)
+        assert answer(fused)[0] == answer(full)[0]
+        assert answer(fused)[1] == pytest.approx(answer(full)[1], abs=1e-3 if DTYPE is torch.float32 else 0)
         end = len(ids) - report["tail"]
         mine, theirs = traffic.kv(fused), traffic.kv(full)
-        assert all(torch.equal(mine[part][:, :end], theirs[part][:, :end]) for part in "kv")
+        for part in "kv":
+            assert_same_prefill(mine[part][:, :end], theirs[part][:, :end])
 
 
 def test_fused_kv_is_the_oracles(traffic: Traffic, model: str):

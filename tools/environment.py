@@ -276,7 +276,7 @@ def plan() -> str:
     if not list((cache_folder() / "models").glob(f"{MODEL_NAME}-*/config.json")):
         missing.append("converts its model once (half a minute)")
     asks = "starts a server with a3 and asks it questions over shuffled passages, with and without reuse"
-    minutes = "1 to 2 minutes" if dtype == "bfloat16" else "3 to 4 minutes"
+    minutes = "1 to 2 minutes" if dtype == "bfloat16" else "1 to 3 minutes"
     return f"make demo: {', '.join([*missing, asks])}; {minutes} in {dtype} ({reason})"
 
 
