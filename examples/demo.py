@@ -24,6 +24,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from a3_sglang.cli.output import silence, steps, working
@@ -52,6 +53,10 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto", help="dtype of the model; auto: what runs fast on this machine")
     parser.add_argument("--verbose", action="store_true", help="show what the libraries print")
     args = parser.parse_args()
+    if args.questions is not None and not 1 <= args.questions <= len(QUESTIONS):
+        parser.error(f"--questions: from 1 to {len(QUESTIONS)}, not {args.questions}")
+    if not 1 <= args.passages <= len(PASSAGES):
+        parser.error(f"--passages: from 1 to {len(PASSAGES)}, not {args.passages}")
     if not args.verbose:
         silence()
 
@@ -195,9 +200,7 @@ def show(console: Console, rows: list[tuple[Any, ...]]) -> None:
         names = {"prefix": "exact", "reused": "reused", "recomputed": "recomputed", "gap": "gap", "tail": "tail"}
         parts = "\n".join(f"{report[key]:5} {name}" for key, name in names.items()) if report else "no report"
         times = f"full {full_ms:5.0f} ms\na3   {a3_ms:5.0f} ms\n     {full_ms / a3_ms:5.1f}x"
-        answers = (
-            f"[bold]{question}[/bold]\n[dim]full:[/dim] {full_answer.strip()}\n[dim]a3:[/dim]   {a3_answer.strip()}"
-        )
+        answers = f"[bold]{question}[/bold]\n[dim]full:[/dim] {escape(full_answer.strip())}\n[dim]a3:[/dim]   {escape(a3_answer.strip())}"
         table.add_row(answers, parts, times)
     console.print(table)
 

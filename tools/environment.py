@@ -92,6 +92,9 @@ def run(command: list[str | Path], doing: str, progress: Callable[[], str] | Non
                 break
             except subprocess.TimeoutExpired:
                 say(progress())
+            except BaseException:
+                process.kill()
+                raise
     if process.returncode != 0:
         raise ToolError(f"{doing} failed with exit status {process.returncode}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import time
@@ -247,7 +248,8 @@ def tokens(out: dict[str, Any]) -> list[int]:
 
 def logprob_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     pairs = zip(a["meta_info"]["output_token_logprobs"], b["meta_info"]["output_token_logprobs"], strict=True)
-    return max(abs(x[0] - y[0]) for x, y in pairs)
+    differences = [abs(x[0] - y[0]) for x, y in pairs]
+    return max(differences) if all(math.isfinite(difference) for difference in differences) else math.inf
 
 
 def rounding(dtype: torch.dtype) -> float:
