@@ -200,7 +200,8 @@ def show(console: Console, rows: list[tuple[Any, ...]]) -> None:
         names = {"prefix": "exact", "reused": "reused", "recomputed": "recomputed", "gap": "gap", "tail": "tail"}
         parts = "\n".join(f"{report[key]:5} {name}" for key, name in names.items()) if report else "no report"
         times = f"full {full_ms:5.0f} ms\na3   {a3_ms:5.0f} ms\n     {full_ms / a3_ms:5.1f}x"
-        answers = f"[bold]{question}[/bold]\n[dim]full:[/dim] {escape(full_answer.strip())}\n[dim]a3:[/dim]   {escape(a3_answer.strip())}"
+        full, fused = escape(full_answer.strip()), escape(a3_answer.strip())
+        answers = f"[bold]{question}[/bold]\n[dim]full:[/dim] {full}\n[dim]a3:[/dim]   {fused}"
         table.add_row(answers, parts, times)
     console.print(table)
 
