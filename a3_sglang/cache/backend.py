@@ -205,7 +205,6 @@ class A3Tree:
                 key = seams.key_like(self._namespace_of(req), np.array(req.origin_input_ids, dtype=np.int32))
                 plan = self._plan(req, state, key[: state.plan.end], state.plan.prefix, state.plan.end)
                 if plan is None or plan.prefix != state.plan.prefix:
-                    sources = None
                     break
                 state.plan = plan
             if sources is None:
@@ -340,14 +339,15 @@ class A3Tree:
         for req in batch.reqs:
             self._report(req, jobs.get(id(req)))
         if fused and _TIMED:
+            taken = timings.milliseconds()
             for req in fused:
-                req.customized_info["a3_ms"] = [timings.milliseconds()]
+                req.customized_info["a3_ms"] = [taken]
         for req in list(self.waiting.values()):
             self._drop_unused(req, state_of(req))
         return result
 
     def _run_fused(self, batch: Any, admitted: list[tuple[Any, Job]], timings: Timings, run: Callable[[], Any]) -> Any:
-        """Fuse the admitted requests and run the batch, which takes along what may be left to recompute.
+        """Fuse the admitted requests and run the batch, which may include their last rows to recompute.
 
         On a CPU rows always attend as the fusion does, as SGLang's own attention would compute every prefix again;
         elsewhere only if all requests of the batch are fused, as the others keep SGLang's attention.

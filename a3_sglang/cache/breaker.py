@@ -1,4 +1,4 @@
-"""Turns fusion off when it keeps failing, so that the server goes on as stock SGLang."""
+"""Turns fusion off when it keeps failing, so that the server continues as stock SGLang."""
 
 from __future__ import annotations
 

@@ -179,8 +179,6 @@ class AnyPositionIndex:
         self._unit = math.lcm(self.block, page_size)
         self.capacity = capacity
         self.candidates = candidates
-        self.version = 0
-        """Grows with every change of what is indexed."""
         self.generation = 0
         """Grows when blocks get new numbers."""
         self.steps = 0
@@ -201,7 +199,6 @@ class AnyPositionIndex:
         self._next_number = 0
         self._tokens = 0
         self._clear_blocks()
-        self.version += 1
 
     def _clear_blocks(self) -> None:
         self._hash, self._chain = np.zeros(64, _U64), np.zeros(64, _U64)
@@ -235,7 +232,6 @@ class AnyPositionIndex:
             first = content[known : known + self._unit // self.block].tobytes()
             segment = self._grow(namespace, segment, path, known * self.block, first)
             self._index_blocks(segment, content[known:], chain[known:])
-            self.version += 1
         assert segment is not None
         self._touch(segment)
         while self.capacity is not None and self._tokens > self.capacity and len(self._segments) > 1:
@@ -256,7 +252,7 @@ class AnyPositionIndex:
         ):
             segment = self._new_segment(namespace, segment, begin, content)
         else:
-            # The same donor goes on, perhaps after tokens that had no whole block yet.
+            # The path continues this donor; tokens that did not fill a unit before are indexed with what follows.
             self._tokens -= segment.end - begin
             segment.tokens = segment.tokens[: begin - segment.begin]
         segment.tokens = np.concatenate([segment.tokens, path[begin:]])
@@ -327,7 +323,6 @@ class AnyPositionIndex:
                     node.blocks.append((first, left))
             if not keep:
                 self._remove(node)
-        self.version += 1
 
     def _remove(self, segment: Segment) -> None:
         """Take a segment without tokens out of the trie, and its root if nothing else hangs there."""
@@ -339,7 +334,7 @@ class AnyPositionIndex:
             del self._roots[segment.namespace]
 
     def _compact(self) -> None:
-        """Leave dead blocks behind once they are the majority."""
+        """Drop dead blocks once they are the majority."""
         if self._dead > 1024 and self._dead * 2 > self._count:
             self._rebuild()
 
@@ -360,8 +355,8 @@ class AnyPositionIndex:
         self._live[first : first + n] = True
         segment.blocks.append((first, n))
         self._count += n
-        # Blocks with equal content form a list, newest first. Of equal ones in one path only the first is listed:
-        # following it covers the others, and a text of one repeated token makes no list of its own.
+        # Blocks with equal content form a list, newest first. Within one path only the first of equal blocks is listed:
+        # a run that starts there covers the others, and one repeated token does not fill a list.
         _, earliest = np.unique(content, return_index=True)
         self._older[first : first + n] = -1
         heads = new[earliest]
@@ -487,7 +482,7 @@ class AnyPositionIndex:
         """Disjoint runs of ``prompt[start:]``, from left to right.
 
         At the first position that is not covered yet and at which blocks of donors begin, the longest run of these
-        donors is taken, if it has ``shortest`` tokens and the tree still holds it; the sweep goes on after it.
+        donors is taken if it has ``shortest`` tokens and the tree still holds it; the sweep continues after it.
 
         Args:
             namespace: whose donors.
@@ -587,16 +582,15 @@ class AnyPositionIndex:
             whole = self._whole_end(segment)
             same = _common_prefix(segment.tokens[end - segment.begin : whole - segment.begin], prompt[end + shift :])
             end += same // block * block
-            # Others branch off at whole units. One that shares this unit, too, cannot exist.
+            # Other donors branch off at whole units.
             branch = end - end % self._unit
             first = windows[branch + shift : branch + shift + self._unit : block].tobytes()
             child = segment.children.get((branch, first))
-            if child is not None and _starts_with(prompt[branch + shift :], child.tokens[: self._unit]):
-                if not sweep.budget.spend():
-                    break
-                segment, end = child, branch
-                continue
-            break
+            if child is None or not _starts_with(prompt[branch + shift :], child.tokens[: self._unit]):
+                break
+            if not sweep.budget.spend():
+                break
+            segment, end = child, branch
         rest = segment.tokens[end - segment.begin :]
         if end == whole and len(rest):
             if _starts_with(prompt[end + shift :], rest):

@@ -116,11 +116,9 @@ class Verification:
         full, _ = self.ask(ids, False)
         theirs = self.kv(full)
         end = report["prefix"] + report["reused"] + report["gap"]
-        a, b = mine["v"][0, :end].float(), theirs["v"][0, :end].float()
-        error = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+        error = _worst_row(mine["v"][0, :end], theirs["v"][0, :end])
         assert error <= rounding(mine["v"].dtype), f"layer-0 values of moved spans differ by {error:.2e}"
-        a, b = mine["k"][0, :end].float(), theirs["k"][0, :end].float()
-        error = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+        error = _worst_row(mine["k"][0, :end], theirs["k"][0, :end])
         assert error <= 4 * rounding(mine["k"].dtype), f"layer-0 keys of moved spans differ by {error:.2e}"
         return f"values within rounding, keys within {error:.1e} (rounding of two rotations)"
 
@@ -250,6 +248,12 @@ def logprob_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     pairs = zip(a["meta_info"]["output_token_logprobs"], b["meta_info"]["output_token_logprobs"], strict=True)
     differences = [abs(x[0] - y[0]) for x, y in pairs]
     return max(differences) if all(math.isfinite(difference) for difference in differences) else math.inf
+
+
+def _worst_row(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a head's vector."""
+    a, b = found.float(), expected.float()
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
 
 
 def rounding(dtype: torch.dtype) -> float:

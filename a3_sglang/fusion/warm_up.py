@@ -50,7 +50,7 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
     tail = torch.arange(plan.end, len(prompt), device=device)
     slots = torch.cat([job.slots, 1 + DONOR + tail])
     for one in (job, whole):
-        # Both ways that a request may take: a pass of its own, and one that the tail's extend takes along.
+        # Both ways to recompute: in a separate pass, and within the extend of the tail.
         executor.run([one], Timings())
         executor.choose([one], Timings())
         left = executor.recompute([one], Timings(), 0)

@@ -125,7 +125,7 @@ ALLOWED = frozenset(
         "dist_timeout",
         "dist_init_addr",
         "gated_launch_port",
-        # replicas: each has a scheduler, a pool and an index of its own
+        # replicas: each has its own scheduler, pool and index
         "dp_size",
         "load_balance_method",
         # collectives between GPUs, of which a replica has one

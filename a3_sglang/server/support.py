@@ -69,7 +69,7 @@ def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
 
 
 def _not_deterministic(server_args: Any, options: ServerOptions) -> str | None:
-    """What makes answers depend on other requests or on the start, where SGLang was told to avoid that."""
+    """An a3 option that makes answers depend on other traffic although SGLang was asked for deterministic ones."""
     asked = ("enable_deterministic_inference", "rl_on_policy_target")
     name = next((name for name in asked if seams.resolved_argument(server_args, name) not in _OFF), None)
     if name is None:
