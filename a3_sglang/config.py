@@ -78,7 +78,13 @@ class ServerOptions(BaseModel):
     )
     selector: str = Field("probe", description="Rule that picks the reused tokens to recompute.")
     min_span: int = Field(32, ge=8, description="Shortest run of tokens that is reused.")
-    min_reuse: int = Field(256, ge=1, description="With fewer reusable tokens a request gets a full prefill.")
+    min_saving: float = Field(
+        1 / 3,
+        ge=0,
+        le=1,
+        description="Share of a prompt's rows after its prefix that fusion has to save; else they are computed in "
+        "full, which makes them exact. 0: fuse whenever anything can be reused.",
+    )
     donors: Literal["harvest", "compiled"] = Field(
         "harvest",
         description="Where reusable KV comes from: what any earlier request left (harvest), or only requests that "
@@ -152,7 +158,7 @@ class Effective(BaseModel):
     ratio: Ratio
     selector: str
     min_span: int
-    min_reuse: int
+    min_saving: float
 
 
 def env_name(option: str) -> str:
@@ -217,7 +223,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
         ratio=ratio,
         selector=selector,
         min_span=fields.min_span or server.min_span,
-        min_reuse=server.min_reuse,
+        min_saving=server.min_saving,
     )
 
 

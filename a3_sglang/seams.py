@@ -114,12 +114,12 @@ def namespace(key: Any) -> Hashable:
     return (key.extra_key, getattr(key, "cache_salt", None))
 
 
-def key_tokens(key: Any) -> npt.NDArray[np.int32]:
-    """Tokens of a RadixKey, its cap honoured, int32 (n,)."""
-    return np.array(key.token_ids, dtype=np.int64)[: len(key)].astype(np.int32)
+def key_tokens(key: Any) -> npt.NDArray[np.int64]:
+    """Tokens of a RadixKey, its cap honoured, int64 (n,)."""
+    return np.array(key.token_ids, dtype=np.int64)[: len(key)]
 
 
-def key_like(key_space: Hashable, tokens: npt.NDArray[np.int32]) -> Any:
+def key_like(key_space: Hashable, tokens: npt.NDArray[np.integer[Any]]) -> Any:
     """A RadixKey of these tokens in a namespace that :func:`namespace` returned."""
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -193,19 +193,13 @@ def row(tree: Any, req: Any) -> torch.Tensor:
 
 
 def abort(req: Any, message: str) -> None:
-    """End a request with an error after its next forward."""
+    """End a request with an error after its next forward, and keep its KV out of the tree."""
     from http import HTTPStatus
 
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+    req.skip_radix_cache_insert = True
     req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
-
-
-def keep_row_as_prefix(tree: Any, req: Any) -> None:
-    """After a chunk that is not inserted: the next chunk starts behind it (releases before 0.5.23)."""
-    if hasattr(req, "prefix_indices"):
-        length = len(req.get_fill_ids())
-        req.prefix_indices = row(tree, req)[:length].to(torch.int64, copy=True)
 
 
 # ---- the server's arguments

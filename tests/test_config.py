@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from a3_sglang.config import Effective, ServerOptions, env_name, resolve
 
-DEFAULT = Effective(enabled=True, donor=False, ratio=0.15, selector="probe", min_span=32, min_reuse=256)
+DEFAULT = Effective(enabled=True, donor=False, ratio=0.15, selector="probe", min_span=32, min_saving=1 / 3)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_server_defaults():
-    expected = {"recompute_ratio": 0.15, "selector": "probe", "min_span": 32, "min_reuse": 256, "donors": "harvest"}
+    expected = {"recompute_ratio": 0.15, "selector": "probe", "min_span": 32, "min_saving": 1 / 3, "donors": "harvest"}
     expected |= {"row_attention": "auto", "allow": (), "report": "rounded"}
     assert ServerOptions.from_environment().model_dump() == expected
 
@@ -37,7 +37,7 @@ def test_server_defaults():
         ("selector", "reuse", "reuse"),
         ("min_span", "8", 8),
         ("min_span", "64", 64),
-        ("min_reuse", "1", 1),
+        ("min_saving", "0.5", 0.5),
         ("donors", "harvest", "harvest"),
         ("donors", "compiled", "compiled"),
     ],
@@ -55,7 +55,7 @@ def test_server_options_from_the_environment(monkeypatch, option, text, value):
     [
         *[("recompute_ratio", text) for text in ("nan", "inf", "-inf", "-0.01", "1.01", "", "half", "true", "0.1,0.2")],
         *[("min_span", text) for text in ("7", "0", "-32", "32.5", "", "many", "nan", "inf")],
-        *[("min_reuse", text) for text in ("0", "-1", "1.5", "")],
+        *[("min_saving", text) for text in ("x", "-1", "1.5", "")],
         *[("selector", text) for text in ("", "Probe", "probe ", "a3\nx")],
         *[("donors", text) for text in ("", "Harvest", "nobody")],
     ],
@@ -106,7 +106,7 @@ def test_false_turns_fusion_off():
     min_span=st.one_of(st.none(), st.integers(16, 10**6)),
 )
 def test_a_request_overrides_single_options(ratio, selector, min_span):
-    server = ServerOptions(recompute_ratio=0.3, selector="reuse", min_span=16, min_reuse=99)
+    server = ServerOptions(recompute_ratio=0.3, selector="reuse", min_span=16, min_saving=0.9)
     wishes = {"ratio": ratio, "selector": selector, "min_span": min_span}
     options = resolve(server, {"a3": {name: wish for name, wish in wishes.items() if wish is not None}})
     assert options == resolve(server, {"a3": wishes})
@@ -115,7 +115,7 @@ def test_a_request_overrides_single_options(ratio, selector, min_span):
     assert isinstance(options.ratio, float)
     assert options.selector == (selector or "reuse")
     assert options.min_span == (min_span or 16)
-    assert options.min_reuse == 99
+    assert options.min_saving == 0.9
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_request_overrides_single_options(ratio, selector, min_span):
         *[("selector", value) for value in ("", "Probe", "no such", 3, True, ["probe"], "x" * 10_000, "a\nb")],
         *[("min_span", value) for value in (31, 0, -1, True, 64.0, 64.5, "64", float("nan"), float("inf"), [64])],
         *[("donor", value) for value in (1, "true", None, [])],
-        *[("min_reuse", 1), ("recompute_ratio", 0.5), ("Ratio", 0.5), ("enabled", True)],
+        *[("min_saving", 1), ("recompute_ratio", 0.5), ("Ratio", 0.5), ("enabled", True)],
     ],
 )
 def test_request_refusals_name_the_field(field, value):

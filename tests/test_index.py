@@ -137,7 +137,7 @@ def test_finds_what_brute_force_finds(world, page_size, told):
     assert search.runs(start, held=holds) == found
     assert search.searches <= 1
     assert len(index) == sum(len(segment.tokens) for segment in index._segments.values())
-    assert set(index._roots) == {segment.namespace for segment in index._segments.values()}
+    assert set(index._roots) == {(segment.namespace, None) for segment in index._segments.values()}
 
 
 @settings(max_examples=200, deadline=None)

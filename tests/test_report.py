@@ -36,6 +36,6 @@ def test_rounded_counts_add_up_to_the_prompt(parts):
 
 @given(st.integers(0, 5000), st.booleans())
 def test_too_little_is_told_in_a_field_of_its_own(reusable, exact):
-    report = make_report([0, 0, 0, 0, 9], 0.0, "probe", Reason.TOO_LITTLE, reusable, exact)
+    report = make_report([0, 0, 0, 0, 0, 9], 0.0, "probe", Reason.TOO_LITTLE, reusable, exact)
     assert report["reason"] == "too little to reuse"
     assert report["reusable"] == reusable if exact else report["reusable"] % ROUNDING == 0

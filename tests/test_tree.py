@@ -27,7 +27,7 @@ from a3_sglang.fusion.executor import Executor
 # Their constructors are those of the newest SGLang.
 pytestmark = pytest.mark.engine
 SLOTS = 512
-OPTIONS = ServerOptions(min_span=8, min_reuse=16, report="exact")
+OPTIONS = ServerOptions(min_span=8, min_saving=0, report="exact")
 
 
 class Cache:
@@ -204,7 +204,7 @@ def admitted(cache: Cache, generator: torch.Generator, **options: Any) -> tuple[
 
 
 def assert_full_prefill(cache: Cache, req: Any, prompt: list[int]) -> None:
-    assert state_of(req).exact
+    assert state_of(req).branch is None
     exact = cache.model.prefill64(torch.tensor(prompt))
     for found, expected in zip((cache.model.keys, cache.model.values), exact, strict=False):
         for layer in range(cache.model.depth):

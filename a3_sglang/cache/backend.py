@@ -12,31 +12,42 @@ import numpy as np
 import torch
 
 from a3_sglang import seams
+from a3_sglang.cache.branches import KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.cache.breaker import Breaker
-from a3_sglang.cache.index import AnyPositionIndex, Segment
+from a3_sglang.cache.index import AnyPositionIndex, Run, Segment, beside
 from a3_sglang.cache.report import make_report
 from a3_sglang.cache.request import Reason, RequestState, ineligible, state_of
 from a3_sglang.config import Effective, ServerOptions, resolve_leniently
-from a3_sglang.fusion.executor import Executor, Job, Part, Timings
+from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Part, Timings
 from a3_sglang.fusion.plan import Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
+from a3_sglang.selectors.base import AUTO_USUAL
 
 _TIMED = os.environ.get("A3_TIMINGS") == "1"
 """Whether requests report how long the parts of their fusion took."""
+_BRANCHES_TRIED = 8
+"""Branches whose tokens are compared with a prompt's, at most."""
+GENERATIONS = 4
+"""Approximate KV is made of donors of a lower generation; that of the last one is no donor."""
 
 
 class A3Tree:
     """Mixin in front of SGLang's tree class.
 
     Matches as the tree does; what the tree does not have as a prefix but holds elsewhere is offered as
-    obtainable (``host_hit_length``); slots private to the request are allocated when it is admitted, and filled right
-    before it runs.
+    obtainable (``host_hit_length``). Slots for it are allocated when the request is admitted and filled right before
+    it runs. Then they go into the tree like any computed KV, in a branch that only requests which allow fusion match
+    (:mod:`a3_sglang.cache.branches`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.index: AnyPositionIndex | None = None
+        """Donors with exact KV."""
+        self.approximate: AnyPositionIndex | None = None
+        """Donors with approximate KV, marked with their :class:`Branch`."""
+        self.branches = Branches()
         self.executor: Executor | None = None
         self.waiting: dict[int, Any] = {}
         """Admitted requests whose fusion has not run, by identity, in order of admission."""
@@ -56,23 +67,44 @@ class A3Tree:
         self.executor = executor
         metrics = metrics or Metrics(None)
         self.breaker = Breaker(metrics.failed, metrics.turned_off)
-        self.index = AnyPositionIndex(
-            options.min_span,
-            capacity=2 * capacity,
-            page_size=self.page_size,  # type: ignore[attr-defined]
+        self.index, self.approximate = (
+            AnyPositionIndex(
+                options.min_span,
+                capacity=2 * capacity,
+                page_size=self.page_size,  # type: ignore[attr-defined]
+            )
+            for _ in range(2)
         )
 
     # ---- donors
 
     def insert(self, params: Any) -> Any:
+        branch = state_of(self._inserting).branch if self._inserting is not None else None
+        if branch is not None:
+            params = replace(params, key=self._in_branch(params.key, branch))
         result = super().insert(params)  # type: ignore[misc]
         if self.index is not None and not self.breaker.open:
             try:
-                self.index.add(seams.namespace(params.key), seams.key_tokens(params.key)[: self._donated()])
+                self._donate(params.key, branch)
             except Exception:
                 self.breaker.failed("indexing")
-                self.index.clear()
+                self._clear_indexes()
         return result
+
+    def _donate(self, key: Any, branch: Branch | None) -> None:
+        """Make what was inserted known, as a donor and as a branch."""
+        assert self.index is not None
+        assert self.approximate is not None
+        space, req = seams.namespace(key), self._inserting
+        if branch is None:
+            self.index.add(space, seams.key_tokens(key)[: self._donated()])
+            return
+        if len(key) <= branch.begin:
+            return
+        compiled = self.options.donors == "compiled"
+        self.branches.add(self._hashes(req), len(req.origin_input_ids) if compiled else branch.begin, branch)
+        if not compiled and branch.kind < GENERATIONS:
+            self.approximate.add(space, branch.tokens(seams.key_tokens(key)), branch)
 
     def _donated(self) -> int | None:
         """How many tokens of what is being inserted may be reused elsewhere; None for all."""
@@ -93,30 +125,53 @@ class A3Tree:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        if self.index is not None:
-            self.index.clear()
-            self.waiting.clear()
+        self._clear_indexes()
+        self.waiting.clear()
+
+    def _clear_indexes(self) -> None:
+        for index in (self.index, self.approximate, self.branches):
+            if index is not None:
+                index.clear()
 
     # ---- match and admission
 
     def match_prefix(self, params: Any) -> Any:
-        result = super().match_prefix(params)  # type: ignore[misc]
+        if self._inserting is not None:
+            # Releases before 0.5.23 look up what they have inserted.
+            branch = state_of(self._inserting).branch
+            if branch is not None:
+                params = replace(params, key=self._in_branch(params.key, branch))
+            return super().match_prefix(params)  # type: ignore[misc]
+        exact = super().match_prefix(params)  # type: ignore[misc]
         req = getattr(params, "req", None)
         if req is None or self.index is None:
-            return result
+            return exact
         state = state_of(req)
         self._drop_unused(req, state)
-        state.plan, state.private, state.recomputed, state.exact, state.reported = None, None, None, True, False
+        state.renew()
         if self.breaker.open:
             state.reason = Reason.DISABLED
-            return result
+            return exact
         try:
-            state.plan = self._plan(req, state, params.key, seams.matched_length(result))
+            return self._match(req, state, params, exact)
         except Exception:
             self.breaker.failed("search")
+            state.renew()
             state.reason = Reason.ERROR
-        if state.plan is None or result.host_hit_length:
+            return exact
+
+    def _match(self, req: Any, state: RequestState, params: Any, exact: Any) -> Any:
+        """The best of what the tree holds for a request: exact prefix, a branch that goes on after it, and spans."""
+        options = self._options_of(req)
+        state.reason = ineligible(req, options)
+        if state.reason is not None:
+            return exact
+        result, state.branch = self._match_branches(req, params, exact)
+        state.plan = self._plan(req, state, params.key, seams.matched_length(result))
+        if state.plan is None:
             return result
+        if state.branch is None:
+            state.branch = Branch(state.plan.prefix, self._kind(req, state.plan))
         if state.plan.prefix < seams.matched_length(result):
             result = super().match_prefix(replace(params, key=params.key[: state.plan.prefix]))  # type: ignore[misc]
         return result._replace(
@@ -125,8 +180,38 @@ class A3Tree:
             host_hit_length=state.plan.end - state.plan.prefix,
         )
 
+    def _match_branches(self, req: Any, params: Any, exact: Any) -> tuple[Any, Branch | None]:
+        """The branch that holds most of a prompt, if it holds notably more than the exact prefix."""
+        best, found = exact, None
+        longest = seams.matched_length(exact) + self.options.min_span - 1
+        for branch in self.branches.find(self._hashes(req), _BRANCHES_TRIED):
+            if len(params.key) <= max(longest, branch.begin):
+                continue
+            key = self._in_branch(params.key, branch)
+            result = super().match_prefix(replace(params, key=key))  # type: ignore[misc]
+            if seams.matched_length(result) > max(longest, branch.begin):
+                best, found, longest = result, branch, seams.matched_length(result)
+        return best, found
+
+    @staticmethod
+    def _in_branch(key: Any, branch: Branch) -> Any:
+        return seams.key_like(seams.namespace(key), branch.mark(seams.key_tokens(key)))
+
+    def _hashes(self, req: Any) -> Any:
+        state = state_of(req)
+        if state.hashes is None:
+            state.hashes = prefix_hashes(self._namespace_of(req), req.origin_input_ids)
+        return state.hashes
+
+    def _kind(self, req: Any, plan: Plan) -> int:
+        """The kind of the branch that a fusion makes."""
+        if self.options.donors == "compiled":
+            # One for each prompt: what others ask over the same text must not matter.
+            return 1 + int(self._hashes(req)[-1]) % (KINDS - 1)
+        return 1 + max(_generation(span.run) for span in plan.spans)
+
     def _plan(self, req: Any, state: RequestState, key: Any, prefix: int, end: int | None = None) -> Plan | None:
-        """What of the prompt can be reused now; None, with the reason in the state, if that is too little.
+        """What of the prompt can be reused now; None, with the reason in the state, if that does not pay.
 
         Args:
             req: the request.
@@ -137,22 +222,44 @@ class A3Tree:
         """
         assert self.index is not None
         options = self._options_of(req)
-        state.reason = ineligible(req, options)
-        if state.reason is not None:
-            return None
-        space = seams.namespace(key)
-        if self.options.donors == "compiled":
+        space, prompt = seams.namespace(key), len(req.origin_input_ids)
+        known = prefix
+        if self.options.donors == "compiled" and state.branch is None:
             # What else the tree holds of the prompt would make the answer depend on other requests.
             prefix = min(prefix, self.index.known_prefix(space, seams.key_tokens(key)))
-        if state.search is None:
-            state.search = self.index.search(space, np.array(req.origin_input_ids, dtype=np.int32))
-        runs = state.search.runs(prefix, options.min_span, self._cached_length)
-        plan = make_plan(runs, prefix, len(req.origin_input_ids), len(key), self.page_size, end)  # type: ignore[attr-defined]
+        runs = self._runs(req, state, space, prefix)
+        plan = make_plan(runs, prefix, prompt, len(key), self.page_size, end)  # type: ignore[attr-defined]
         state.reusable = plan.reused if plan else 0
-        if state.reusable < options.min_reuse:
-            state.reason = Reason.TOO_LITTLE if state.reusable else Reason.NOTHING
-            return None
+        if plan is None:
+            state.reason = None if state.branch is not None else Reason.NOTHING
+        elif end is None and not self._pays(plan, prompt, known, options):
+            state.reason, plan = Reason.TOO_LITTLE, None
         return plan
+
+    def _runs(self, req: Any, state: RequestState, space: Hashable, start: int) -> list[Run]:
+        """Runs of exact donors, and of approximate ones where there are none."""
+        assert self.index is not None
+        assert self.approximate is not None
+        options = self._options_of(req)
+        if state.search is None:
+            tokens = np.array(req.origin_input_ids, dtype=np.int32)
+            state.search = self.index.search(space, tokens)
+            state.search_approximate = self.approximate.search(space, tokens)
+        assert state.search_approximate is not None
+        runs = state.search.runs(start, options.min_span, self._cached_length)
+        if self.options.donors == "compiled":
+            return runs
+        generation = state.branch.kind if state.branch is not None else GENERATIONS
+        others = state.search_approximate.runs(start, options.min_span, self._cached_length)
+        return beside(runs, [run for run in others if _generation(run) < generation], options.min_span)
+
+    def _pays(self, plan: Plan, prompt: int, known: int, options: Effective) -> bool:
+        """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
+        if not options.min_saving:
+            return True
+        ratio = AUTO_USUAL if options.ratio == "auto" else options.ratio
+        rows = plan.gap + ratio * plan.reused + prompt - plan.end + min(QUESTION_TOKENS, prompt - plan.end)
+        return rows <= (1 - options.min_saving) * (prompt - known)
 
     def _options_of(self, req: Any) -> Effective:
         state = state_of(req)
@@ -168,7 +275,10 @@ class A3Tree:
         """Match a donor's whole path: a part of it would split the tree's nodes."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 
-        key = seams.key_like(segment.namespace, segment.path(segment.end))
+        tokens: Any = segment.path(segment.end)
+        if isinstance(segment.mark, Branch):
+            tokens = segment.mark.mark(tokens.astype(np.int64))
+        key = seams.key_like(segment.namespace, tokens)
         return super().match_prefix(MatchPrefixParams(key=key))  # type: ignore[misc]
 
     def init_load_back(self, params: Any) -> Any:
@@ -224,18 +334,20 @@ class A3Tree:
     def _sources(self, state: RequestState, locks: list[Callable[[], None]]) -> list[torch.Tensor] | None:
         """The donors' slots of each span, their nodes locked; None if a donor is gone, which is then forgotten."""
         assert self.index is not None
+        assert self.approximate is not None
         assert state.plan is not None
         slots: dict[Segment, torch.Tensor] = {}
         for span in state.plan.spans:
             segment = span.run.segment
+            index = self.index if segment.mark is None else self.approximate
             if segment not in slots:
                 result = self._match_donor(segment)
                 locks.append(seams.locked(self, result.last_device_node))
                 slots[segment] = seams.matched_slots(self, result)
             if len(slots[segment]) < span.offset + span.length:
-                self.index.forget(segment, len(slots[segment]))
+                index.forget(segment, len(slots[segment]))
                 return None
-            self.index.touch(span.run)
+            index.touch(span.run)
         return [slots[span.run.segment][span.offset : span.offset + span.length] for span in state.plan.spans]
 
     def _namespace_of(self, req: Any) -> Hashable:
@@ -249,7 +361,7 @@ class A3Tree:
         self.waiting.pop(id(req), None)
 
     def after_admission(self, req: Any, admitted: bool) -> None:
-        """Private slots stay the request's own, whatever the admission made of them."""
+        """Slots for a fusion stay the request's own until they are inserted, whatever the admission made of them."""
         state = state_of(req)
         if not admitted:
             self._drop_unused(req, state)
@@ -261,43 +373,28 @@ class A3Tree:
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         state = state_of(req)
-        if state.private is None or state.plan is None:
+        if not state.waiting or state.private is None or state.plan is None:
             return super().prefix_device_indices(req)  # type: ignore[misc]
         path = self.path_device_indices(req.last_node)  # type: ignore[attr-defined]
         return torch.cat([path[: state.plan.prefix], state.private.to(path.dtype)])[: req.prefix_len]
 
-    # ---- end: fused KV is never inserted
+    # ---- insertion of what a request computed
 
-    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-        if not self._fused(req):
-            with self._insertion(req):
-                super().checkpoint(req, up_to=up_to, **kwargs)  # type: ignore[misc]
-
-    def on_release(self, req: Any, **kwargs: Any) -> None:
-        if self._fused(req):
-            kwargs = dict.fromkeys(kwargs, False)
+    def checkpoint(self, req: Any, **kwargs: Any) -> None:
         with self._insertion(req):
-            super().on_release(req, **kwargs)  # type: ignore[misc]
+            super().checkpoint(req, **kwargs)  # type: ignore[misc]
 
-    def insert_req(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-        if not self._fused(req):
-            with self._insertion(req):
-                super().insert_req(req, up_to=up_to, **kwargs)  # type: ignore[misc]
+    def insert_req(self, req: Any, **kwargs: Any) -> None:
+        with self._insertion(req):
+            super().insert_req(req, **kwargs)  # type: ignore[misc]
 
     def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
-        if self._fused(req):
-            seams.keep_row_as_prefix(self, req)
-            return
         with self._insertion(req):
             super().cache_unfinished_req(req, *args, **kwargs)  # type: ignore[misc]
 
-    def cache_finished_req(self, req: Any, is_insert: bool = True, **kwargs: Any) -> None:
+    def cache_finished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
         with self._insertion(req):
-            super().cache_finished_req(req, is_insert=is_insert and not self._fused(req), **kwargs)  # type: ignore[misc]
-
-    @staticmethod
-    def _fused(req: Any) -> bool:
-        return state_of(req).private is not None
+            super().cache_finished_req(req, *args, **kwargs)  # type: ignore[misc]
 
     # ---- fusion
 
@@ -314,7 +411,7 @@ class A3Tree:
         Returns:
             What ``run`` returned.
         """
-        fused = [req for req in batch.reqs if self._fused(req)]
+        fused = [req for req in batch.reqs if state_of(req).branch is not None]
         mine = {id(req) for req in batch.reqs}
         # By order of admission: what one request's donors gave up may be another's by now.
         admitted = [req for key, req in self.waiting.items() if key in mine]
@@ -361,12 +458,12 @@ class A3Tree:
             with timings.add("copy"):
                 self.executor.fill(job, sources)
         left: list[Part] = []
-        if jobs and (on_cpu or all(self._fused(req) for req in batch.reqs)):
+        if jobs and (on_cpu or all(state_of(req).branch is not None for req in batch.reqs)):
             left = self.executor.prepare(jobs, timings, sum(batch.extend_lens))
         elif jobs:
             self.executor.run(jobs, timings)
         for req, job in admitted:
-            state_of(req).exact = job.exact
+            self._settle(req, job)
         with timings.add("recompute" if left else "tail"):
             if not left and not on_cpu:
                 return run()
@@ -382,10 +479,17 @@ class A3Tree:
             try:
                 job = jobs[id(req)] = self._job(req)
                 self.executor.recompute_all(job)
-                state.exact = True
+                self._settle(req, job)
             except Exception:
                 self.breaker.failed("full recompute")
                 self._abort(req)
+
+    @staticmethod
+    def _settle(req: Any, job: Job) -> None:
+        """What was recomputed in full after an exact prefix is exact."""
+        state = state_of(req)
+        if job.exact and state.branch is not None and state.branch.begin == job.plan.prefix:
+            state.branch = None
 
     def _abort(self, req: Any) -> None:
         """End a request whose KV cannot be made; its slots hold nothing, so that its last forward stays finite."""
@@ -408,7 +512,7 @@ class A3Tree:
         for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             slots = seams.row(self, req)[: prefix + length].to(torch.int64)
             visible = torch.arange(prefix, prefix + length, device=slots.device) + 1
-            groups.append(RowGroup(begin, begin + length, slots, visible, state_of(req).exact))
+            groups.append(RowGroup(begin, begin + length, slots, visible, state_of(req).branch is None))
             begin += length
         return groups
 
@@ -436,14 +540,23 @@ class A3Tree:
         if job is None:
             prefix = min(seams.prefix_length(req), prompt)
             counts = [prefix, 0, 0, 0, prompt - prefix]
-            state.reason = state.reason or Reason.NOTHING
+            if state.branch is None:
+                state.reason = state.reason or Reason.NOTHING
         else:
             assert self.executor is not None
             plan, recomputed = job.plan, len(job.recomputed)
             counts = [plan.prefix, plan.reused - recomputed, recomputed, plan.gap, max(prompt - plan.end, 0)]
             charged = job.charged(self.executor.model.depth)
+        continued = max(counts[0] - state.branch.begin, 0) if state.branch is not None else 0
+        counts[:1] = [counts[0] - continued, continued]
         selector = state.options.selector if state.options is not None else self.options.selector
         report = make_report(
             counts, charged, selector, state.reason, state.reusable, exact=self.options.report == "exact"
         )
         req.customized_info = {**(req.customized_info or {}), "a3": [report]}
+
+
+def _generation(run: Run) -> int:
+    """Of the donor of a run: 0 if its KV is exact."""
+    mark = run.segment.mark
+    return mark.kind if isinstance(mark, Branch) else 0

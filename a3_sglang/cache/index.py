@@ -23,11 +23,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
+Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 _U64 = np.uint64
 _MULTIPLIER = _U64(0x9E3779B97F4A7C15)
 _STEPS_PER_BLOCK, _SPARE_STEPS = 2, 256
@@ -68,6 +70,7 @@ class Segment:
         children: by position and the content hashes of their first unit's blocks.
         number: of the segment; -1 for roots.
         blocks: ``(first block, count)`` of its blocks in the index's arrays, in order.
+        mark: what :meth:`AnyPositionIndex.add` was told of the donor.
     """
 
     namespace: Hashable
@@ -77,6 +80,7 @@ class Segment:
     children: dict[tuple[int, bytes], Segment] = field(default_factory=dict)
     number: int = -1
     blocks: list[tuple[int, int]] = field(default_factory=list)
+    mark: Hashable = None
 
     @property
     def end(self) -> int:
@@ -193,7 +197,7 @@ class AnyPositionIndex:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._roots: dict[Hashable, Segment] = {}
+        self._roots: dict[tuple[Hashable, Hashable], Segment] = {}
         # Segments by number; the order of the dict is the order of last use.
         self._segments: OrderedDict[int, Segment] = OrderedDict()
         self._next_number = 0
@@ -221,16 +225,22 @@ class AnyPositionIndex:
 
     # ---- donors
 
-    def add(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> None:
-        """Make a path of the tree a donor. Known leading blocks are not stored again."""
-        path, content, chain = self._path_hashes(namespace, tokens)
+    def add(self, namespace: Hashable, tokens: Ids, mark: Hashable = None) -> None:
+        """Make a path of the tree a donor. Known leading blocks are not stored again.
+
+        Args:
+            namespace: whose tokens these are.
+            tokens: of the path, from the root.
+            mark: how its owner tells this path from others of the same tokens. Searches find donors of all marks.
+        """
+        path, content, chain = self._path_hashes(namespace, tokens, mark)
         if not len(content):
             return
-        segment, known = self._longest_known(namespace, path, chain)
+        segment, known = self._longest_known(namespace, mark, path, chain)
         known -= known % (self._unit // self.block)
         if known < len(content):
             first = content[known : known + self._unit // self.block].tobytes()
-            segment = self._grow(namespace, segment, path, known * self.block, first)
+            segment = self._grow(namespace, mark, segment, path, known * self.block, first)
             self._index_blocks(segment, content[known:], chain[known:])
         assert segment is not None
         self._touch(segment)
@@ -238,19 +248,29 @@ class AnyPositionIndex:
             self._cut(next(iter(self._segments.values())), 0)
         self._compact()
 
-    def _grow(self, namespace: Hashable, segment: Segment | None, path: Tokens, begin: int, content: bytes) -> Segment:
+    def _grow(
+        self,
+        namespace: Hashable,
+        mark: Hashable,
+        segment: Segment | None,
+        path: Tokens,
+        begin: int,
+        content: bytes,
+    ) -> Segment:
         """Put a path's tokens from ``begin`` on into the segment that knows those before, or into a new one."""
         while segment is not None and segment.parent is not None and begin == segment.begin:
             segment = segment.parent
         if segment is None:
-            segment = self._roots.get(namespace) or Segment(namespace, None, 0, np.empty(0, np.int32))
+            segment = self._roots.get((namespace, mark)) or Segment(
+                namespace, None, 0, np.empty(0, np.int32), mark=mark
+            )
         whole = self._whole_end(segment)
         if (
             segment.parent is None
             or begin < whole
             or not _starts_with(path[begin:], segment.tokens[whole - segment.begin :])
         ):
-            segment = self._new_segment(namespace, segment, begin, content)
+            segment = self._new_segment(segment, begin, content)
         else:
             # The path continues this donor; tokens that did not fill a unit before are indexed with what follows.
             self._tokens -= segment.end - begin
@@ -259,10 +279,10 @@ class AnyPositionIndex:
         self._tokens += len(path) - begin
         return segment
 
-    def known_prefix(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> int:
+    def known_prefix(self, namespace: Hashable, tokens: Ids) -> int:
         """How many of a prompt's first tokens are a donor's first tokens too, in whole blocks and pages."""
-        path, _, chain = self._path_hashes(namespace, tokens)
-        _, known = self._longest_known(namespace, path, chain)
+        path, _, chain = self._path_hashes(namespace, tokens, None)
+        _, known = self._longest_known(namespace, None, path, chain)
         return known * self.block // self._unit * self._unit
 
     def forget(self, segment: Segment, keep: int) -> None:
@@ -281,8 +301,10 @@ class AnyPositionIndex:
                 break
             node = parent
 
-    def _new_segment(self, namespace: Hashable, parent: Segment, begin: int, content: bytes) -> Segment:
-        segment = Segment(namespace, parent, begin, np.empty(0, np.int32), number=self._next_number)
+    def _new_segment(self, parent: Segment, begin: int, content: bytes) -> Segment:
+        segment = Segment(
+            parent.namespace, parent, begin, np.empty(0, np.int32), number=self._next_number, mark=parent.mark
+        )
         self._next_number += 1
         self._segments[segment.number] = segment
         namesake = parent.children.pop((begin, content), None)
@@ -290,7 +312,7 @@ class AnyPositionIndex:
             self._cut(namesake, 0)
         parent.children[begin, content] = segment
         if parent.parent is None:
-            self._roots[namespace] = parent
+            self._roots[parent.namespace, parent.mark] = parent
         return segment
 
     def _touch(self, segment: Segment) -> None:
@@ -330,8 +352,9 @@ class AnyPositionIndex:
         parent = segment.parent
         assert parent is not None
         parent.children = {key: child for key, child in parent.children.items() if child is not segment}
-        if parent.parent is None and not parent.children and self._roots.get(segment.namespace) is parent:
-            del self._roots[segment.namespace]
+        root = (parent.namespace, parent.mark)
+        if parent.parent is None and not parent.children and self._roots.get(root) is parent:
+            del self._roots[root]
 
     def _compact(self) -> None:
         """Drop dead blocks once they are the majority."""
@@ -384,13 +407,13 @@ class AnyPositionIndex:
             self._index_blocks(segment, hashes[kept], chains[kept])
 
     def _path_hashes(
-        self, namespace: Hashable, tokens: Sequence[int] | Tokens
+        self, namespace: Hashable, tokens: Ids, mark: Hashable
     ) -> tuple[Tokens, npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """The whole pages at a path's beginning; the content and chain hashes of the blocks of its whole units."""
         path = np.asarray(tokens, np.int32)[: len(tokens) // self._page * self._page]
         whole = path[: self._blocks_in(len(path)) * self.block]
         content = self._block_hashes(whole.reshape(-1, self.block), namespace)
-        return path, content, self._chain_hashes(content)
+        return path, content, self._chain_hashes(content, mark)
 
     def _blocks_in(self, tokens: int) -> int:
         """Blocks of the whole units among so many tokens."""
@@ -409,21 +432,22 @@ class AnyPositionIndex:
             return _mix(value)
 
     @staticmethod
-    def _chain_hashes(content: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    def _chain_hashes(content: npt.NDArray[np.uint64], mark: Hashable) -> npt.NDArray[np.uint64]:
         """Hash of all blocks up to each one: sums of the blocks' hashes, each mixed with its place."""
         with np.errstate(over="ignore"):
             place = np.arange(1, len(content) + 1, dtype=_U64) * _MULTIPLIER
-            return _mix(np.cumsum(_mix(content ^ place), dtype=_U64))
+            total = np.cumsum(_mix(content ^ place), dtype=_U64)
+            return _mix(total + _U64(hash(mark) & 0xFFFFFFFFFFFFFFFF))
 
     def _longest_known(
-        self, namespace: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]
+        self, namespace: Hashable, mark: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]
     ) -> tuple[Segment | None, int]:
         """The segment that holds the deepest known block of this path, and how many blocks are known."""
         blocks = self._by_path.get(chain, self._chain)
         for known in (np.flatnonzero(blocks >= 0) + 1)[::-1]:
             segment = self._alive(int(blocks[known - 1]), namespace)
             length = int(known) * self.block
-            if segment is not None and np.array_equal(segment.path(length), path[:length]):
+            if segment is not None and segment.mark == mark and np.array_equal(segment.path(length), path[:length]):
                 return segment, int(known)
         return None, 0
 
@@ -435,14 +459,14 @@ class AnyPositionIndex:
 
     # ---- search
 
-    def search(self, namespace: Hashable, tokens: Sequence[int] | Tokens) -> PromptSearch:
+    def search(self, namespace: Hashable, tokens: Ids) -> PromptSearch:
         """The search for one prompt, which may be asked again and again."""
         return PromptSearch(self, namespace, np.asarray(tokens, np.int32))
 
     def find(
         self,
         namespace: Hashable,
-        tokens: Sequence[int] | Tokens,
+        tokens: Ids,
         start: int = 0,
         min_span: int | None = None,
         held: Held | None = None,
@@ -663,6 +687,29 @@ class PromptSearch:
         for run in self._runs:
             wanted[run.start : run.end - self._index.block + 1] = False
         return np.unique(windows[wanted])
+
+
+def beside(runs: Sequence[Run], others: Iterable[Run], shortest: int) -> list[Run]:
+    """Disjoint runs, and what other runs cover between them, all by their place in the prompt.
+
+    Args:
+        runs: by place.
+        others: are cut to what ``runs`` leave, and left out if that is less than ``shortest`` tokens.
+        shortest: tokens of the shortest run.
+    """
+    added: list[Run] = []
+    for run in others:
+        at = run.start
+        for taken in (*runs, Run(run.end, 0, run.segment, 0)):
+            if taken.end <= at:
+                continue
+            until = min(taken.start, run.end)
+            if until - at >= shortest:
+                added.append(Run(at, until - at, run.segment, run.offset + at - run.start))
+            at = max(at, taken.end)
+            if at >= run.end:
+                break
+    return sorted((*runs, *added), key=lambda run: run.start)
 
 
 def _from(runs: Iterable[Run], start: int, shortest: int) -> Iterable[Run]:

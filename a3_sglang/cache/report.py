@@ -7,8 +7,9 @@ from typing import Any
 
 from a3_sglang.cache.request import Reason
 
-PARTS = ("prefix", "reused", "recomputed", "gap", "tail")
-"""Where a prompt's tokens came from; their counts add up to the prompt."""
+PARTS = ("prefix", "continued", "reused", "recomputed", "gap", "tail")
+"""Where a prompt's tokens came from; their counts add up to the prompt. ``continued``: approximate KV that an earlier
+request left for the same beginning."""
 ROUNDING = 64
 """Counts are multiples of this many tokens unless exact ones are asked for: exact ones would tell how much of a guess
 is in somebody else's prompt (docs/security.md)."""

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from a3_sglang.cache.branches import Branch
 from a3_sglang.cache.index import PromptSearch
 from a3_sglang.config import Effective
 from a3_sglang.fusion.plan import Plan
@@ -38,21 +41,26 @@ class RequestState:
 
     Attributes:
         options: what the request runs with; None until it was first matched.
-        search: the search for its prompt; None until it was first searched for.
+        search: the search for its prompt among exact donors; None until it was first searched for.
+        search_approximate: the same among approximate ones.
+        hashes: of its prompt's beginnings (:func:`prefix_hashes`); None until they were first needed.
+        branch: where its KV becomes approximate; None: nowhere.
         plan: spans the tree offered at the last match.
         reason: why there is no plan, or why everything was recomputed.
         reusable: tokens that could have been reused, if they were too few.
-        private: the request's own slots after its exact prefix, int64; None if it was not fused.
+        private: slots that the fusion fills, after the prefix, int64.
         sources: the donors' slots of its spans, int64 (reused,). Kept while the request lives, as it is made on
             another CUDA stream than the one that reads it.
         waiting: slots are allocated, the fusion has not run.
         recomputed: positions of the reused rows that were recomputed, int64.
-        exact: all KV of the request is as a full prefill makes it.
         reported: the report of this admission is written.
     """
 
     options: Effective | None = None
     search: PromptSearch | None = None
+    search_approximate: PromptSearch | None = None
+    hashes: npt.NDArray[np.uint64] | None = None
+    branch: Branch | None = None
     plan: Plan | None = None
     reason: Reason | None = None
     reusable: int = 0
@@ -60,8 +68,12 @@ class RequestState:
     sources: torch.Tensor | None = None
     waiting: bool = False
     recomputed: torch.Tensor | None = None
-    exact: bool = True
     reported: bool = False
+
+    def renew(self) -> None:
+        """Before the request is matched again: what was found then does not count any more."""
+        self.branch = self.plan = self.reason = self.private = self.sources = self.recomputed = None
+        self.reusable, self.waiting, self.reported = 0, False, False
 
 
 def state_of(req: Any) -> RequestState:

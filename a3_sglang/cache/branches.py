@@ -1,0 +1,128 @@
+"""Approximate KV in SGLang's own tree: how its paths are keyed, and where they leave exact ones.
+
+A path with approximate KV has the prompt's own tokens as long as its KV is exact; from there on
+(:attr:`Branch.begin`) each token id has the branch's kind in its upper 32 bits. No prompt holds such ids, so a plain
+match never enters the branch; otherwise the tree treats its nodes like all others: it shares, locks, evicts and counts
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+KIND_SHIFT = 32
+"""A branch's kind is in the bits of a token id from this one on."""
+KINDS = 1 << 30
+"""Kinds are below this, so that ids stay positive in 64 bits."""
+_CAPACITY = 4096
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Where a path's KV becomes approximate.
+
+    Attributes:
+        begin: its first approximate position.
+        kind: 1 or more. With harvested donors the generation: one more than the highest of the donors that
+            the path's KV was made of. With compiled donors it tells prompts apart.
+    """
+
+    begin: int
+    kind: int
+
+    def mark(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The ids under which the tree holds a path's tokens; int64 (n,) -> (n,)."""
+        marked = tokens.copy()
+        marked[self.begin :] += self.kind << KIND_SHIFT
+        return marked
+
+    def tokens(self, marked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens of ids that :meth:`mark` returned."""
+        return marked & ((1 << KIND_SHIFT) - 1)
+
+
+class Branches:
+    """The branches that were entered into the tree, by the tokens that a prompt must have to find them.
+
+    Args:
+        capacity: branches that are remembered; those used longest ago are forgotten.
+    """
+
+    def __init__(self, capacity: int = _CAPACITY) -> None:
+        self._capacity = capacity
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._branch: list[Branch | None] = [None] * self._capacity
+        self._row: dict[tuple[int, int, Branch], int] = {}
+        # Rows: length and hash of the tokens, and when the branch was last used (0: an empty row).
+        self._length = np.zeros(self._capacity, np.int64)
+        self._hash = np.zeros(self._capacity, np.uint64)
+        self._used = np.zeros(self._capacity, np.int64)
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def add(self, hashes: npt.NDArray[np.uint64], length: int, branch: Branch) -> None:
+        """Remember a branch, for prompts that begin with the same ``length`` tokens.
+
+        Args:
+            hashes: :func:`prefix_hashes` of the path.
+            length: tokens that a prompt has to share.
+            branch: what it finds.
+        """
+        key = (length, int(hashes[length]), branch)
+        row = self._row.get(key)
+        if row is None:
+            row = int(self._used.argmin())
+            if self._used[row]:
+                self._forget(row)
+            self._row[key], self._branch[row] = row, branch
+            self._length[row], self._hash[row] = length, hashes[length]
+        self._touch(row)
+
+    def find(self, hashes: npt.NDArray[np.uint64], most: int) -> list[Branch]:
+        """Branches whose tokens a prompt begins with, those used last first.
+
+        Args:
+            hashes: :func:`prefix_hashes` of the prompt.
+            most: how many at most.
+        """
+        rows = np.flatnonzero((self._used > 0) & (self._length < len(hashes)))
+        rows = rows[hashes[self._length[rows]] == self._hash[rows]]
+        rows = rows[np.argsort(-self._used[rows], kind="stable")][:most]
+        found = [self._branch[int(row)] for row in rows]
+        return [branch for branch in found if branch is not None]
+
+    def _forget(self, row: int) -> None:
+        branch = self._branch[row]
+        assert branch is not None
+        del self._row[int(self._length[row]), int(self._hash[row]), branch]
+        self._branch[row], self._used[row] = None, 0
+
+    def _touch(self, row: int) -> None:
+        self._clock += 1
+        self._used[row] = self._clock
+
+
+def prefix_hashes(namespace: Hashable, tokens: Any) -> npt.NDArray[np.uint64]:
+    """Hash of each of a prompt's beginnings, from none of its tokens to all of them; uint64 (n + 1,)."""
+    ids = np.asarray(tokens, np.uint64)
+    hashes = np.empty(len(ids) + 1, np.uint64)
+    hashes[0] = hash(namespace) & 0xFFFFFFFFFFFFFFFF
+    with np.errstate(over="ignore"):
+        # Each token is mixed with its place, so that the sum depends on the order.
+        place = np.arange(1, len(ids) + 1, dtype=np.uint64) * _FACTOR
+        mixed = (ids + np.uint64(1)) * (place | np.uint64(1))
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        hashes[1:] = hashes[0] + np.cumsum(mixed ^ (mixed >> np.uint64(32)), dtype=np.uint64)
+    return hashes
