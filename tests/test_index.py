@@ -143,7 +143,7 @@ def test_finds_what_brute_force_finds(world, page_size, told):
 @settings(max_examples=200, deadline=None)
 @given(worlds(repetitive=True), PAGES, st.booleans())
 def test_what_is_found_in_repetitive_text_is_there(world, page_size, told):
-    """Of equal blocks in one path only the first is followed, so a longer run may be missed, but none is invented."""
+    """Of equal blocks in one path only the first and the last are followed, so runs may be missed; none is invented."""
     steps, prompt, namespace, start = world
     index, donors = build(steps, page_size, told)
     found = index.find(namespace, prompt, start, held=lambda s: held(donors, s.namespace, s.path(s.end).tolist()))
@@ -156,11 +156,46 @@ def test_what_is_found_in_repetitive_text_is_there(world, page_size, told):
         assert prompt[run.start : run.end] == path[run.offset :]
         assert held(donors, namespace, path) == len(path)
         at = run.end
-    # Where brute force finds something, the search finds something that begins no later.
-    expected = oracle(donors, namespace, prompt, start)
-    if expected and len(expected) == 1:
-        assert found
-        assert found[0].start <= expected[0][0] + expected[0][1] - MIN_SPAN
+
+
+@given(st.integers(2, 40), st.integers(2, 40))
+def test_text_after_one_repeated_token_is_found(donor, prompt):
+    text = list(range(10, 10 + 4 * BLOCK))
+    index = AnyPositionIndex(MIN_SPAN)
+    index.add("x", [0] * (donor * BLOCK) + text)
+    runs = index.find("x", [1, *[0] * (prompt * BLOCK), *text, 1])
+    assert runs[-1].end == 1 + prompt * BLOCK + len(text)
+    assert runs[-1].length >= len(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_run_is_extended_to_the_ends_of_the_donors_lines(data):
+    """By less than a block, over tokens that are the same, and never past what the tree holds."""
+    newline = 1
+    ends = np.zeros(2, np.bool_)
+    ends[newline] = True
+    index = AnyPositionIndex(MIN_SPAN, line_ends=ends)
+    drawn = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    donor = drawn.integers(10, 1 << 20, 12 * BLOCK)
+    # No block is the same as another.
+    donor[::2][drawn.random(len(donor) // 2) < data.draw(st.sampled_from([0.04, 0.2, 1.0]))] = newline
+    index.add("x", donor)
+    begin = data.draw(st.integers(0, 4 * BLOCK))
+    end = data.draw(st.integers(8 * BLOCK, len(donor)))
+    prompt = [*drawn.integers(10, 1 << 20, 7), *donor[begin:end], *drawn.integers(10, 1 << 20, 7)]
+    held = data.draw(st.sampled_from([len(donor), 9 * BLOCK + 3]))
+    runs = index.find("x", prompt, held=lambda _: held)
+    if held < 9 * BLOCK + 3 + BLOCK:
+        assert all(run.offset + run.length <= held for run in runs)
+        return
+    (run,) = runs
+    whole = (-(-begin // BLOCK) * BLOCK, end // BLOCK * BLOCK)
+    lines = [0, *(np.flatnonzero(donor == newline) + 1)]
+    first = min([place for place in lines if begin <= place and whole[0] - BLOCK < place <= whole[0]] or [whole[0]])
+    last = max([place for place in lines if place <= end and whole[1] <= place < whole[1] + BLOCK] or [whole[1]])
+    assert (run.offset, run.offset + run.length) == (first, last)
+    assert run.start == 7 + first - begin
 
 
 @given(st.integers(1, 6), st.integers(3 * MIN_SPAN, 160), st.integers(0, 5))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import SPREAD, check
+from oracle import SPREAD, check, probe_agreement
 from reference import Llama
 from tolerance import DTYPE, assert_same_prefill
 from traffic import Traffic, answer, parts
@@ -41,3 +41,7 @@ def test_ratio_one_is_a_full_prefill(traffic: Traffic):
 
 def test_fused_kv_is_the_oracles(traffic: Traffic, model: str):
     check(traffic, Llama.load(Path(model)), SPREAD, documents=2)
+
+
+def test_the_probe_picks_the_oracles_rows(traffic: Traffic, model: str):
+    assert probe_agreement(traffic, Llama.load(Path(model)), documents=2) > 0.9

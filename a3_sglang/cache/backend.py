@@ -54,7 +54,14 @@ class A3Tree:
         self._inserting: Any = None
         super().__init__(*args, **kwargs)
 
-    def start(self, options: ServerOptions, executor: Executor, capacity: int, metrics: Metrics | None = None) -> None:
+    def start(
+        self,
+        options: ServerOptions,
+        executor: Executor,
+        capacity: int,
+        metrics: Metrics | None = None,
+        line_ends: Any = None,
+    ) -> None:
         """Begin to offer spans.
 
         Args:
@@ -62,6 +69,7 @@ class A3Tree:
             executor: runs the fusions.
             capacity: tokens the KV pool holds.
             metrics: where failures are counted.
+            line_ends: bool (vocabulary,), the tokens that end a line; None if that is not known.
         """
         self.options = options
         self.executor = executor
@@ -72,6 +80,7 @@ class A3Tree:
                 options.min_span,
                 capacity=2 * capacity,
                 page_size=self.page_size,  # type: ignore[attr-defined]
+                line_ends=line_ends,
             )
             for _ in range(2)
         )

@@ -6,7 +6,8 @@ wherever it is in the prompt. A hit is compared token by token, so a hash collis
 followed block by block.
 
 A run consists of whole blocks of one donor. It is never extended token by token: if it were, a client could read
-other clients' prompts by guessing one token at a time. A guess has to be right about a whole block at once.
+other clients' prompts by guessing one token at a time. A guess has to be right about a whole block at once. Blocks are
+cut where a line ends in the donor, so a run may begin or end there, too; documents usually do.
 
 Donors that share a prefix share its blocks, as they share its KV in the tree: the index is a trie of segments, each
 holding only what no earlier donor had. Segments begin where whole blocks and whole pages of the tree (*units*) do, and
@@ -170,10 +171,16 @@ class AnyPositionIndex:
             radix tree evicts without telling; twice its size keeps all that can still be there.
         candidates: how many donors with the same block are compared, newest first.
         page_size: the tree's.
+        line_ends: bool (vocabulary,), the tokens that end a line; None: none does.
     """
 
     def __init__(
-        self, min_span: int = 32, capacity: int | None = None, candidates: int = 16, page_size: int = 1
+        self,
+        min_span: int = 32,
+        capacity: int | None = None,
+        candidates: int = 16,
+        page_size: int = 1,
+        line_ends: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         if min_span < 1:
             raise ValueError(f"min_span must be at least 1, not {min_span}")
@@ -183,6 +190,7 @@ class AnyPositionIndex:
         self._unit = math.lcm(self.block, page_size)
         self.capacity = capacity
         self.candidates = candidates
+        self._line_ends = np.zeros(1, np.bool_) if line_ends is None else line_ends
         self.generation = 0
         """Grows when blocks get new numbers."""
         self.steps = 0
@@ -378,13 +386,16 @@ class AnyPositionIndex:
         self._live[first : first + n] = True
         segment.blocks.append((first, n))
         self._count += n
-        # Blocks with equal content form a list, newest first. Within one path only the first of equal blocks is listed:
-        # a run that starts there covers the others, and one repeated token does not fill a list.
-        _, earliest = np.unique(content, return_index=True)
+        # Blocks with equal content form a list, newest first. Of equal blocks within one path only two are listed, so
+        # that one repeated token does not fill a list: the first, as a run that starts there covers the others, and
+        # the last, as what follows it is something else.
         self._older[first : first + n] = -1
-        heads = new[earliest]
-        self._older[heads] = self._by_content.get(content[earliest], self._hash)
-        self._by_content.put(content[earliest], heads, self._hash)
+        _, earliest = np.unique(content, return_index=True)
+        _, latest = np.unique(content[::-1], return_index=True)
+        latest = n - 1 - latest
+        for listed in (earliest, latest[latest != earliest]):
+            self._older[new[listed]] = self._by_content.get(content[listed], self._hash)
+            self._by_content.put(content[listed], new[listed], self._hash)
         self._by_path.put(chain, new, self._chain)
 
     def _reserve(self, n: int) -> None:
@@ -533,8 +544,9 @@ class AnyPositionIndex:
             if run is None:
                 at += 1
                 continue
-            runs.append(run)
-            at = int(np.searchsorted(found, run.end))
+            floor = runs[-1].end if runs else start
+            runs.append(self._to_line_ends(sweep, run, floor))
+            at = int(np.searchsorted(found, runs[-1].end))
         self.steps += budget.spent
         self._compact()
         return runs
@@ -596,6 +608,36 @@ class AnyPositionIndex:
                     # The tree lost the donor's end only.
                     runs.append((self._follow(sweep, position, number, segment), number))
         return None
+
+    def _to_line_ends(self, sweep: _Sweep, run: Run, floor: int) -> Run:
+        """Extend a run by less than a block to each side, if the donor's line begins or ends there.
+
+        Args:
+            sweep: what is searched for.
+            run: of whole blocks.
+            floor: where it may begin at the earliest.
+        """
+        segment, prompt, reach = run.segment, sweep.prompt, self.block - 1
+        path = segment.path(min(run.offset + run.length + reach, sweep.held_length(segment)))
+        before = path[max(run.offset - reach, 0) : run.offset]
+        begin = run.start - min(len(before), run.start - floor)
+        same = _common_prefix(before[::-1], prompt[begin : run.start][::-1])
+        after = path[run.offset + run.length :]
+        common = _common_prefix(after, prompt[run.end :])
+        # A line begins after the token that ends the one before, or with the path.
+        starts = np.flatnonzero(self._ends_line(path[max(run.offset - same - 1, 0) : run.offset]))
+        ends = np.flatnonzero(self._ends_line(after[:common]))
+        left = 0
+        if run.offset == same:
+            left = same
+        elif len(starts):
+            left = min(same, same - int(starts[0]))
+        right = int(ends[-1]) + 1 if len(ends) else 0
+        return Run(run.start - left, left + run.length + right, segment, run.offset - left)
+
+    def _ends_line(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
+        known = (tokens >= 0) & (tokens < len(self._line_ends))
+        return known & self._line_ends[np.where(known, tokens, 0)]
 
     def _follow(self, sweep: _Sweep, position: int, number: int, segment: Segment) -> Run:
         """The run of whole blocks that begins at a position of the prompt and with a block of a segment."""

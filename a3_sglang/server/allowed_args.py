@@ -262,7 +262,7 @@ ALLOWED_VALUES: dict[str, Callable[[Any], bool]] = {
 }
 """Options of which some values are allowed: a predicate on the value."""
 
-CHECKED = frozenset({"kv_cache_dtype", "enable_deterministic_inference", "rl_on_policy_target"})
+CHECKED = frozenset({"kv_cache_dtype", "enable_deterministic_inference"})
 """Options that are right or wrong by the model, the device or a3's own options."""
 
 
@@ -286,6 +286,7 @@ REFUSED = (
     Feature("multi-item scoring runs without a radix cache", ("enable_mis",)),
     Feature("without a KV cache there is nothing to reuse", ("prefill_only_disable_kv_cache",)),
     Feature("embedding and reward models are not supported", ("is_embedding",)),
+    Feature("log-probabilities of a reused prompt are not the trainer's", ("rl_on_policy_target",)),
     Feature(
         "the hierarchical cache is not supported yet",
         ("enable_hierarchical_cache",),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from a3_sglang import seams
 from a3_sglang.cache.backend import A3Tree
 from a3_sglang.config import ServerOptions
@@ -49,9 +52,24 @@ def build_tree(context: Any) -> Any:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {first_line}") from error
     tree = seams.create_tree(context, A3Tree)
-    tree.start(options, executor, capacity=model.keys[0].shape[0], metrics=Metrics(context.server_args))
+    tree.start(
+        options,
+        executor,
+        capacity=model.keys[0].shape[0],
+        metrics=Metrics(context.server_args),
+        line_ends=line_ends(context.tp_worker.tokenizer),
+    )
     logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(device).__name__, options)
     return tree
+
+
+def line_ends(tokenizer: Any) -> npt.NDArray[np.bool_] | None:
+    """Which tokens end a line, bool (vocabulary,); None without a tokenizer (``--skip-tokenizer-init``)."""
+    if tokenizer is None:
+        return None
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    # How byte-level vocabularies, byte fallbacks and plain ones write a line feed.
+    return np.array([token is not None and token.endswith(("Ċ", "<0x0A>", "\n")) for token in tokens], np.bool_)
 
 
 def _slice_rows(server_args: Any) -> int:

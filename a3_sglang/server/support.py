@@ -70,9 +70,8 @@ def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
 
 def _not_deterministic(server_args: Any, options: ServerOptions) -> str | None:
     """An a3 option that makes answers depend on other traffic although SGLang was asked for deterministic ones."""
-    asked = ("enable_deterministic_inference", "rl_on_policy_target")
-    name = next((name for name in asked if seams.resolved_argument(server_args, name) not in _OFF), None)
-    if name is None:
+    name = "enable_deterministic_inference"
+    if seams.resolved_argument(server_args, name) in _OFF:
         return None
     if options.donors != "compiled":
         return f"{_flag(name)}: with harvested donors answers depend on other requests; add --a3-donors compiled"
