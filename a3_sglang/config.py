@@ -134,6 +134,7 @@ class RequestOptions(BaseModel):
     selector: str | None = None
     min_span: StrictInt | None = None
     donor: StrictBool = False
+    keep: StrictBool = True
 
     @field_validator("selector")
     @classmethod
@@ -148,6 +149,7 @@ class Effective(BaseModel):
         valid: what the request asked for made sense; else it is not fused.
         enabled: it may be fused.
         donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
+        keep: it continues approximate KV of earlier requests and leaves its own to later ones.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -155,6 +157,7 @@ class Effective(BaseModel):
     valid: bool = True
     enabled: bool
     donor: bool
+    keep: bool
     ratio: Ratio
     selector: str
     min_span: int
@@ -220,6 +223,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
     return Effective(
         enabled=enabled,
         donor=fields.donor,
+        keep=fields.keep,
         ratio=ratio,
         selector=selector,
         min_span=fields.min_span or server.min_span,

@@ -33,7 +33,7 @@ def register() -> None:
     HookRegistry.register(seams.HOOKS["cli"], _add_options, HookType.AFTER)
     HookRegistry.register(seams.HOOKS["generate"], _generate, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AFTER)
+    HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
     if seams.overwrites_arguments():
@@ -115,13 +115,20 @@ def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args
     return result
 
 
-def _admit(_result: Any, adder: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Tell the tree whether a request was admitted.
-
-    Releases before 0.5.23 count obtained slots as the tree's; these are the request's own.
-    """
-    if _tree is not None:
-        _tree.after_admission(req, admitted=any(other is req for other in adder.can_run_list[-1:]))
+def _admit(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Admit a request with the rows of its fusion counted, and tell the tree what came of it."""
+    if _tree is None:
+        return original(adder, req, *args, **kwargs)
+    rows = _tree.rows_of(req)
+    seams.reserve(adder, rows)
+    admitted = False
+    try:
+        result = original(adder, req, *args, **kwargs)
+        admitted = any(other is req for other in adder.can_run_list[-1:])
+    finally:
+        _tree.after_admission(req, admitted)
+        seams.reserve(adder, (_tree.rows_of(req) if admitted else 0) - rows)
+    return result
 
 
 # ---- the tokenizer manager's process

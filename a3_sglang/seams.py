@@ -186,6 +186,25 @@ def protect(req: Any, length: int) -> None:
         req.kv.cache_protected_len = length
 
 
+def reserve(adder: Any, rows: int) -> None:
+    """Count rows that a step computes besides its extends towards what it may compute; negative: give back."""
+    adder.rem_input_tokens -= rows
+    if adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens -= rows
+
+
+def count_as_computed(req: Any, rows: int) -> None:
+    """Rows between a request's prefix and its tail that were computed; what is left came from the device.
+
+    SGLang has counted all of them as loaded from the host.
+    """
+    if req.retracted_stain:
+        return
+    req.cached_tokens -= rows
+    req.cached_tokens_device += req.cached_tokens_host - rows
+    req.cached_tokens_host = 0
+
+
 def row(tree: Any, req: Any) -> torch.Tensor:
     """The request's row of slots in the pool."""
     index = req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx

@@ -17,7 +17,7 @@ import forking
 from a3_sglang.cli.common import engine, environment, flush
 
 POOL = {"chunked_prefill_size": 2048, "max_total_tokens": 16384}
-OPTIONS = {"A3_MIN_REUSE": "64", "A3_REPORT": "exact"}
+OPTIONS = {"A3_MIN_SAVING": "0", "A3_REPORT": "exact"}
 """The tests' prompts are short, and they look at exact counts."""
 
 

@@ -21,6 +21,22 @@ def compile_documents(traffic: Traffic) -> list[dict[str, Any]]:
     return [traffic.ask(ids, {"donor": True}, tokens=1)["meta_info"]["a3"] for ids in donors]
 
 
+def test_own_turns_continue_and_other_questions_do_not(traffic: Traffic):
+    """An answer may depend on the turns of the same conversation, not on what others asked over the same text."""
+    traffic.renew()
+    flush(traffic.running)
+    compile_documents(traffic)
+    prompt = traffic.prompt(ORDER)
+    out = traffic.ask(prompt)
+    other = traffic.ask(prompt[:-40] + traffic.tokens(40))["meta_info"]["a3"]
+    assert other["continued"] == 0
+    assert other["reused"] > 0
+    turn = [*prompt, *out["output_ids"], *traffic.tokens(40)]
+    report = traffic.ask(turn)["meta_info"]["a3"]
+    assert report["prefix"] + report["continued"] == len(prompt) + len(out["output_ids"]) - 1
+    assert report["reused"] == 0
+
+
 def strip(report: dict[str, Any]) -> dict[str, Any]:
     return {name: report[name] for name in ("prefix", "reused", "recomputed", "gap", "tail", "reason")}
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from a3_sglang.config import Effective, ServerOptions, env_name, resolve
 
-DEFAULT = Effective(enabled=True, donor=False, ratio=0.15, selector="probe", min_span=32, min_saving=1 / 3)
+DEFAULT = Effective(enabled=True, donor=False, keep=True, ratio=0.15, selector="probe", min_span=32, min_saving=1 / 3)
 
 
 @pytest.fixture(autouse=True)

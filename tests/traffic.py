@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from a3_sglang.cache.report import PARTS
 from a3_sglang.cli.common import generate
 
 
@@ -42,7 +43,7 @@ class Traffic:
 
 def parts(report: dict[str, Any]) -> int:
     """All tokens of the prompt, as the report counts them."""
-    return sum(report[name] for name in ("prefix", "reused", "recomputed", "gap", "tail"))
+    return sum(report[name] for name in PARTS)
 
 
 def answer(out: dict[str, Any]) -> tuple[list[int], list[float]]:

@@ -12,25 +12,23 @@ import numpy as np
 import torch
 
 from a3_sglang import seams
-from a3_sglang.cache.branches import KINDS, Branch, Branches, prefix_hashes
+from a3_sglang.cache.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.cache.breaker import Breaker
 from a3_sglang.cache.index import AnyPositionIndex, Run, Segment, beside
 from a3_sglang.cache.report import make_report
 from a3_sglang.cache.request import Reason, RequestState, ineligible, state_of
 from a3_sglang.config import Effective, ServerOptions, resolve_leniently
 from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Part, Timings
-from a3_sglang.fusion.plan import Plan, make_plan
+from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
-from a3_sglang.selectors.base import AUTO_USUAL
+from a3_sglang.selectors.base import AUTO_CAP, AUTO_USUAL, Ratio
 
 _TIMED = os.environ.get("A3_TIMINGS") == "1"
 """Whether requests report how long the parts of their fusion took."""
 _BRANCHES_TRIED = 8
 """Branches whose tokens are compared with a prompt's, at most."""
-GENERATIONS = 4
-"""Approximate KV is made of donors of a lower generation; that of the last one is no donor."""
 
 
 class A3Tree:
@@ -112,7 +110,7 @@ class A3Tree:
             return
         compiled = self.options.donors == "compiled"
         self.branches.add(self._hashes(req), len(req.origin_input_ids) if compiled else branch.begin, branch)
-        if not compiled and branch.kind < GENERATIONS:
+        if not compiled and branch.generation < GENERATIONS:
             self.approximate.add(space, branch.tokens(seams.key_tokens(key)), branch)
 
     def _donated(self) -> int | None:
@@ -172,15 +170,24 @@ class A3Tree:
     def _match(self, req: Any, state: RequestState, params: Any, exact: Any) -> Any:
         """The best of what the tree holds for a request: exact prefix, a branch that goes on after it, and spans."""
         options = self._options_of(req)
+        if not options.keep:
+            req.skip_radix_cache_insert = False
         state.reason = ineligible(req, options)
         if state.reason is not None:
             return exact
-        result, state.branch = self._match_branches(req, params, exact)
+        result = exact
+        if options.keep:
+            result, state.branch = self._match_branches(req, params, exact)
         state.plan = self._plan(req, state, params.key, seams.matched_length(result))
         if state.plan is None:
             return result
         if state.branch is None:
-            state.branch = Branch(state.plan.prefix, self._kind(req, state.plan))
+            generation = 1 + max(_generation(span.run) for span in state.plan.spans)
+            # With compiled donors it must not matter what others ask over the same text.
+            common = self._hashes(req)[-1 if self.options.donors == "compiled" else 0]
+            state.branch = Branch(state.plan.prefix, generation, int(common) % KINDS)
+        if not options.keep:
+            req.skip_radix_cache_insert = True
         if state.plan.prefix < seams.matched_length(result):
             result = super().match_prefix(replace(params, key=params.key[: state.plan.prefix]))  # type: ignore[misc]
         return result._replace(
@@ -207,17 +214,13 @@ class A3Tree:
         return seams.key_like(seams.namespace(key), branch.mark(seams.key_tokens(key)))
 
     def _hashes(self, req: Any) -> Any:
+        """Of a prompt's beginnings, for requests with the same options."""
         state = state_of(req)
         if state.hashes is None:
-            state.hashes = prefix_hashes(self._namespace_of(req), req.origin_input_ids)
+            options = self._options_of(req)
+            seed = (self._namespace_of(req), options.selector, options.ratio, options.min_span)
+            state.hashes = prefix_hashes(seed, req.origin_input_ids)
         return state.hashes
-
-    def _kind(self, req: Any, plan: Plan) -> int:
-        """The kind of the branch that a fusion makes."""
-        if self.options.donors == "compiled":
-            # One for each prompt: what others ask over the same text must not matter.
-            return 1 + int(self._hashes(req)[-1]) % (KINDS - 1)
-        return 1 + max(_generation(span.run) for span in plan.spans)
 
     def _plan(self, req: Any, state: RequestState, key: Any, prefix: int, end: int | None = None) -> Plan | None:
         """What of the prompt can be reused now; None, with the reason in the state, if that does not pay.
@@ -237,7 +240,16 @@ class A3Tree:
             # What else the tree holds of the prompt would make the answer depend on other requests.
             prefix = min(prefix, self.index.known_prefix(space, seams.key_tokens(key)))
         runs = self._runs(req, state, space, prefix)
-        plan = make_plan(runs, prefix, prompt, len(key), self.page_size, end)  # type: ignore[attr-defined]
+        plan = make_plan(
+            runs,
+            prefix,
+            prompt,
+            len(key),
+            self.page_size,  # type: ignore[attr-defined]
+            end,
+            _most(options.ratio),
+            self._most_rows(),
+        )
         state.reusable = plan.reused if plan else 0
         if plan is None:
             state.reason = None if state.branch is not None else Reason.NOTHING
@@ -256,18 +268,30 @@ class A3Tree:
             state.search_approximate = self.approximate.search(space, tokens)
         assert state.search_approximate is not None
         runs = state.search.runs(start, options.min_span, self._cached_length)
-        if self.options.donors == "compiled":
+        if self.options.donors == "compiled" or not options.keep:
             return runs
-        generation = state.branch.kind if state.branch is not None else GENERATIONS
+        generation = state.branch.generation if state.branch is not None else GENERATIONS
         others = state.search_approximate.runs(start, options.min_span, self._cached_length)
         return beside(runs, [run for run in others if _generation(run) < generation], options.min_span)
+
+    def _most_rows(self) -> int:
+        """Rows that a fusion may compute, so that its step computes no more than one of SGLang's prefills."""
+        assert self.executor is not None
+        return self.executor.slice_rows - QUESTION_TOKENS - MIN_TAIL - self.page_size  # type: ignore[attr-defined]
+
+    def rows_of(self, req: Any) -> int:
+        """Rows that a request's fusion computes besides its tail, as far as that is known when it is admitted."""
+        state = state_of(req)
+        if state.plan is None or state.options is None:
+            return 0
+        return state.plan.rows(_most(state.options.ratio)) + QUESTION_TOKENS
 
     def _pays(self, plan: Plan, prompt: int, known: int, options: Effective) -> bool:
         """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
         if not options.min_saving:
             return True
         ratio = AUTO_USUAL if options.ratio == "auto" else options.ratio
-        rows = plan.gap + ratio * plan.reused + prompt - plan.end + min(QUESTION_TOKENS, prompt - plan.end)
+        rows = plan.rows(ratio) + prompt - plan.end + min(QUESTION_TOKENS, prompt - plan.end)
         return rows <= (1 - options.min_saving) * (prompt - known)
 
     def _options_of(self, req: Any) -> Effective:
@@ -493,12 +517,13 @@ class A3Tree:
                 self.breaker.failed("full recompute")
                 self._abort(req)
 
-    @staticmethod
-    def _settle(req: Any, job: Job) -> None:
+    def _settle(self, req: Any, job: Job) -> None:
         """What was recomputed in full after an exact prefix is exact."""
         state = state_of(req)
         if job.exact and state.branch is not None and state.branch.begin == job.plan.prefix:
             state.branch = None
+            if not self._options_of(req).keep:
+                req.skip_radix_cache_insert = False
 
     def _abort(self, req: Any) -> None:
         """End a request whose KV cannot be made; its slots hold nothing, so that its last forward stays finite."""
@@ -513,6 +538,8 @@ class A3Tree:
         state = state_of(req)
         state.waiting = False
         state.recomputed = job.recomputed if job is not None else None
+        if job is not None:
+            seams.count_as_computed(req, len(job.recomputed) + job.plan.gap)
         self.waiting.pop(id(req), None)
 
     def _groups(self, batch: Any) -> list[RowGroup]:
@@ -565,7 +592,12 @@ class A3Tree:
         req.customized_info = {**(req.customized_info or {}), "a3": [report]}
 
 
+def _most(ratio: Ratio) -> float:
+    """The largest share of the reused tokens that may be recomputed."""
+    return AUTO_CAP if ratio == "auto" else ratio
+
+
 def _generation(run: Run) -> int:
     """Of the donor of a run: 0 if its KV is exact."""
     mark = run.segment.mark
-    return mark.kind if isinstance(mark, Branch) else 0
+    return mark.generation if isinstance(mark, Branch) else 0

@@ -1,9 +1,9 @@
 """Approximate KV in SGLang's own tree: how its paths are keyed, and where they leave exact ones.
 
 A path with approximate KV has the prompt's own tokens as long as its KV is exact; from there on
-(:attr:`Branch.begin`) each token id has the branch's kind in its upper 32 bits. No prompt holds such ids, so a plain
-match never enters the branch; otherwise the tree treats its nodes like all others: it shares, locks, evicts and counts
-them.
+(:attr:`Branch.begin`) each token id has the branch's generation and kind in its upper 32 bits. No prompt holds such
+ids, so a plain match never enters the branch; otherwise the tree treats its nodes like all others: it shares, locks,
+evicts and counts them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-KIND_SHIFT = 32
-"""A branch's kind is in the bits of a token id from this one on."""
-KINDS = 1 << 30
+GENERATIONS = 4
+"""Approximate KV is made of donors of a lower generation, so that of the last one is no donor."""
+KINDS = (1 << 30) // (GENERATIONS + 1)
 """Kinds are below this, so that ids stay positive in 64 bits."""
+_SHIFT = 32
 _CAPACITY = 4096
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -29,22 +30,27 @@ class Branch:
 
     Attributes:
         begin: its first approximate position.
-        kind: 1 or more. With harvested donors the generation: one more than the highest of the donors that
-            the path's KV was made of. With compiled donors it tells prompts apart.
+        generation: 1 or more: one more than the highest of the donors that its KV was made of.
+        kind: tells apart what must not be shared: other ratios and selectors; with compiled donors also other prompts.
     """
 
     begin: int
-    kind: int
+    generation: int
+    kind: int = 0
+
+    @property
+    def _code(self) -> int:
+        return (self.kind * (GENERATIONS + 1) + self.generation) << _SHIFT
 
     def mark(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The ids under which the tree holds a path's tokens; int64 (n,) -> (n,)."""
         marked = tokens.copy()
-        marked[self.begin :] += self.kind << KIND_SHIFT
+        marked[self.begin :] += self._code
         return marked
 
     def tokens(self, marked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The tokens of ids that :meth:`mark` returned."""
-        return marked & ((1 << KIND_SHIFT) - 1)
+        return marked & ((1 << _SHIFT) - 1)
 
 
 class Branches:
@@ -113,11 +119,16 @@ class Branches:
         self._used[row] = self._clock
 
 
-def prefix_hashes(namespace: Hashable, tokens: Any) -> npt.NDArray[np.uint64]:
-    """Hash of each of a prompt's beginnings, from none of its tokens to all of them; uint64 (n + 1,)."""
+def prefix_hashes(seed: Hashable, tokens: Any) -> npt.NDArray[np.uint64]:
+    """Hash of each of a prompt's beginnings, from none of its tokens to all of them; uint64 (n + 1,).
+
+    Args:
+        seed: what prompts have to have in common beside tokens.
+        tokens: of the prompt.
+    """
     ids = np.asarray(tokens, np.uint64)
     hashes = np.empty(len(ids) + 1, np.uint64)
-    hashes[0] = hash(namespace) & 0xFFFFFFFFFFFFFFFF
+    hashes[0] = hash(seed) & 0xFFFFFFFFFFFFFFFF
     with np.errstate(over="ignore"):
         # Each token is mixed with its place, so that the sum depends on the order.
         place = np.arange(1, len(ids) + 1, dtype=np.uint64) * _FACTOR

@@ -27,6 +27,7 @@ from a3_sglang.cli.common import (
     write_json,
 )
 from a3_sglang.cli.output import Step, steps
+from a3_sglang.cli.workloads import workloads
 
 SETTLE_SECONDS = 0.3
 PARTS = ("copy", "probe", "select", "recompute", "tail")
@@ -35,9 +36,7 @@ PARTS = ("copy", "probe", "select", "recompute", "tail")
 app = typer.Typer(no_args_is_help=True, help="Measure time to first token.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep ``ttft`` a subcommand of its own."""
+app.command()(workloads)
 
 
 @app.command()

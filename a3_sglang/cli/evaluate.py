@@ -122,7 +122,7 @@ class Evaluation:
             generate(self.running, ids, a3={"donor": True})
         for way in wanted:
             if way[0] != NOISE:
-                yield cell(way, {"selector": way[0], "ratio": self._ratio(case, way)})
+                yield cell(way, {"selector": way[0], "ratio": self._ratio(case, way), "keep": False})
 
     def _ratio(self, case: Case, way: Way) -> Ratio:
         """The nominal ratio of a way; where charged budgets are equal, the one with which the rule costs as much."""
@@ -130,7 +130,7 @@ class Evaluation:
         if not self.charged or ratio == AUTO or selector in FIXED:
             return ratio
         if selector not in self._reports:
-            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": 0.01})
+            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": 0.01, "keep": False})
             self._reports[selector] = out["meta_info"]["a3"]
         report = self._reports[selector]
         reused = report["reused"] + report["recomputed"]
@@ -139,7 +139,7 @@ class Evaluation:
         # What matching in whole blocks leaves out counts towards a ratio, so it takes a little more than the share.
         ratio = share
         for _ in range(3):
-            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": ratio})
+            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": ratio, "keep": False})
             missing = share - out["meta_info"]["a3"]["recomputed"] / reused
             if abs(missing) * reused < 1:
                 break
@@ -230,7 +230,7 @@ def evaluate(
             missing = {n: [way for way in ways if way[2] == mode and (n, *way) not in done] for n in numbers}
             if not any(missing.values()):
                 continue
-            options = {"A3_MIN_REUSE": "64", "A3_DONORS": mode, "A3_REPORT": "exact"}
+            options = {"A3_MIN_SAVING": "0", "A3_DONORS": mode, "A3_REPORT": "exact"}
             arguments = {"disable_overlap_schedule": True, "chunked_prefill_size": prefill, "dtype": served}
             with (
                 tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,10 @@ class Plan:
         """Tokens between prefix and tail that no span covers."""
         return self.end - self.prefix - self.reused
 
+    def rows(self, ratio: float) -> int:
+        """Rows between prefix and tail that are computed if this share of the reused tokens is recomputed."""
+        return self.gap + math.ceil(ratio * self.reused)
+
     def gaps(self) -> Iterator[tuple[int, int]]:
         """``(start, end)`` of each gap."""
         at = self.prefix
@@ -73,7 +78,14 @@ class Plan:
 
 
 def make_plan(
-    runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
+    runs: Sequence[Run],
+    prefix: int,
+    prompt: int,
+    limit: int,
+    page_size: int,
+    end: int | None = None,
+    ratio: float = 0.0,
+    most_rows: int | None = None,
 ) -> Plan | None:
     """Turn runs into a plan; None if nothing is left of them.
 
@@ -84,11 +96,15 @@ def make_plan(
         limit: prompt tokens that may come from a cache (the scheduler keeps some back for logprobs).
         page_size: the tail starts at a multiple of it, as slots are allocated by the page.
         end: where the tail has to start, if that is settled; None: after the last span.
+        ratio: share of the reused tokens that is recomputed.
+        most_rows: rows that may be computed between prefix and tail; the plan ends where that is reached.
     """
     furthest = min(limit, prompt - MIN_TAIL)
     furthest -= furthest % page_size
     if end is not None:
         furthest = min(furthest, end)
+    elif most_rows is not None:
+        furthest = min(furthest, _reach(runs, prefix, ratio, most_rows) // page_size * page_size)
     spans = tuple(
         Span(run.start, min(run.end, furthest) - run.start, run.offset, run) for run in runs if run.start < furthest
     )
@@ -98,3 +114,17 @@ def make_plan(
         end = spans[-1].end
         end += -end % page_size
     return Plan(prefix, end, spans)
+
+
+def _reach(runs: Sequence[Run], prefix: int, ratio: float, rows: float) -> int:
+    """The position up to which so many rows are computed."""
+    at = prefix
+    for run in runs:
+        rows -= run.start - at
+        if rows <= 0:
+            return at
+        if ratio * run.length > rows:
+            return run.start + int(rows / ratio)
+        rows -= ratio * run.length
+        at = run.end
+    return at
