@@ -46,6 +46,8 @@ class A3Tree:
         self.approximate: AnyPositionIndex | None = None
         """Donors with approximate KV, marked with their :class:`Branch`."""
         self.branches = Branches()
+        self._debt = 0
+        """Rows of gaps that fusions of the last generation computed since the last renewal."""
         self.executor: Executor | None = None
         self.waiting: dict[int, Any] = {}
         """Admitted requests whose fusion has not run, by identity, in order of admission."""
@@ -183,6 +185,9 @@ class A3Tree:
             return result
         if state.branch is None:
             generation = 1 + max(_generation(span.run) for span in state.plan.spans)
+            if generation >= GENERATIONS and self._renewal_pays(req, state.plan):
+                state.plan, state.reason = None, Reason.RENEWAL
+                return exact
             # With compiled donors it must not matter what others ask over the same text.
             common = self._hashes(req)[-1 if self.options.donors == "compiled" else 0]
             state.branch = Branch(state.plan.prefix, generation, int(common) % KINDS)
@@ -286,12 +291,20 @@ class A3Tree:
             return 0
         return state.plan.rows(_most(state.options.ratio)) + QUESTION_TOKENS
 
+    def _renewal_pays(self, req: Any, plan: Plan) -> bool:
+        """Whether what is new in fusions of the last generation has cost as much as a full prefill saves.
+
+        It is no donor, so it would be computed again in every prompt. A full prefill makes donors of the whole prompt
+        (ski rental: never more than twice what knowing the future would cost).
+        """
+        saved = plan.reused + plan.gap - plan.rows(_usual(self._options_of(req).ratio))
+        return plan.gap >= self.options.min_span and self._debt + plan.gap >= saved
+
     def _pays(self, plan: Plan, prompt: int, known: int, options: Effective) -> bool:
         """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
         if not options.min_saving:
             return True
-        ratio = AUTO_USUAL if options.ratio == "auto" else options.ratio
-        rows = plan.rows(ratio) + prompt - plan.end + min(QUESTION_TOKENS, prompt - plan.end)
+        rows = plan.rows(_usual(options.ratio)) + prompt - plan.end + min(QUESTION_TOKENS, prompt - plan.end)
         return rows <= (1 - options.min_saving) * (prompt - known)
 
     def _options_of(self, req: Any) -> Effective:
@@ -540,6 +553,8 @@ class A3Tree:
         state.recomputed = job.recomputed if job is not None else None
         if job is not None:
             seams.count_as_computed(req, len(job.recomputed) + job.plan.gap)
+            if state.branch is not None and state.branch.generation >= GENERATIONS:
+                self._debt += job.plan.gap
         self.waiting.pop(id(req), None)
 
     def _groups(self, batch: Any) -> list[RowGroup]:
@@ -572,6 +587,8 @@ class A3Tree:
         if state.reported:
             return
         state.reported = True
+        if state.reason is Reason.RENEWAL:
+            self._debt = 0
         prompt, charged = len(req.origin_input_ids), 0.0
         if job is None:
             prefix = min(seams.prefix_length(req), prompt)
@@ -590,6 +607,11 @@ class A3Tree:
             counts, charged, selector, state.reason, state.reusable, exact=self.options.report == "exact"
         )
         req.customized_info = {**(req.customized_info or {}), "a3": [report]}
+
+
+def _usual(ratio: Ratio) -> float:
+    """The share of the reused tokens that is usually recomputed."""
+    return AUTO_USUAL if ratio == "auto" else ratio
 
 
 def _most(ratio: Ratio) -> float:

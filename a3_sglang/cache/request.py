@@ -29,6 +29,7 @@ class Reason(StrEnum):
     BEAM = "beam search"
     NOTHING = "nothing to reuse"
     TOO_LITTLE = "too little to reuse"
+    RENEWAL = "renews donors"
     EVICTED = "donors evicted"
     NO_ROOM = "no room"
     ERROR = "error"

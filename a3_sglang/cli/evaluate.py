@@ -32,7 +32,7 @@ from a3_sglang.cli.common import (
 from a3_sglang.cli.output import steps
 from a3_sglang.config import AUTO, DONOR_MODES, known_ratio, known_selector, suits
 from a3_sglang.evaluation import scores
-from a3_sglang.evaluation.prompts import Case, Writer
+from a3_sglang.evaluation.prompts import SHAPES, Case, Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
 from a3_sglang.selectors import Ratio, make_selector
 from a3_sglang.server.debug import ANSWER_KEY, LOGITS_VARIABLE
@@ -117,12 +117,22 @@ class Evaluation:
             # The first request left the prompt in the tree, so this one computes little of it again.
             yield cell((NOISE, 0.0, self.donors), False)
         self._reports.clear()
+        self._donate(case)
+        for way in wanted:
+            if way[0] == NOISE:
+                continue
+            option = {"selector": way[0], "ratio": self._ratio(case, way), "keep": bool(case.before)}
+            if case.before:
+                self._donate(case)
+                for ids in case.before:
+                    generate(self.running, ids, a3=option)
+            yield cell(way, option)
+
+    def _donate(self, case: Case) -> None:
+        """Nothing but the case's donors is in the cache."""
         flush(self.running)
         for ids in case.donors[self.donors]:
             generate(self.running, ids, a3={"donor": True})
-        for way in wanted:
-            if way[0] != NOISE:
-                yield cell(way, {"selector": way[0], "ratio": self._ratio(case, way), "keep": False})
 
     def _ratio(self, case: Case, way: Way) -> Ratio:
         """The nominal ratio of a way; where charged budgets are equal, the one with which the rule costs as much."""
@@ -178,6 +188,9 @@ def evaluate(
     start: Annotated[int, typer.Option(min=0, help="Questions to pass over.")] = 0,
     passages: Annotated[int, typer.Option(min=2, help="Passages a question keeps.")] = 5,
     passage_tokens: Annotated[int, typer.Option(min=64, help="Tokens a passage keeps.")] = 400,
+    shape: Annotated[
+        str, typer.Option(help=f"What prompts look like: {'; '.join(f'{k}: {v}' for k, v in SHAPES.items())}.")
+    ] = "last",
     seed: Annotated[int, typer.Option(help="Seed of made-up questions and of the passages' order.")] = 0,
     cells: Annotated[Path | None, typer.Option(help="Keep single results here and go on from them.")] = None,
     dtype: DtypeOption = "auto",
@@ -205,7 +218,9 @@ def evaluate(
         raise typer.BadParameter(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(model)
     depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-    writer = Writer(tokenizer, passages, passage_tokens, seed)
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}", param_hint="--shape")
+    writer = Writer(tokenizer, passages, passage_tokens, seed, shape)
     numbers = range(start, min(start + limit, len(questions) - (data is None)))
     if not numbers:
         raise typer.BadParameter(f"there are only {len(questions)} questions", param_hint="--start")
@@ -219,6 +234,7 @@ def evaluate(
         "passage_tokens": passage_tokens,
         "seed": seed,
         "charged": charged,
+        "shape": shape,
         "sglang": sglang.__version__,
         "dtype": served,
     }
@@ -248,7 +264,8 @@ def evaluate(
                         step()
     rows = [summary(way, [done[(number, *way)] for number in numbers]) for way in ways]
     title = (
-        f"a3-sglang eval {model}, {count} questions of {data or task}, {passages} passages of {passage_tokens} tokens"
+        f"a3-sglang eval {model}, {count} questions of {data or task}, {passages} passages of {passage_tokens} tokens, "
+        + SHAPES[shape]
     )
     columns = ("selector", "ratio", "donors", "kl", "agreement", "f1", "em", "charged", "n")
     print_table(title, columns, [[row[name] for name in columns] for row in rows])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,26 @@ INSTRUCTION = "Answer the question from the passages. Give the answer only, in a
 FOREIGN = 2
 """Passages of other questions in a harvested donor."""
 
-_MARK = "<<passages>>"
+_MARK, _ANSWER, _NEXT = "<<passages>>", "<<answer>>", "<<next>>"
+
+SHAPES = {
+    "last": "the question after the passages",
+    "first": "the question before the passages",
+    "middle": "the question between the passages",
+    "instructions": "the question after the passages, and 150 tokens of instructions after it",
+    "second": "another question was asked over the same passages in the same order before",
+    "new": "every second passage is new",
+    "turn": "the fifth turn of a chat over the passages",
+}
+"""What prompts look like, and what came before them."""
+_RULES = (
+    "Follow these rules for the format of your answer. Write plain text without headings, lists or tables. Do not "
+    "repeat the question and do not explain how you found the answer. Do not name the passages or their numbers. If "
+    "the passages disagree, choose what most of them say. If none of them says it, answer with the single word "
+    "unknown. Give names of people with first and last name, dates with day, month and year as far as they are known, "
+    "and numbers in digits. Use the language of the question, keep the spelling of the passages, and leave out titles "
+    "such as Mr or Dr. Never add a warning, a greeting or a question of your own. End after the answer.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -24,10 +43,12 @@ class Case:
     Attributes:
         prompt: token ids of the prompt under test.
         donors: by donor mode, the prompts whose KV it may reuse.
+        before: prompts that are asked with fusion before it, in order.
     """
 
     prompt: list[int]
     donors: dict[str, list[list[int]]]
+    before: list[list[int]] = field(default_factory=list)
 
 
 class Writer:
@@ -38,17 +59,23 @@ class Writer:
         passages: passages a question keeps.
         passage_tokens: tokens a passage keeps.
         seed: of the choice and order of passages.
+        shape: one of :data:`SHAPES`.
     """
 
-    def __init__(self, tokenizer: Any, passages: int, passage_tokens: int, seed: int) -> None:
+    def __init__(self, tokenizer: Any, passages: int, passage_tokens: int, seed: int, shape: str = "last") -> None:
+        self._shape = shape
         self._tokenizer, self._passages, self._length, self._seed = tokenizer, passages, passage_tokens, seed
         text = f"{INSTRUCTION}\n\n{_MARK}"
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": _MARK}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            messages += [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+            turns = tokenizer.apply_chat_template(messages, tokenize=False)
         else:
             text += "\nAnswer:"
+            turns = f"{_ANSWER}\n\n{_NEXT}"
         self._before, self._after = text.split(_MARK)
+        self._between = turns.split(_ANSWER)[1].split(_NEXT)[0]
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
@@ -63,17 +90,38 @@ class Writer:
         chooser = random.Random(f"{self._seed} {number}")
         chunks = self._chunks(questions[number], self._passages, chooser)
         foreign = self._chunks(questions[(number + 1) % len(questions)], FOREIGN, chooser)
-        begin = self.ids(self._before)
-        end = self.ids(f"Question: {questions[number].question}{self._after}")
-        earlier = [*chunks, *foreign]
+        begin, after = self.ids(self._before), self.ids(self._after)
+        known = chunks[::2] if self._shape == "new" else chunks
+        earlier = [*known, *foreign]
         while earlier[0] == chunks[0]:
             chooser.shuffle(earlier)
+        asked = [self.ids(f"Question: {questions[(number + i) % len(questions)].question}") for i in range(5)]
+        before: list[list[int]] = []
+        if self._shape in ("first", "middle"):
+            place = 0 if self._shape == "first" else len(chunks) // 2
+            question = [*asked[0], *self.ids("\n\n")]
+            prompt = [*begin, *chain(*chunks[:place]), *question, *chain(*chunks[place:]), *after]
+        elif self._shape == "turn":
+            prompt = [*begin, *chain(*chunks)]
+            for i in range(4, 0, -1):
+                prompt = [*prompt, *asked[i], *after]
+                before.append(prompt)
+                said = questions[(number + i) % len(questions)].answers[0]
+                prompt = [*prompt, *self.ids(said + self._between)]
+            prompt = [*prompt, *asked[0], *after]
+        else:
+            rules = self.ids("\n" + _RULES) if self._shape == "instructions" else []
+            context = [*begin, *chain(*chunks)]
+            prompt = [*context, *asked[0], *rules, *after]
+            if self._shape == "second":
+                before.append([*context, *asked[1], *after])
         return Case(
-            prompt=[*begin, *chain(*chunks), *end],
+            prompt=prompt,
             donors={
                 "harvest": [[*begin, *chain(*earlier), *self.ids(f"Question: What is this about?{self._after}")]],
-                "compiled": [begin + chunk for chunk in chunks],
+                "compiled": [begin + chunk for chunk in known],
             },
+            before=before,
         )
 
     def _chunks(self, question: Question, count: int, chooser: random.Random) -> list[list[int]]:
