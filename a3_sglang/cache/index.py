@@ -36,6 +36,8 @@ _MULTIPLIER = _U64(0x9E3779B97F4A7C15)
 _STEPS_PER_BLOCK, _SPARE_STEPS = 2, 256
 """A search takes at most so many steps per block of the prompt, and so many besides: one for every position looked at,
 donor compared and segment followed."""
+_AHEAD = 4
+"""Hits within a block of a run's beginning at which a better run is looked for."""
 _DEAD_ROUNDS = 64
 """Blocks of forgotten donors that a search skips, at most, before it finds a living one with the same content."""
 
@@ -191,6 +193,7 @@ class AnyPositionIndex:
         self.capacity = capacity
         self.candidates = candidates
         self._line_ends = np.zeros(1, np.bool_) if line_ends is None else line_ends
+        self._ahead = _AHEAD if self._line_ends.any() else 0
         self.generation = 0
         """Grows when blocks get new numbers."""
         self.steps = 0
@@ -545,7 +548,17 @@ class AnyPositionIndex:
                 at += 1
                 continue
             floor = runs[-1].end if runs else start
-            runs.append(self._to_line_ends(sweep, run, floor))
+            run = self._to_line_ends(sweep, run, floor)
+            # A line's own donor may have its first whole block a little later than another one that shares a part.
+            for other_at in range(at + 1, min(at + 1 + self._ahead, len(found))):
+                place = int(found[other_at])
+                if run.start == floor or place >= position + self.block:
+                    break
+                other = self._take(sweep, place, int(heads[place]))
+                other = other and self._to_line_ends(sweep, other, floor)
+                if other is not None and other.start <= run.start and other.length > run.length:
+                    run = other
+            runs.append(run)
             at = int(np.searchsorted(found, runs[-1].end))
         self.steps += budget.spent
         self._compact()
@@ -612,13 +625,15 @@ class AnyPositionIndex:
     def _to_line_ends(self, sweep: _Sweep, run: Run, floor: int) -> Run:
         """Extend a run by less than a block to each side, if the donor's line begins or ends there.
 
+        At a donor's end, where the last block belongs to what is after it, by that block, too.
+
         Args:
             sweep: what is searched for.
             run: of whole blocks.
             floor: where it may begin at the earliest.
         """
         segment, prompt, reach = run.segment, sweep.prompt, self.block - 1
-        path = segment.path(min(run.offset + run.length + reach, sweep.held_length(segment)))
+        path = segment.path(min(run.offset + run.length + reach + self.block, sweep.held_length(segment)))
         before = path[max(run.offset - reach, 0) : run.offset]
         begin = run.start - min(len(before), run.start - floor)
         same = _common_prefix(before[::-1], prompt[begin : run.start][::-1])
