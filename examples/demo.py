@@ -167,8 +167,9 @@ def ask(client: Any, text: str, fuse: bool, salt: str | None) -> tuple[float, st
             pieces.append(chunk.choices[0].delta.content)
     report = None
     if fuse:
-        # The streamed protocol has no room for the report; the same request, not streamed, brings it along.
-        extra["return_meta_info"] = True
+        # The streamed protocol has no room for the report; the same request, not streamed, brings it along. It does
+        # not continue what the first one left, so it is fused like that.
+        extra |= {"return_meta_info": True, "custom_params": {"a3": {"keep": False}}}
         again = client.chat.completions.create(
             model="default", messages=messages, temperature=0, max_tokens=1, extra_body=extra
         )

@@ -146,7 +146,12 @@ def test_picked_rows_do_not_depend_on_the_batch(traffic):
     ids = traffic.prompt([5, 3, 1, 6])
     alone = traffic.ask(ids, {"ratio": 0.2, "keep": False})
     others = [traffic.prompt() for _ in range(3)]
-    params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True, "custom_params": {"a3": {"ratio": 0.2, "keep": False}}}
+    params = {
+        "temperature": 0,
+        "max_new_tokens": 6,
+        "ignore_eos": True,
+        "custom_params": {"a3": {"ratio": 0.2, "keep": False}},
+    }
     outs = traffic.running.generate(input_ids=[*others, ids], sampling_params=params)
     mine, theirs = traffic.kv(alone), traffic.kv(outs[3])
     assert outs[3]["meta_info"]["a3"] == alone["meta_info"]["a3"]
