@@ -530,13 +530,12 @@ class A3Tree:
                 self.breaker.failed("full recompute")
                 self._abort(req)
 
-    def _settle(self, req: Any, job: Job) -> None:
+    @staticmethod
+    def _settle(req: Any, job: Job) -> None:
         """What was recomputed in full after an exact prefix is exact."""
         state = state_of(req)
         if job.exact and state.branch is not None and state.branch.begin == job.plan.prefix:
             state.branch = None
-            if not self._options_of(req).keep:
-                req.skip_radix_cache_insert = False
 
     def _abort(self, req: Any) -> None:
         """End a request whose KV cannot be made; its slots hold nothing, so that its last forward stays finite."""
