@@ -96,6 +96,21 @@ def test_all_recomputed_is_exact(traffic, shuffled):
     assert report(traffic.ask(shuffled, False))["prefix"] == len(shuffled) - 1
 
 
+@pytest.mark.parametrize("ratio", [0.15, 1.0])
+def test_without_keep_a_request_continues_nothing_and_leaves_nothing(traffic, shuffled, ratio):
+    first = report(traffic.ask(shuffled, {"ratio": ratio, "keep": False}))
+    assert first["reason"] is None
+    for _ in range(2):
+        assert report(traffic.ask(shuffled, {"ratio": ratio, "keep": False})) == first
+    assert report(traffic.ask(shuffled, False))["prefix"] == first["prefix"]
+
+
+def test_other_ratios_are_not_continued(traffic, shuffled):
+    traffic.ask(shuffled, {"ratio": 0.1})
+    assert report(traffic.ask(shuffled, {"ratio": 0.5}))["continued"] == 0
+    assert report(traffic.ask(shuffled, {"ratio": 0.1}))["continued"] > 200
+
+
 def test_many_samples_share_one_context(traffic, shuffled):
     """SGLang computes the prompt once and then asks for all samples, which hold the same slots."""
     params = {"temperature": 1.0, "n": 8, "max_new_tokens": 8, "ignore_eos": True}

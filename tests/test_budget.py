@@ -1,0 +1,120 @@
+"""What a fusion computes counts in SGLang's budgets, with its own tree, allocator, requests and PrefillAdder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tree import Cache, text, tokens
+
+from a3_sglang import plugin
+from a3_sglang.cache.request import state_of
+from a3_sglang.config import ServerOptions
+
+# Their constructors are those of the newest SGLang.
+pytestmark = pytest.mark.engine
+
+CHUNK = 1024
+TAIL = 40
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(torch.seed() % 2**31)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
+    cache = Cache(options=ServerOptions(report="exact"), slots=30_000)
+    cache.executor.slice_rows = CHUNK
+    monkeypatch.setattr(plugin, "_tree", cache.tree)
+    return cache
+
+
+class Scheduler:
+    """One step of admissions, as SGLang's scheduler makes them."""
+
+    def __init__(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sglang.srt.managers.schedule_policy import PrefillAdder
+
+        # They ask for parts of a server that is not there.
+        monkeypatch.setattr(PrefillAdder, "_replay_len", lambda *_: 0)
+        monkeypatch.setattr(PrefillAdder, "_account_prefill_cache_admission", lambda *_: None)
+        self.cache = cache
+        self.adder = PrefillAdder(1, cache.tree, cache.allocator, None, 0.5, 2 * CHUNK, CHUNK)
+
+    def admit(self, prompts: list[list[int]]) -> list[Any]:
+        """The requests of these prompts that the step admits."""
+        from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+        for number, prompt in enumerate(prompts):
+            req = self.cache.request(prompt, f"r{number}")
+            req.sampling_params.max_new_tokens = 4
+            req.init_next_round_input(self.cache.tree)
+            result = plugin._admit(
+                PrefillAdder.add_one_req, self.adder, req, has_chunked_req=False, truncation_align_size=None
+            )
+            if result is not AddReqResult.CONTINUE:
+                break
+        admitted: list[Any] = self.adder.can_run_list
+        return admitted
+
+    def rows(self) -> int:
+        """Rows that the step computes: extends and fusions, the question once more for the probe."""
+        return sum(req.extend_len + self.cache.tree.rows_of(req) for req in self.adder.can_run_list)
+
+
+@pytest.fixture
+def scheduler(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    return Scheduler(cache, monkeypatch)
+
+
+@pytest.fixture
+def documents(cache: Cache, generator: torch.Generator) -> list[list[int]]:
+    drawn = [text(generator, 320) for _ in range(6)]
+    cache.donate([1, *tokens(generator, 19), *(token for one in drawn for token in one)])
+    return drawn
+
+
+def shuffled(documents: list[list[int]], generator: torch.Generator) -> list[int]:
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    # Nothing of the donor is a prefix.
+    return [2, *(token for i in order for token in documents[i]), *tokens(generator, TAIL)]
+
+
+def test_a_step_computes_no_more_rows_than_its_chunk(scheduler, documents, generator):
+    admitted = scheduler.admit([shuffled(documents, generator) for _ in range(10)])
+    assert all(state_of(req).plan is not None for req in admitted)
+    # 15% of 1,900 tokens, a tail and a question each.
+    assert len(admitted) == 2
+    assert scheduler.rows() <= CHUNK
+    assert scheduler.adder.rem_chunk_tokens == CHUNK - scheduler.rows()
+
+
+def test_a_plan_ends_where_its_rows_fill_the_chunk(scheduler, documents, generator):
+    """What comes after is computed in chunks, like any prompt."""
+    new = [3, *tokens(generator, 999)]
+    prompt = [2, *documents[0], *documents[1], *documents[2], *documents[4], *new, *documents[3], *tokens(generator, 9)]
+    (req,) = scheduler.admit([prompt])
+    plan = state_of(req).plan
+    assert plan is not None
+    # Whole blocks of the donor.
+    assert 1 + 4 * 320 - 16 < plan.end <= 1 + 4 * 320
+    assert scheduler.adder.new_chunked_req is req
+    assert scheduler.rows() <= CHUNK
+
+
+def test_a_request_that_is_not_admitted_costs_nothing(scheduler, documents, generator):
+    scheduler.admit([tokens(generator, CHUNK - 100)])
+    left = scheduler.adder.rem_chunk_tokens
+    assert left == 100
+    assert len(scheduler.admit([shuffled(documents, generator)])) == 1
+    assert scheduler.adder.rem_chunk_tokens == left
+
+
+def test_a_load_that_failed_is_charged_as_computed(scheduler, documents, generator, monkeypatch):
+    monkeypatch.setattr(scheduler.cache.tree, "_obtain", lambda *_: None)
+    (req,) = scheduler.admit([shuffled(documents, generator)])
+    assert state_of(req).plan is None
+    assert scheduler.rows() == req.extend_len <= CHUNK
