@@ -112,7 +112,6 @@ UNDECIDED = frozenset(
         "kt_num_gpu_experts",
         "kt_threadpool_count",
         "kt_weight_path",
-        "kv_events_config",
         "language_model_only",
         "limit_mm_data_per_request",
         "linear_attn_backend",

@@ -286,6 +286,7 @@ REFUSED = (
     Feature("multi-item scoring runs without a radix cache", ("enable_mis",)),
     Feature("without a KV cache there is nothing to reuse", ("prefill_only_disable_kv_cache",)),
     Feature("embedding and reward models are not supported", ("is_embedding",)),
+    Feature("KV events would name tokens of approximate paths that no prompt has", ("kv_events_config",)),
     Feature("log-probabilities of a reused prompt are not the trainer's", ("rl_on_policy_target",)),
     Feature(
         "the hierarchical cache is not supported yet",
