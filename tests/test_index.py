@@ -194,8 +194,24 @@ def test_a_run_is_extended_to_the_ends_of_the_donors_lines(data):
     lines = [0, *(np.flatnonzero(donor == newline) + 1)]
     first = min([place for place in lines if begin <= place and whole[0] - BLOCK < place <= whole[0]] or [whole[0]])
     last = max([place for place in lines if place <= end and whole[1] <= place < whole[1] + BLOCK] or [whole[1]])
+    if first in lines and begin < first:
+        first -= 1  # The end of the line before belongs to the run.
     assert (run.offset, run.offset + run.length) == (first, last)
     assert run.start == 7 + first - begin
+
+
+def test_the_end_of_a_line_belongs_to_the_run_after_it():
+    """Two documents, each with its line's end, from two donors; the token between them is the second one's first."""
+    newline, first, second = 1, list(range(100, 140)), list(range(200, 240))
+    ends = np.zeros(2, np.bool_)
+    ends[newline] = True
+    index = AnyPositionIndex(MIN_SPAN, line_ends=ends)
+    index.add("x", [3, 4, newline, *second, newline])
+    index.add("x", [5, 6, 7, 8, newline, *first, newline])
+    runs = index.find("x", [9, newline, *first, newline, *second, newline, 9])
+    assert [(run.start, run.length, run.offset) for run in runs] == [(1, 41, 4), (42, 42, 2)]
+    # What comes from elsewhere stays there.
+    assert index.find("x", [9, newline, *first, newline], start=2)[0].start == 2
 
 
 @given(st.integers(1, 6), st.integers(3 * MIN_SPAN, 160), st.integers(0, 5))

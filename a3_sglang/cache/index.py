@@ -558,7 +558,7 @@ class AnyPositionIndex:
                 other = other and self._to_line_ends(sweep, other, floor)
                 if other is not None and other.start <= run.start and other.length > run.length:
                     run = other
-            runs.append(run)
+            self._append(sweep, runs, run, start)
             at = int(np.searchsorted(found, runs[-1].end))
         self.steps += budget.spent
         self._compact()
@@ -621,6 +621,25 @@ class AnyPositionIndex:
                     # The tree lost the donor's end only.
                     runs.append((self._follow(sweep, position, number, segment), number))
         return None
+
+    def _append(self, sweep: _Sweep, runs: list[Run], run: Run, start: int) -> None:
+        """Add a run; the token that ends the line before it becomes its first, if that is the same in its donor.
+
+        What comes later attends to the ends of lines. As the first row of a span, which drifts most, such a token is
+        recomputed before others; as the last one it would hardly be.
+        """
+        before = run.segment.path(run.offset)[-1:]
+        if (
+            run.start > start
+            and len(before)
+            and before[0] == sweep.prompt[run.start - 1]
+            and self._ends_line(before)[0]
+        ):
+            last = runs[-1] if runs else None
+            if last is not None and last.end == run.start:
+                runs[-1] = Run(last.start, last.length - 1, last.segment, last.offset)
+            run = Run(run.start - 1, run.length + 1, run.segment, run.offset - 1)
+        runs.append(run)
 
     def _to_line_ends(self, sweep: _Sweep, run: Run, floor: int) -> Run:
         """Extend a run by less than a block to each side, if the donor's line begins or ends there.
