@@ -629,14 +629,11 @@ class AnyPositionIndex:
         recomputed before others; as the last one it would hardly be.
         """
         before = run.segment.path(run.offset)[-1:]
-        if (
-            run.start > start
-            and len(before)
-            and before[0] == sweep.prompt[run.start - 1]
-            and self._ends_line(before)[0]
-        ):
-            last = runs[-1] if runs else None
-            if last is not None and last.end == run.start:
+        follows = bool(runs) and runs[-1].end == run.start
+        free = run.start > start and (not follows or runs[-1].length > sweep.shortest)
+        if free and len(before) and before[0] == sweep.prompt[run.start - 1] and self._ends_line(before)[0]:
+            if follows:
+                last = runs[-1]
                 runs[-1] = Run(last.start, last.length - 1, last.segment, last.offset)
             run = Run(run.start - 1, run.length + 1, run.segment, run.offset - 1)
         runs.append(run)
