@@ -158,6 +158,14 @@ def test_what_is_found_in_repetitive_text_is_there(world, page_size, told):
         at = run.end
 
 
+def test_a_donor_with_the_same_block_twice_is_forgotten_once():
+    index = AnyPositionIndex(MIN_SPAN)
+    text = list(range(100, 100 + MIN_SPAN))
+    index.add("x", [*text, *range(200, 200 + MIN_SPAN), *text, *range(300, 300 + MIN_SPAN)])
+    assert index.find("x", text, held=lambda _: 0) == []
+    assert len(index) == 0
+
+
 @given(st.integers(2, 40), st.integers(2, 40))
 def test_text_after_one_repeated_token_is_found(donor, prompt):
     text = list(range(10, 10 + 4 * BLOCK))

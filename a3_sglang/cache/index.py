@@ -613,9 +613,11 @@ class AnyPositionIndex:
                 run, number = runs.pop(max(range(len(runs)), key=lambda i: runs[i][0].length))
                 if run.length < sweep.shortest:
                     break
-                if run.offset + run.length <= sweep.held_length(run.segment):
-                    return run
-                self._forget(run.segment, sweep.held_length(run.segment))
+                # A donor may be here twice, and be forgotten for the first of its runs.
+                if self.holds(run):
+                    if run.offset + run.length <= sweep.held_length(run.segment):
+                        return run
+                    self._forget(run.segment, sweep.held_length(run.segment))
                 segment = self._alive(number, sweep.namespace)
                 if segment is not None and sweep.budget.spend():
                     # The tree lost the donor's end only.
