@@ -75,7 +75,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
         # A passage that nobody has, before the last one.
         at = len(ids) - 110
         ids[at:at] = traffic.tokens(random.randrange(1, 60))
-        fused = traffic.ask(ids, {"ratio": 1.0})
+        fused = traffic.ask(ids, {"ratio": 1.0, "keep": False})
         report = fused["meta_info"]["a3"]
         gaps += report["gap"]
         assert report["reason"] is None
@@ -84,6 +84,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
         assert report["charged"] == 1.0
         assert parts(report) == len(ids)
         full = traffic.ask(ids, False)
+        assert full["meta_info"]["a3"]["prefix"] == report["prefix"]
         assert answer(fused) == answer(full)
         mine, theirs = traffic.kv(fused), traffic.kv(full)
         end = len(ids) - report["tail"]

@@ -126,7 +126,7 @@ def test_long_tail_is_chunked_after_fusion(small):
     small.renew()
     small.ask(small.prompt([0, 1, 2, 3]), False)
     ids = small.prompt([3, 1, 0], question=700)
-    fused = small.ask(ids, {"ratio": 1.0}, 1)
+    fused = small.ask(ids, {"ratio": 1.0, "keep": False}, 1)
     assert fused["meta_info"]["a3"]["reason"] is None
     assert fused["meta_info"]["a3"]["tail"] > 256
     full = small.ask(ids, False, 1)

@@ -51,7 +51,10 @@ def test_a_model_equals_its_full_prefill_or_is_refused(name: str, tmp_path: Path
         assert done.returncode != 0
         assert re.search(REFUSED[name], done.stderr)
         return
-    with environment(A3_DUMP_KV=str(tmp_path), A3_REPORT="exact"), engine(str(folder), "a3", **ARGUMENTS) as running:
+    with (
+        environment(A3_DUMP_KV=str(tmp_path), A3_REPORT="exact", A3_MIN_SAVING="0"),
+        engine(str(folder), "a3", **ARGUMENTS) as running,
+    ):
 
         def ask(ids: list[int], a3: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             out = generate(running, ids, 6, a3, return_logprob=True)

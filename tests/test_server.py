@@ -216,7 +216,8 @@ def test_frontend_programs_are_fused(server: Server) -> None:
 def test_retracted_requests_are_fused_again(server: Server) -> None:
     """A retracted request loses its private slots and gets others; its KV is right again, and all come back."""
     ids = [server.tokenizer.encode(server.text()) for _ in range(4)]
-    params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, "custom_params": {"a3": {"ratio": 1.0}}}
+    params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    params["custom_params"] = {"a3": {"ratio": 1.0, "keep": False}}
     status, outs = server.post("/generate", {"input_ids": ids, "sampling_params": params})
     assert status == 200
     retracted = [i for i, out in enumerate(outs) if out["meta_info"]["num_retractions"]]

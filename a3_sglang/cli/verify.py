@@ -87,12 +87,13 @@ class Verification:
         for _ in range(count):
             self.donor()
             ids = self.prompts.shuffled()
-            fused, report = self.ask(ids, {"ratio": 1.0, "selector": "probe"})
+            fused, report = self.ask(ids, {"ratio": 1.0, "selector": "probe", "keep": False})
             assert report["reason"] is None, report
             assert report["reused"] == 0, report
             assert report["recomputed"] > 0, report
             mine = self.kv(fused)
-            full, _ = self.ask(ids, False)
+            full, other = self.ask(ids, False)
+            assert other["prefix"] == report["prefix"], f"what was fused is a prefix now: {other}"
             theirs = self.kv(full)
             assert tokens(fused) == tokens(full), f"greedy tokens differ: {tokens(fused)}, {tokens(full)}"
             logprob = max(logprob, logprob_difference(fused, full))
