@@ -48,8 +48,9 @@ def test_a_chat_computes_what_is_new(traffic, shuffled):
         computed.append(said["recomputed"] + said["gap"] + said["tail"])
         assert out["meta_info"]["cached_tokens"] == len(prompt) - computed[-1]
         prompt = [*prompt, *out["output_ids"], *traffic.tokens(30)]
-    # The last token of an answer has no KV yet.
-    assert computed[1:] == [31, 31, 31]
+    # Of an answer's last token there is no KV yet, but for releases before 0.5.21.
+    assert len(computed) == 4
+    assert all(count in (30, 31) for count in computed[1:])
 
 
 def test_a_new_question_continues_the_context(traffic, shuffled):

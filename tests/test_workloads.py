@@ -35,9 +35,13 @@ class Counted:
         self.a3.append(len(ids) - out["meta_info"]["cached_tokens"])
         self.reasons.append(out["meta_info"]["a3"]["reason"])
         answer: list[int] = out["output_ids"]
-        # The last token of an answer has no KV.
+        # The last token of an answer has no KV, but for releases before 0.5.21.
         self.paths.append([*ids, *answer[:-1]])
         return answer
+
+    def never_more(self, first: int) -> bool:
+        """Whether no request from the ``first`` on computed more than stock."""
+        return all(mine <= theirs for mine, theirs in zip(self.a3[first:], self.stock[first:], strict=True))
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -63,7 +67,7 @@ def test_many_questions_over_one_context(counted, known):
     for _ in range(12):
         counted.ask([*context, *counted.traffic.tokens(30)])
     assert counted.a3[1] < 0.6 * counted.stock[1]
-    assert counted.a3[2:] == counted.stock[2:]
+    assert counted.never_more(2)
 
 
 def test_a_chat_over_known_documents(counted, known):
@@ -71,7 +75,7 @@ def test_a_chat_over_known_documents(counted, known):
     for _ in range(6):
         ids = [*ids, *counted.ask(ids), *counted.traffic.tokens(30)]
     assert counted.a3[1] < 0.6 * counted.stock[1]
-    assert counted.a3[2:] == counted.stock[2:]
+    assert counted.never_more(2)
 
 
 def test_a_chat_over_an_own_document_behind_a_shared_text(counted):
@@ -82,7 +86,7 @@ def test_a_chat_over_an_own_document_behind_a_shared_text(counted):
     ids = [*traffic.tokens(8), *shared, *traffic.tokens(900), *traffic.tokens(30)]
     for _ in range(4):
         ids = [*ids, *counted.ask(ids), *traffic.tokens(30)]
-    assert counted.a3 == counted.stock
+    assert counted.never_more(0)
 
 
 def test_retries(counted, known):
