@@ -102,7 +102,7 @@ class Client:
     def note(self, row: str | None, seconds: float, outs: list[dict[str, Any]], tokens: int) -> None:
         if row is None:
             return
-        reports = [out["meta_info"].get("a3", {}) for out in outs]
+        reports = [out["meta_info"].get("a3") or {} for out in outs]
         reused = sum(report.get("continued", 0) + report.get("reused", 0) for report in reports)
         self.samples.append(Sample(row, seconds * 1e3, tokens, reused))
 
