@@ -100,6 +100,13 @@ SAID: dict[str, Any] = {"MODEL": "tiny", "ENGINE": {}, "OPTIONS": {}}
 """``MODEL``: "tiny" or "model", the name of the fixture; ``ENGINE``: its arguments; ``OPTIONS``: its variables."""
 
 
+@pytest.fixture
+def generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
 @pytest.fixture(scope="session")
 def model() -> str:
     """Folder of SmolLM2-135M: for what needs language, and for real weights."""

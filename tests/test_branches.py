@@ -47,16 +47,16 @@ def test_hashes_are_those_of_beginnings(ids, others):
 def test_finds_the_branches_of_a_prompts_beginnings(data):
     """Against a list of all that were added, those used last first; the oldest are forgotten."""
     capacity = data.draw(st.integers(1, 6))
-    found, told = Branches(capacity), []
+    found, added = Branches(capacity), []
     paths = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=12))
     for path in paths:
         length = data.draw(st.integers(0, len(path)))
         entry = (path[:length], Branch(length, data.draw(st.integers(1, 2))))
         found.add(prefix_hashes("x", path), length, entry[1])
-        told = [*(other for other in told if other != entry), entry][-capacity:]
-        assert len(found) == len(told)
+        added = [*(other for other in added if other != entry), entry][-capacity:]
+        assert len(found) == len(added)
     prompt = data.draw(st.lists(st.integers(0, 1), max_size=7))
-    expected = [branch for path, branch in told[::-1] if prompt[: len(path)] == path]
+    expected = [branch for path, branch in added[::-1] if prompt[: len(path)] == path]
     assert found.find(prefix_hashes("x", prompt), capacity) == expected
     assert found.find(prefix_hashes("y", prompt), capacity) == []
     found.clear()

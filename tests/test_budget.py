@@ -21,11 +21,6 @@ TAIL = 40
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
-@pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
     cache = Cache(options=ServerOptions(report="exact"), slots=30_000)
     cache.executor.slice_rows = CHUNK

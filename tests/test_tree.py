@@ -23,13 +23,6 @@ from a3_sglang.fusion import executor as executor_module
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed()
-    return generator
-
-
 def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
     cache = Cache()
     donor = text(generator, 120)

@@ -88,9 +88,7 @@ class A3Tree:
     # ---- donors
 
     def insert(self, params: Any) -> Any:
-        branch = state_of(self._inserting).branch if self._inserting is not None else None
-        if branch is not None:
-            params = replace(params, key=self._in_branch(params.key, branch))
+        params, branch = self._as_inserted(params)
         result = super().insert(params)  # type: ignore[misc]
         if self.index is not None and not self.breaker.open:
             try:
@@ -100,8 +98,15 @@ class A3Tree:
                 self._clear_indexes()
         return result
 
+    def _as_inserted(self, params: Any) -> tuple[Any, Branch | None]:
+        """Parameters with the key in the branch of the request whose KV is being inserted, and that branch."""
+        branch = state_of(self._inserting).branch if self._inserting is not None else None
+        if branch is not None:
+            params = replace(params, key=self._in_branch(params.key, branch))
+        return params, branch
+
     def _donate(self, key: Any, branch: Branch | None) -> None:
-        """Make what was inserted known, as a donor and as a branch."""
+        """Register what was inserted as a donor, and its branch if it has one."""
         assert self.index is not None
         assert self.approximate is not None
         space, req = seams.namespace(key), self._inserting
@@ -147,10 +152,7 @@ class A3Tree:
     def match_prefix(self, params: Any) -> Any:
         if self._inserting is not None:
             # Releases before 0.5.23 look up what they have inserted.
-            branch = state_of(self._inserting).branch
-            if branch is not None:
-                params = replace(params, key=self._in_branch(params.key, branch))
-            return super().match_prefix(params)  # type: ignore[misc]
+            return super().match_prefix(self._as_inserted(params)[0])  # type: ignore[misc]
         exact = super().match_prefix(params)  # type: ignore[misc]
         req = getattr(params, "req", None)
         if req is None or self.index is None:
@@ -170,7 +172,7 @@ class A3Tree:
             return exact
 
     def _match(self, req: Any, state: RequestState, params: Any, exact: Any) -> Any:
-        """The best of what the tree holds for a request: exact prefix, a branch that goes on after it, and spans."""
+        """Match the longest exact or approximate prefix, and plan the reuse of spans after it."""
         options = self._options_of(req)
         if not options.keep:
             req.skip_radix_cache_insert = False

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from a3_sglang.cache.index import beginning_hashes
+
 GENERATIONS = 4
 """Approximate KV is made of donors of a lower generation, so that of the last one is no donor."""
 KINDS = (1 << 30) // (GENERATIONS + 1)
 """Kinds are below this, so that ids stay positive in 64 bits."""
 _SHIFT = 32
 _CAPACITY = 4096
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +127,4 @@ def prefix_hashes(seed: Hashable, tokens: Any) -> npt.NDArray[np.uint64]:
         seed: what prompts have to have in common beside tokens.
         tokens: of the prompt.
     """
-    ids = np.asarray(tokens, np.uint64)
-    hashes = np.empty(len(ids) + 1, np.uint64)
-    hashes[0] = hash(seed) & 0xFFFFFFFFFFFFFFFF
-    with np.errstate(over="ignore"):
-        # Each token is mixed with its place, so that the sum depends on the order.
-        place = np.arange(1, len(ids) + 1, dtype=np.uint64) * _FACTOR
-        mixed = (ids + np.uint64(1)) * (place | np.uint64(1))
-        mixed ^= mixed >> np.uint64(29)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        hashes[1:] = hashes[0] + np.cumsum(mixed ^ (mixed >> np.uint64(32)), dtype=np.uint64)
-    return hashes
+    return beginning_hashes(seed, np.asarray(tokens, np.uint64))

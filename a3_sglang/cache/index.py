@@ -73,7 +73,7 @@ class Segment:
         children: by position and the content hashes of their first unit's blocks.
         number: of the segment; -1 for roots.
         blocks: ``(first block, count)`` of its blocks in the index's arrays, in order.
-        mark: what :meth:`AnyPositionIndex.add` was told of the donor.
+        mark: the donor's, as given to :meth:`AnyPositionIndex.add`.
     """
 
     namespace: Hashable
@@ -89,13 +89,13 @@ class Segment:
     def end(self) -> int:
         return self.begin + len(self.tokens)
 
-    def path(self, length: int) -> Tokens:
-        """The first ``length`` tokens of the path, int32."""
-        parts: list[Tokens] = []
+    def path(self, end: int, begin: int = 0) -> Tokens:
+        """Tokens ``[begin, end)`` of the path, int32."""
+        parts: list[Tokens] = [self.tokens[:0]]
         node: Segment | None = self
-        while node is not None:
-            parts.append(node.tokens[: max(length - node.begin, 0)])
-            length = min(length, node.begin)
+        while node is not None and begin < end:
+            parts.append(node.tokens[max(begin - node.begin, 0) : max(end - node.begin, 0)])
+            end = min(end, node.begin)
             node = node.parent
         return np.concatenate(parts[::-1])
 
@@ -427,7 +427,7 @@ class AnyPositionIndex:
         path = np.asarray(tokens, np.int32)[: len(tokens) // self._page * self._page]
         whole = path[: self._blocks_in(len(path)) * self.block]
         content = self._block_hashes(whole.reshape(-1, self.block), namespace)
-        return path, content, self._chain_hashes(content, mark)
+        return path, content, beginning_hashes(mark, content)[1:]
 
     def _blocks_in(self, tokens: int) -> int:
         """Blocks of the whole units among so many tokens."""
@@ -440,18 +440,10 @@ class AnyPositionIndex:
     def _block_hashes(self, windows: npt.NDArray[np.int32], namespace: Hashable) -> npt.NDArray[np.uint64]:
         """Polynomial hashes of windows of ``block`` tokens, shape (n, block) -> (n,)."""
         with np.errstate(over="ignore"):
-            value = np.full(len(windows), _U64(hash(namespace) & 0xFFFFFFFFFFFFFFFF), _U64)
+            value = np.full(len(windows), _hash(namespace), _U64)
             for j in range(self.block):
                 value += (windows[:, j].astype(_U64) + _U64(1)) * self._powers[j]
             return _mix(value)
-
-    @staticmethod
-    def _chain_hashes(content: npt.NDArray[np.uint64], mark: Hashable) -> npt.NDArray[np.uint64]:
-        """Hash of all blocks up to each one: sums of the blocks' hashes, each mixed with its place."""
-        with np.errstate(over="ignore"):
-            place = np.arange(1, len(content) + 1, dtype=_U64) * _MULTIPLIER
-            total = np.cumsum(_mix(content ^ place), dtype=_U64)
-            return _mix(total + _U64(hash(mark) & 0xFFFFFFFFFFFFFFFF))
 
     def _longest_known(
         self, namespace: Hashable, mark: Hashable, path: Tokens, chain: npt.NDArray[np.uint64]
@@ -630,7 +622,7 @@ class AnyPositionIndex:
         What comes later attends to the ends of lines. As the first row of a span, which drifts most, such a token is
         recomputed before others; as the last one it would hardly be.
         """
-        before = run.segment.path(run.offset)[-1:]
+        before = run.segment.path(run.offset, max(run.offset - 1, 0))
         follows = bool(runs) and runs[-1].end == run.start
         free = run.start > start and (not follows or runs[-1].length > sweep.shortest)
         if free and len(before) and before[0] == sweep.prompt[run.start - 1] and self._ends_line(before)[0]:
@@ -844,6 +836,21 @@ def _common_prefix(a: Tokens, b: Tokens) -> int:
 
 def _starts_with(tokens: Tokens, beginning: Tokens) -> bool:
     return len(tokens) >= len(beginning) and bool((tokens[: len(beginning)] == beginning).all())
+
+
+def beginning_hashes(seed: Hashable, items: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Hash of each beginning of a sequence, from the empty one to the whole; uint64 (n,) -> (n + 1,).
+
+    Sums of the items, each mixed with its place, so that the order counts.
+    """
+    with np.errstate(over="ignore"):
+        place = np.arange(1, len(items) + 1, dtype=_U64) * _MULTIPLIER
+        sums = np.cumsum(_mix(items ^ place), dtype=_U64)
+        return _mix(np.append(_U64(0), sums) + _hash(seed))
+
+
+def _hash(value: Hashable) -> np.uint64:
+    return _U64(hash(value) & 0xFFFFFFFFFFFFFFFF)
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

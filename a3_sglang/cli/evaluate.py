@@ -117,15 +117,16 @@ class Evaluation:
             # The first request left the prompt in the tree, so this one computes little of it again.
             yield cell((NOISE, 0.0, self.donors), False)
         self._reports.clear()
-        self._donate(case)
+        if not case.before:
+            self._donate(case)
         for way in wanted:
             if way[0] == NOISE:
                 continue
-            option = {"selector": way[0], "ratio": self._ratio(case, way), "keep": bool(case.before)}
             if case.before:
                 self._donate(case)
-                for ids in case.before:
-                    generate(self.running, ids, a3=option)
+            option = {"selector": way[0], "ratio": self._ratio(case, way), "keep": bool(case.before)}
+            for ids in case.before:
+                generate(self.running, ids, a3=option)
             yield cell(way, option)
 
     def _donate(self, case: Case) -> None:

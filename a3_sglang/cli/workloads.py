@@ -76,6 +76,10 @@ class Client:
     def shuffled(self) -> list[int]:
         return self.prompt(self.random.sample(self.passages, len(self.passages)))
 
+    def shuffled_prompt(self) -> list[int]:
+        """The passages in a new order, and a new question."""
+        return [*self.shuffled(), *self.question()]
+
     def know(self) -> None:
         """Earlier traffic: the passages were in a prompt before."""
         self.send(None, [*self.prompt(self.passages), *self.question()])
@@ -111,12 +115,12 @@ def shuffled_once(client: Client) -> None:
     for _ in range(3):
         flush(client.running)
         client.know()
-        client.send("shuffled once", [*client.shuffled(), *client.question()])
+        client.send("shuffled once", client.shuffled_prompt())
 
 
 def chat(client: Client) -> None:
     client.know()
-    ids = [*client.shuffled(), *client.question()]
+    ids = client.shuffled_prompt()
     for turn in range(10):
         answer = client.send("chat over shuffled passages, " + ("later turns" if turn else "first turn"), ids, 8)
         ids = [*ids, *answer, *client.question()]
@@ -145,17 +149,15 @@ def samples(client: Client) -> None:
     for _ in range(2):
         flush(client.running)
         client.know()
-        client.send_all(
-            "n = 8", [[*client.shuffled(), *client.question()]], {"n": 8, "temperature": 1.0, "max_new_tokens": 8}
-        )
+        client.send_all("n = 8", [client.shuffled_prompt()], {"n": 8, "temperature": 1.0, "max_new_tokens": 8})
 
 
 def choices(client: Client) -> None:
-    """As sgl.gen(choices=...) does: the prompt first, then all choices behind it, scored."""
+    """What sgl.gen(choices=...) sends: the prompt alone, then the prompt with each choice, to be scored."""
     for _ in range(2):
         flush(client.running)
         client.know()
-        ids = [*client.shuffled(), *client.question()]
+        ids = client.shuffled_prompt()
         time.sleep(SETTLE_SECONDS)
         started = time.perf_counter()
         client.running.generate(input_ids=ids, sampling_params={"max_new_tokens": 0})
@@ -170,7 +172,7 @@ def choices(client: Client) -> None:
 
 def retries(client: Client) -> None:
     client.know()
-    ids = [*client.shuffled(), *client.question()]
+    ids = client.shuffled_prompt()
     client.send(None, ids)
     for _ in range(4):
         client.send("retries", ids)
@@ -210,14 +212,14 @@ def nothing(client: Client) -> None:
 
 def concurrent(client: Client) -> None:
     client.know()
-    prompts = [[*client.shuffled(), *client.question()] for _ in range(16)]
+    prompts = [client.shuffled_prompt() for _ in range(16)]
     client.send_all("16 concurrent", prompts, {"max_new_tokens": 1})
 
 
 def stream(client: Client) -> None:
     """A request that decodes while shuffled ones arrive."""
     client.know()
-    prompts = [[*client.shuffled(), *client.question()] for _ in range(3)]
+    prompts = [client.shuffled_prompt() for _ in range(3)]
     gaps: list[float] = []
 
     async def decode() -> None:
@@ -312,7 +314,7 @@ def _measure(
     """The samples of each row."""
     warm = Client(running, vocabulary, context, random.Random(f"{seed} warm"))
     warm.know()
-    warm.send(None, [*warm.shuffled(), *warm.question()])
+    warm.send(None, warm.shuffled_prompt())
     step()
     for name in loads:
         flush(running)
