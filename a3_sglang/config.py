@@ -135,6 +135,14 @@ class RequestOptions(BaseModel):
     min_span: StrictInt | None = None
     donor: StrictBool = False
     keep: StrictBool = True
+    question: tuple[StrictInt, StrictInt] | None = None
+
+    @field_validator("question")
+    @classmethod
+    def _not_empty(cls, question: tuple[int, int] | None) -> tuple[int, int] | None:
+        if question is not None and not 0 <= question[0] < question[1]:
+            raise ValueError("must be [start, end], token positions in the prompt, with 0 <= start < end")
+        return question
 
     @field_validator("selector")
     @classmethod
@@ -150,6 +158,7 @@ class Effective(BaseModel):
         enabled: it may be fused.
         donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
         keep: it continues approximate KV of earlier requests and leaves its own to later ones.
+        question: which of its prompt's tokens are the question, ``(start, end)``; None: that is guessed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -162,6 +171,7 @@ class Effective(BaseModel):
     selector: str
     min_span: int
     min_saving: float
+    question: tuple[int, int] | None = None
 
 
 def env_name(option: str) -> str:
@@ -228,6 +238,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
         selector=selector,
         min_span=fields.min_span or server.min_span,
         min_saving=server.min_saving,
+        question=fields.question,
     )
 
 

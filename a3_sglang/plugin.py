@@ -34,6 +34,7 @@ def register() -> None:
     HookRegistry.register(seams.HOOKS["generate"], _generate, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["rank"], _rank, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
     if seams.overwrites_arguments():
@@ -128,6 +129,17 @@ def _admit(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwa
     finally:
         _tree.after_admission(req, admitted)
         seams.reserve(adder, (_tree.rows_of(req) if admitted else 0) - rows)
+    if admitted:
+        seams.log_as_computed(adder, req, _tree.context_rows_of(req))
+    return result
+
+
+def _rank(original: Callable[..., Any], policy: Any, waiting: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Match the waiting requests; what a policy then sorts them by leaves out rows that fusions compute."""
+    result = original(policy, waiting, *args, **kwargs)
+    if _tree is not None:
+        for req in waiting:
+            req.num_matched_prefix_tokens -= _tree.context_rows_of(req)
     return result
 
 

@@ -27,6 +27,7 @@ HOOKS: dict[str, str] = {
     "generate": "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
     "forward": "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
     "admit": "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+    "rank": "sglang.srt.managers.schedule_policy.SchedulePolicy._compute_prefix_matches",
     "launch": "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
     "serve": "sglang.srt.entrypoints.http_server.launch_server",
 }
@@ -191,6 +192,15 @@ def reserve(adder: Any, rows: int) -> None:
     adder.rem_input_tokens -= rows
     if adder.rem_chunk_tokens is not None:
         adder.rem_chunk_tokens -= rows
+
+
+def log_as_computed(adder: Any, req: Any, rows: int) -> None:
+    """In the scheduler's log and metrics, count rows of an admitted request as computed instead of cached."""
+    adder.log_hit_tokens -= rows
+    adder.log_input_tokens += rows
+    if req.retracted_stain:
+        adder.reprocessed_log_hit_tokens -= rows
+        adder.reprocessed_log_input_tokens += rows
 
 
 def count_as_computed(req: Any, rows: int) -> None:

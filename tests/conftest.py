@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ from tiny import save_random_model, tiny_llama
 from traffic import Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+# What TorchInductor keeps on disk is not told apart by ATEN_CPU_CAPABILITY, and breaks the memory of processes that
+# run with another one.
+INDUCTOR = Path(tempfile.gettempdir()) / f"torchinductor-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
 
 # How long an example takes says nothing about what it shows.
 settings.register_profile("a3", deadline=None)

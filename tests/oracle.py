@@ -11,7 +11,6 @@ from traffic import Traffic
 from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.cli.common import flush
 from a3_sglang.drift import BLOCK
-from a3_sglang.fusion.executor import QUESTION_TOKENS
 from a3_sglang.fusion.plan import Plan, make_plan
 from a3_sglang.selectors import Probe, Rows
 
@@ -98,17 +97,16 @@ def probe_agreement(traffic: Traffic, oracle: Llama, documents: int = 4) -> floa
     """The share of the rows that the probe picks by the oracle's attention that the engine recomputed too."""
     fused = Fused(traffic, oracle, {"ratio": 0.25}, documents)
     end, total = fused.plan.end, len(fused.tokens)
-    question = torch.arange(max(end, total - QUESTION_TOKENS), total)
     keys, values = ([layer.clone() for layer in part] for part in fused.copied)
     unknown = torch.tensor(sorted(set(range(total)) - set(fused.reused.tolist()) - set(range(fused.plan.prefix))))
     for layer in (*keys, *values):
         layer[unknown] = torch.nan
-    attention = oracle.rows64(fused.tokens, question, keys, values)[3]
+    attention = oracle.question64(fused.plan, fused.tokens, keys, values)
     probe, group = Probe(), oracle.shape.heads // oracle.shape.kv_heads
     score = torch.zeros(end, dtype=torch.float64)
     for layer in probe.probe_layers(oracle.depth):
         sizes = values[layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
-        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T).sum(0)[:end]
+        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, :end]).sum(0)
     rows = Rows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")
     picked = probe.pick(score, rows, probe.budget(fused.plan.ratio(0.25, INDEX_BLOCK), len(fused.reused)))
     return len(set(picked.tolist()) & set(fused.recomputed.tolist())) / len(picked)

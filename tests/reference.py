@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from a3_sglang.drift import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
 from a3_sglang.fusion.executor import Attend, Model, PassOver
-from a3_sglang.fusion.plan import Plan
+from a3_sglang.fusion.plan import Plan, question_ranges
 from a3_sglang.fusion.rotation import RopeTable
 
 # The tensors of these tests are tiny: threads would only wait for each other.
@@ -235,6 +235,7 @@ class Llama(Model):
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         correct: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Compute ``rows`` of a prompt over given KV of the other positions.
 
@@ -245,6 +246,7 @@ class Llama(Model):
             values: like ``keys``.
             correct: called with each layer's number, its given keys and values, and the same with those of ``rows``
                 in place, which it may change before anything attends.
+            positions: int64 (rows,), where RoPE places the rows; None: where they are.
 
         Returns:
             Keys and values with those of ``rows`` in place, the rows' last hidden states, and of every layer the
@@ -253,7 +255,7 @@ class Llama(Model):
         shape, w = self.shape, {name: weight.double() for name, weight in self.weights.items()}
         keys, values = [k.double().clone() for k in keys], [v.double().clone() for v in values]
         x, attention, queries = w["embed"][tokens[rows]], [], []
-        rope = self.ropes[0].cos_sin[rows]
+        rope = self.ropes[0].cos_sin[rows if positions is None else positions]
         for layer in range(shape.depth):
             h = _norm(x, w[f"attention{layer}"])
             q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
@@ -272,6 +274,28 @@ class Llama(Model):
             x = x + out.flatten(1) @ w[f"o{layer}"].T
             x = x + _mlp(x, w, layer)
         return keys, values, x, attention, queries
+
+    def question64(
+        self, plan: Plan, tokens: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Attention of a prompt's question, asked after all that is known of the prompt.
+
+        Args:
+            plan: of the prompt.
+            tokens: int64 (prompt,).
+            keys: (prompt, kv_heads, head_dim) per layer; NaN at positions that have no KV.
+            values: like ``keys``.
+
+        Returns:
+            Of every layer, float64 (rows, heads, plan.end).
+        """
+        asked = torch.cat([tokens[start:end] for start, end in question_ranges(plan, len(tokens))])
+        unknown = torch.full((len(asked), *keys[0].shape[1:]), torch.nan, dtype=keys[0].dtype)
+        keys, values = ([torch.cat([layer[: plan.end], unknown]) for layer in part] for part in (keys, values))
+        rows = plan.end + torch.arange(len(asked))
+        positions = torch.arange(len(tokens) - len(asked), len(tokens))
+        attention = self.rows64(torch.cat([tokens[: plan.end], asked]), rows, keys, values, positions=positions)[3]
+        return [layer[..., : plan.end] for layer in attention]
 
     def prefill64(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """KV of every layer and the last hidden states of a whole prompt."""

@@ -114,3 +114,24 @@ def test_a_load_that_failed_is_charged_as_computed(scheduler, documents, generat
     (req,) = scheduler.admit([shuffled(documents, generator)])
     assert state_of(req).plan is None
     assert scheduler.rows() == req.extend_len <= CHUNK
+
+
+def test_the_log_counts_what_a_fusion_computes(scheduler, documents, generator):
+    (req,) = scheduler.admit([shuffled(documents, generator)])
+    computed = req.extend_len + scheduler.cache.tree.context_rows_of(req)
+    assert scheduler.adder.log_input_tokens == computed
+    assert scheduler.adder.log_hit_tokens == len(req.origin_input_ids) - computed
+
+
+def test_policies_rank_by_what_is_left_to_compute(cache, documents, generator):
+    from sglang.srt.managers.schedule_policy import CacheAwarePolicy, SchedulePolicy
+
+    policy = SchedulePolicy("lpm", cache.tree, False, False, False)
+    known = [*documents[1][:280], *tokens(generator, TAIL)]
+    prompts = [shuffled(documents, generator), [1, *known], tokens(generator, 300)]
+    reqs = [cache.request(prompt, f"r{number}") for number, prompt in enumerate(prompts)]
+    plugin._rank(inspect.unwrap(SchedulePolicy._compute_prefix_matches), policy, reqs, CacheAwarePolicy.LPM)
+    plan = state_of(reqs[0]).plan
+    assert plan is not None
+    assert reqs[0].num_matched_prefix_tokens == plan.end - plan.rows(0.15)
+    assert [req.num_matched_prefix_tokens for req in reqs[2:]] == [0]

@@ -126,6 +126,7 @@ def test_a_request_overrides_single_options(ratio, selector, min_span):
         *[("selector", value) for value in ("", "Probe", "no such", 3, True, ["probe"], "x" * 10_000, "a\nb")],
         *[("min_span", value) for value in (31, 0, -1, True, 64.0, 64.5, "64", float("nan"), float("inf"), [64])],
         *[("donor", value) for value in (1, "true", None, [])],
+        *[("question", value) for value in ([5, 5], [-1, 4], [9, 3], [1], [1, 2, 3], [0.0, 4], "0-4", [True, 4], 7)],
         *[("min_saving", 1), ("recompute_ratio", 0.5), ("Ratio", 0.5), ("enabled", True)],
     ],
 )
@@ -147,6 +148,11 @@ def test_odd_field_names_stay_on_one_short_line(name):
 
 def test_a_request_can_be_a_donor():
     assert resolve(ServerOptions(), {"a3": {"donor": True}}) == DEFAULT.model_copy(update={"donor": True})
+
+
+def test_a_request_can_say_where_its_question_is():
+    options = resolve(ServerOptions(), {"a3": {"question": [3, 40]}})
+    assert options == DEFAULT.model_copy(update={"question": (3, 40)})
 
 
 def test_an_unknown_field_is_told_the_known_ones():

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from world import MIN_SPAN, World, executor_of
 
 from a3_sglang import drift
-from a3_sglang.fusion.executor import QUESTION_TOKENS, Attend, Executor, Job, Part, RowsAttention, Timings
-from a3_sglang.fusion.plan import MIN_TAIL, Plan
+from a3_sglang.fusion.executor import Attend, Executor, Job, Part, RowsAttention, Timings
+from a3_sglang.fusion.plan import MIN_TAIL, Plan, question_ranges
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
 
@@ -162,22 +162,22 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     job = world.job(world.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
     copied = kv(world.model, job)
     executor.run([job], Timings())
-    rows = torch.arange(max(job.plan.end, len(job.tokens) - QUESTION_TOKENS), len(job.tokens))
+    rows = sum(end - start for start, end in question_ranges(job.plan, len(job.tokens)))
     (count,) = selector.budget(ratio, job.plan.reused)
     if count == job.plan.reused:
         assert selector.heard == []
         return
-    assert (job.probed_rows, job.probed_layers) == (len(rows), 3)
-    # Gaps and the tail's other rows have no KV yet, so nothing sees them.
+    assert (job.probed_rows, job.probed_layers) == (rows, 3)
+    # Gaps have no KV yet, so nothing sees them.
     for part in copied:
         for layer in part:
             layer[gaps(job.plan)] = torch.nan
-    attention = world.model.rows64(job.tokens, rows, *copied)[3]
+    attention = world.model.question64(job.plan, job.tokens, *copied)
     group = world.model.shape.heads // world.model.shape.kv_heads
     score = torch.zeros(job.plan.end, dtype=torch.float64)
     for layer in (1, 2):
         sizes = copied[1][layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
-        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T).sum(0)[: job.plan.end]
+        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, : job.plan.end]).sum(0)
     assert len(selector.heard) == 1
     assert_close(selector.heard[0].double(), score, rtol=1e-4, atol=1e-5)
     # The rows that rank highest are the ones recomputed.

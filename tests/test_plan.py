@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.fusion.plan import MIN_TAIL, Plan, Span, make_plan
+from a3_sglang.fusion.plan import (
+    LONGEST_QUESTION,
+    MIN_TAIL,
+    QUESTION_TOKENS,
+    SHORTEST_QUESTION,
+    Plan,
+    Span,
+    make_plan,
+    question_ranges,
+)
 
 MIN_SPAN = 8
 
@@ -135,3 +146,43 @@ def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ra
     assert left == pytest.approx(max(wanted, ratio * plan.reused / 2))
     assert plan.ratio(1.0, block) == 1.0
     assert plan.ratio(0.0, block) == 0.0
+
+
+def _planned(pieces: list[tuple[int, int]]) -> Plan:
+    """A plan of (gap, span) pairs after 10 tokens of prefix."""
+    at, spans = 10, []
+    for gap, length in pieces:
+        spans.append(Span(at + gap, length, 0, None))  # type: ignore[arg-type]
+        at += gap + length
+    return Plan(10, at, tuple(spans))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(MIN_SPAN, 80)), min_size=1, max_size=8),
+    st.integers(MIN_TAIL, 700),
+)
+def test_the_question_is_the_tail_and_short_gaps(pieces, tail):
+    plan = _planned(pieces)
+    prompt = plan.end + tail
+    ranges = question_ranges(plan, prompt)
+    assert all(start <= end for start, end in ranges)
+    assert all(one[1] <= other[0] for one, other in pairwise(ranges))
+    asked = [at for start, end in ranges for at in range(start, end)]
+    asking = [(a, b) for a, b in plan.gaps() if SHORTEST_QUESTION <= b - a <= LONGEST_QUESTION]
+    all_of_it = [at for start, end in [*asking, (plan.end, prompt)] for at in range(start, end)]
+    assert set(asked) <= set(all_of_it)
+    assert asked == all_of_it or len(asked) == QUESTION_TOKENS
+    assert asked[-1] == prompt - 1
+    for start, _ in asking:  # Of each gap at least the beginning.
+        assert start in asked
+    assert tail > LONGEST_QUESTION or plan.end in asked
+
+
+def test_a_question_before_the_passages_and_instructions_after_it():
+    first = _planned([(25, 400), (3, 400)])
+    assert question_ranges(first, first.end + 32) == [(10, 35), (first.end, first.end + 16), (first.end + 16, first.end + 32)]
+    last = _planned([(0, 400)])
+    tail = [(last.end, last.end + 32), (last.end + 150, last.end + 182)]
+    assert question_ranges(last, last.end + 182) == tail
+    assert question_ranges(last, last.end + 182, (300, 340)) == [(300, 320), (320, 340)]

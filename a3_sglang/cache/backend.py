@@ -18,8 +18,8 @@ from a3_sglang.cache.index import AnyPositionIndex, Run, Segment, beside
 from a3_sglang.cache.report import make_report
 from a3_sglang.cache.request import Reason, RequestState, ineligible, state_of
 from a3_sglang.config import Effective, ServerOptions, resolve_leniently
-from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Part, Timings
-from a3_sglang.fusion.plan import MIN_TAIL, Plan, make_plan
+from a3_sglang.fusion.executor import Executor, Job, Part, Timings
+from a3_sglang.fusion.plan import MIN_TAIL, QUESTION_TOKENS, Plan, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
@@ -287,11 +287,16 @@ class A3Tree:
         return self.executor.slice_rows - QUESTION_TOKENS - MIN_TAIL - self.page_size  # type: ignore[attr-defined]
 
     def rows_of(self, req: Any) -> int:
-        """Rows that a request's fusion computes besides its tail, as far as that is known when it is admitted."""
+        """Rows that a request's fusion computes besides its tail, the probe's among them, at most."""
+        rows = self.context_rows_of(req)
+        return rows + QUESTION_TOKENS if rows else 0
+
+    def context_rows_of(self, req: Any) -> int:
+        """Rows between prefix and tail that a request's fusion computes, at most; 0 if it is not fused."""
         state = state_of(req)
         if state.plan is None or state.options is None:
             return 0
-        return state.plan.rows(_most(state.options.ratio)) + QUESTION_TOKENS
+        return state.plan.rows(_most(state.options.ratio))
 
     def _renewal_pays(self, req: Any, plan: Plan) -> bool:
         """Whether what is new in fusions of the last generation has cost as much as a full prefill saves.
@@ -306,7 +311,7 @@ class A3Tree:
         """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
         if not options.min_saving:
             return True
-        rows = plan.rows(_usual(options.ratio)) + prompt - plan.end + min(QUESTION_TOKENS, prompt - plan.end)
+        rows = plan.rows(_usual(options.ratio)) + prompt - plan.end + min(QUESTION_TOKENS, plan.gap + prompt - plan.end)
         return rows <= (1 - options.min_saving) * (prompt - known)
 
     def _options_of(self, req: Any) -> Effective:
@@ -581,7 +586,7 @@ class A3Tree:
             # From memory that is not pinned the copy would wait for all that the device has to do.
             tokens = tokens.pin_memory().to(slots.device, non_blocking=True)
         ratio = options.ratio if options.ratio == "auto" else plan.ratio(options.ratio, self.index.block)
-        return Job(plan, tokens, slots, make_selector(options.selector), ratio)
+        return Job(plan, tokens, slots, make_selector(options.selector), ratio, options.question)
 
     def _report(self, req: Any, job: Job | None) -> None:
         state = state_of(req)

@@ -90,6 +90,7 @@ def ineligible(req: Any, options: Effective) -> Reason | None:
     params = req.sampling_params
     checks = (
         (not options.valid, Reason.INVALID),
+        (options.question is not None and options.question[1] > len(req.origin_input_ids), Reason.INVALID),
         (not options.enabled, Reason.OFF),
         (options.donor, Reason.DONOR),
         (getattr(req, "lora_id", None) is not None, Reason.LORA),

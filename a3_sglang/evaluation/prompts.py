@@ -24,6 +24,7 @@ SHAPES = {
     "second": "another question was asked over the same passages in the same order before",
     "new": "every second passage is new",
     "turn": "the fifth turn of a chat over the passages",
+    "tenth": "all passages were new in a fused prompt, and eight fused prompts had them in other orders since",
 }
 """What prompts look like, and what came before them."""
 _RULES = (
@@ -91,7 +92,7 @@ class Writer:
         chunks = self._chunks(questions[number], self._passages, chooser)
         foreign = self._chunks(questions[(number + 1) % len(questions)], FOREIGN, chooser)
         begin, after = self.ids(self._before), self.ids(self._after)
-        known = chunks[::2] if self._shape == "new" else chunks
+        known = {"new": chunks[::2], "tenth": []}.get(self._shape, chunks)
         earlier = [*known, *foreign]
         while earlier[0] == chunks[0]:
             chooser.shuffle(earlier)
@@ -109,6 +110,11 @@ class Writer:
                 said = questions[(number + i) % len(questions)].answers[0]
                 prompt = [*prompt, *self.ids(said + self._between)]
             prompt = [*prompt, *asked[0], *after]
+        elif self._shape == "tenth":
+            for i in range(9):
+                order = chooser.sample(chunks, len(chunks))
+                before.append([*begin, *chain(*(earlier[::-1] if i == 0 else []), *order), *asked[1 + i % 4], *after])
+            prompt = [*begin, *chain(*chunks), *asked[0], *after]
         else:
             rules = self.ids("\n" + _RULES) if self._shape == "instructions" else []
             context = [*begin, *chain(*chunks)]

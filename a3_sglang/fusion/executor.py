@@ -13,7 +13,7 @@ import torch
 
 from a3_sglang.drift import Blocks, Drift, in_play
 from a3_sglang.fusion.device import Device
-from a3_sglang.fusion.plan import Plan
+from a3_sglang.fusion.plan import Plan, question_ranges
 from a3_sglang.fusion.question_attention import Asking, Question
 from a3_sglang.fusion.rotation import RopeTable
 from a3_sglang.fusion.row_attention import Attention, RowGroup
@@ -22,8 +22,6 @@ from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
 
 SLICE_ROWS = 8192
 """Rows that go through the model at once, at most, where nothing else is said."""
-QUESTION_TOKENS = 64
-"""Tokens at a prompt's end whose attention the probe reads."""
 
 
 class PassOver(Exception):  # noqa: N818 - no error
@@ -104,6 +102,7 @@ class Job:
         tokens: int64 (prompt,).
         slots: int64 (plan.end,), the exact prefix's slots and the private ones behind it.
         selector, ratio: which reused rows are recomputed.
+        question: range of the prompt's positions that asks; None: see :func:`question_ranges`.
         recomputed: int64, positions of the reused rows that were recomputed, ascending; set by :meth:`Executor.run`.
         probed_rows, probed_layers: size of the probe.
         fresh_layers: layers, from layer 0 on, that were computed for all rows.
@@ -114,6 +113,7 @@ class Job:
     slots: torch.Tensor
     selector: Selector
     ratio: Ratio
+    question: tuple[int, int] | None = None
     recomputed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     probed_rows: int = 0
     probed_layers: int = 0
@@ -433,26 +433,28 @@ class RowsAttention(Attend):
 
 
 class _ProbeAttention(Attend):
-    """The last rows of some jobs over their prefixes and spans as they were copied.
+    """The questions of some jobs over their prefixes and spans as they were copied.
 
-    They see nothing of gaps and of the tail before them, get no slots and write no KV. The pass ends with the last
-    layer that is asked for.
+    Wherever a question is in its prompt, it is asked at the prompt's end, after all that is known. Its rows see
+    nothing else of gaps and tail, get no slots and write no KV. The pass ends with the last layer that is asked for.
     """
 
     def __init__(self, executor: Executor, jobs: Sequence[Job], layers: range) -> None:
         self._model, self._device = executor.model, executor.device
         self._jobs, self._layers = jobs, layers
-        self._known, self._questions, positions, begin = [], [], [], 0
+        self._known, self._questions, tokens, positions, begin = [], [], [], [], 0
         for job in jobs:
             device, end = job.slots.device, len(job.tokens)
-            rows = min(QUESTION_TOKENS, end - job.plan.end)
+            asked = [job.tokens[start:stop] for start, stop in question_ranges(job.plan, end, job.question)]
+            rows = sum(map(len, asked))
             job.probed_rows, job.probed_layers = rows, layers.stop
             known = torch.cat([torch.arange(job.plan.prefix, device=device), _rows(job.plan, device).positions])
             self._known.append(known)
             self._questions.append(Question(begin, begin + rows, job.slots[known]))
+            tokens += asked
             positions.append(torch.arange(end - rows, end, device=device))
             begin += rows
-        self.tokens = torch.cat([job.tokens[at] for job, at in zip(jobs, positions, strict=True)])
+        self.tokens = torch.cat(tokens)
         self.positions = torch.cat(positions)
         self._scores = torch.zeros(sum(map(len, self._known)), device=self.positions.device)
         self._ask: Asking | None = None

@@ -10,6 +10,10 @@ from a3_sglang.cache.index import Run
 
 MIN_TAIL = 32
 """Tokens at a prompt's end that are always computed: the probe needs a question, even one that was asked before."""
+QUESTION_TOKENS = 64
+"""Tokens whose attention the probe reads, at most."""
+SHORTEST_QUESTION, LONGEST_QUESTION = 16, 256
+"""Tokens of a gap that may be the question: shorter ones are what matching in blocks cuts off, longer ones are text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +132,37 @@ def _reach(runs: Sequence[Run], prefix: int, ratio: float, rows: float) -> int:
         rows -= ratio * run.length
         at = run.end
     return at
+
+
+def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    """Where a prompt asks: ascending ranges ``(start, end)`` of its positions, of :data:`QUESTION_TOKENS` in all.
+
+    Without a given range these are the tail and the short gaps, as a question may be before or between the passages
+    and have instructions after it. If they are too long, each gives its beginning, the last also its end.
+
+    Args:
+        plan: of the prompt.
+        prompt: tokens of the prompt.
+        given: the range that the client says is the question.
+    """
+    ranges = []
+    if given is None:
+        given = plan.end, prompt
+        ranges = [(start, end) for start, end in plan.gaps() if SHORTEST_QUESTION <= end - start <= LONGEST_QUESTION]
+    start, end = given
+    if end - start <= LONGEST_QUESTION:
+        middle = (start + end) // 2
+        ranges.append((start, middle))
+        start = middle
+    lengths = _shares([*(stop - begin for begin, stop in ranges), end - start], QUESTION_TOKENS)
+    cut = [(begin, begin + length) for (begin, _), length in zip(ranges, lengths[:-1], strict=True)]
+    return [*cut, (end - lengths[-1], end)]
+
+
+def _shares(wanted: Sequence[int], total: int) -> list[int]:
+    """Divide a total so that the smallest share is as large as can be, and none larger than wanted."""
+    shares = [0] * len(wanted)
+    for done, i in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
+        shares[i] = min(wanted[i], total // (len(wanted) - done))
+        total -= shares[i]
+    return shares

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from a3_sglang.cache.index import AnyPositionIndex
-from a3_sglang.fusion.executor import QUESTION_TOKENS, Executor, Job, Timings
+from a3_sglang.fusion.executor import Executor, Job, Timings
 from a3_sglang.fusion.model import UnsupportedModelError
-from a3_sglang.fusion.plan import make_plan
+from a3_sglang.fusion.plan import QUESTION_TOKENS, make_plan
 from a3_sglang.fusion.rotation import rotate
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import Full, Selector
