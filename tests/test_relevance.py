@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import random_tensor, weights64
 from torch.testing import assert_close
 
-from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, relevance
+from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, query_rows, relevance
 
 
 @settings(max_examples=60, deadline=None)
@@ -27,12 +27,12 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
     keys = random_tensor(generator, context, kv_heads, 16).to(dtype)
     visible = torch.randint(1, context + 1, (rows,), generator=generator)
     keys = keys[: int(visible.max())]
-    weights = attention_weights(query, key_columns(keys), hidden_columns(visible), scaling)
+    asked = query_rows(query, kv_heads)
+    weights = attention_weights(asked, key_columns(keys), hidden_columns(visible), scaling, dtype)
     values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
     taken = relevance(weights, rows, values)
     exact = weights64(query, keys, visible, scaling)
-    # (rows, heads, n) -> rows of one head of a group together.
-    grouped = exact.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+    grouped = exact.unflatten(1, (kv_heads, group)).movedim(1, 0).flatten(1, 2)
     assert weights.dtype == taken.dtype == torch.float32
     assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
     sizes = values.double().norm(dim=-1).repeat_interleave(group, 1)
@@ -43,11 +43,12 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
 def test_what_few_rows_see_counts_little_and_large_logits_stay_finite():
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     query, keys = random_tensor(generator, 5, 4, 16) * 100, random_tensor(generator, 30, 2, 16) * 100
-    weights = attention_weights(query.float(), key_columns(keys), hidden_columns(torch.arange(26, 31)), 1.0)
+    hidden, asked = hidden_columns(torch.arange(26, 31)), query_rows(query.float(), 2)
+    weights = attention_weights(asked, key_columns(keys), hidden, 1.0, torch.float32)
     taken = relevance(weights, 5, torch.nn.functional.normalize(keys.float(), dim=-1))
     assert torch.isfinite(weights).all()
     # The last position is seen by one row of five, in 4 heads.
     assert taken[29] <= 4 * (1 / 5) ** 0.5
-    assert (weights.view(4, 5, 30)[:, :4, 29] == 0).all()
+    assert (weights.view(2, 5, 2, 30)[:, :4, :, 29] == 0).all()
     # Each of the 4 heads gives every row exactly one.
     assert_close(weights.sum(), torch.tensor(20.0))

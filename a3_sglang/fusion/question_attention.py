@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from a3_sglang.kernels.relevance import Hidden, attention_weights, hidden_columns, key_columns, relevance
+from a3_sglang.kernels.relevance import (
+    Hidden,
+    attention_weights,
+    hidden_columns,
+    key_columns,
+    query_rows,
+    relevance,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +112,12 @@ class _Alone:
             torch.index_select(pool, 0, known, out=context[:count])
             context[count:] = fresh
         weights = self._take("weights", heads * rows * total, torch.empty(0, device=query.device))
-        weights = attention_weights(query, key_columns(keys), self._hidden, scaling, weights)
+        asked = query_rows(query, keys.shape[1])
+        weights = attention_weights(asked, key_columns(keys), self._hidden, scaling, query.dtype, weights)
         if scores is not None:
             scores += relevance(weights, rows, values)[:count]
         mixed = torch.bmm(weights.to(values.dtype), values.movedim(0, 1).contiguous())
-        return mixed.view(heads, rows, -1).movedim(0, 1)
+        return mixed.view(keys.shape[1], rows, -1, query.shape[2]).movedim(0, 1).flatten(1, 2)
 
     def _take(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
         """Room for ``count`` rows like those of ``like``; the same for all layers."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns
+from a3_sglang.kernels.relevance import attention_weights, hidden_columns, key_columns, query_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,29 +85,32 @@ class TorchRowAttention(RowAttention):
         return attend
 
 
-_BLOCK = 192
+_BLOCK = 256
 """Rows times heads of a group that are taken at once: more waste context, fewer make slow matrix products."""
 
 
 def _scattered(group: RowGroup, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
     """Logits and softmax in fp32, the heads of a group as further rows."""
-    visible, rows = group.visible, len(group.visible)
-    count = -(-rows * (heads // kv_heads) // _BLOCK)
+    visible, rows, shared = group.visible, len(group.visible), heads // kv_heads
+    count = -(-rows * shared // _BLOCK)
     cuts = [rows * i // count for i in range(count + 1)]
     hidden = [hidden_columns(visible[begin:end]) for begin, end in pairwise(cuts)]
-    most = max((end - begin) * int(visible[end - 1]) for begin, end in pairwise(cuts))
-    logits, weights = (torch.empty(heads * most, dtype=kind, device=visible.device) for kind in (torch.float32, dtype))
+    most = shared * max((end - begin) * int(visible[end - 1]) for begin, end in pairwise(cuts))
+    logits, weights = (torch.empty(most, dtype=kind, device=visible.device) for kind in (torch.float32, dtype))
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         out = torch.empty_like(query)
-        keys, values = key_columns(keys), values.movedim(0, 1).contiguous()
+        heads_out = out.view(rows, kv_heads, shared, -1)
+        query, keys, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
         for (begin, end), unseen in zip(pairwise(cuts), hidden, strict=True):
-            reach, part = unseen.end, query[begin:end]
-            size = len(part) * heads * reach
-            exact = attention_weights(part, keys[..., :reach], unseen, scaling, logits[:size])
-            rounded = weights[:size].view_as(exact).copy_(exact)
-            mixed = torch.bmm(rounded, values[:, :reach])
-            out[begin:end] = mixed.view(heads, len(part), -1).movedim(0, 1)
+            part, size = slice(begin * shared, end * shared), (end - begin) * shared * unseen.end
+            for head in range(kv_heads):
+                one = slice(head, head + 1)
+                columns = keys[one, :, : unseen.end]
+                exact = attention_weights(query[one, part], columns, unseen, scaling, dtype, logits[:size])[0]
+                rounded = weights[:size].view_as(exact).copy_(exact)
+                mixed = torch.mm(rounded, values[head, : unseen.end])
+                heads_out[begin:end, head] = mixed.view(end - begin, shared, -1)
         return out
 
     return attend

@@ -9,6 +9,7 @@ import torch
 from a3_sglang.drift import Drift
 from a3_sglang.fusion.question_attention import KV
 from a3_sglang.fusion.rotation import RopeTable, Turn, rotate
+from a3_sglang.kernels.relevance import products_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,17 @@ def spread_rows(pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
     """
     (keys, values), (key, value), none = pools, fresh, ~spread.real[:, None, None]
     back, forth = spread.turns(rope)
-    seen = (key[spread.rows].float() - keys[spread.known].float()).masked_fill_(none, 0)
-    moved = rotate(spread.drift.of_keys(rotate(seen, *back, rope.neox)), *forth, rope.neox)
-    keys[spread.slots] = (keys[spread.slots].float() + moved).to(keys.dtype)
-    seen = (value[spread.rows].float() - values[spread.known].float()).masked_fill_(none, 0)
-    values[spread.slots] = (values[spread.slots].float() + spread.drift.of_values(seen)).to(values.dtype)
+    with products_of(keys.dtype):
+        seen = _drift(key, keys, spread).masked_fill_(none, 0)
+        moved = rotate(spread.drift.of_keys(rotate(seen, *back, rope.neox)), *forth, rope.neox)
+        _add(keys, spread.slots, moved)
+        seen = _drift(value, values, spread).masked_fill_(none, 0)
+        _add(values, spread.slots, spread.drift.of_values(seen))
+
+
+def _drift(fresh: torch.Tensor, pool: torch.Tensor, spread: Spread) -> torch.Tensor:
+    return fresh.index_select(0, spread.rows).float() - pool.index_select(0, spread.known)
+
+
+def _add(pool: torch.Tensor, slots: torch.Tensor, change: torch.Tensor) -> None:
+    pool.index_copy_(0, slots, (pool.index_select(0, slots) + change).to(pool.dtype))
