@@ -220,7 +220,7 @@ class Drift:
             self.keys, self.values = (weights.masked_fill(unwanted, 0) for weights in (self.keys, self.values))
 
     def of_keys(self, drift: torch.Tensor) -> torch.Tensor:
-        """Predicted drift of all rows, float32 (rows, heads, head_dim), from the known rows' (n, heads, head_dim).
+        """Predicted drift of all rows, (rows, heads, head_dim), from the known rows' (n, heads, head_dim); of one dtype.
 
         Zero in blocks where nothing is known; of the known rows it is not their own.
         """
@@ -233,7 +233,7 @@ class Drift:
     def _predict(self, drift: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not len(drift):
             return drift.new_zeros(len(self._place), *drift.shape[1:])
-        predicted = torch.bmm(weights, drift.flatten(1)[self.source])
+        predicted = torch.bmm(weights.to(drift.dtype), drift.flatten(1)[self.source])
         return predicted.flatten(0, 1).index_select(0, self._place).view(-1, *drift.shape[1:])
 
 

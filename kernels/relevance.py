@@ -87,7 +87,7 @@ def attention_weights(
     weights = out.view(kv_heads, rows, n)
     # One head after the other: its logits stay in the cache, and a CPU's batched product takes longer.
     for logits, of_head, columns in zip(weights, query, keys, strict=True):
-        with products_of(dtype):
+        with _products_of(dtype):
             torch.addmm(logits, of_head, columns, beta=0, alpha=scaling, out=logits)
         logits.view(len(hidden.mask), -1, n)[..., hidden.begin :].masked_fill_(hidden.mask[:, None], float("-inf"))
         torch.softmax(logits, dim=-1, out=logits)
@@ -95,7 +95,7 @@ def attention_weights(
 
 
 @contextmanager
-def products_of(dtype: torch.dtype) -> Iterator[None]:
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
     """Float32 products in a CPU's bf16 units if ``dtype`` is bf16: factors are rounded to it, sums are float32."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision

@@ -9,7 +9,6 @@ import torch
 from a3_sglang.drift import Drift
 from a3_sglang.fusion.question_attention import KV
 from a3_sglang.fusion.rotation import RopeTable, Turn, rotate
-from a3_sglang.kernels.relevance import products_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +53,10 @@ def spread_rows(pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
     """
     (keys, values), (key, value), none = pools, fresh, ~spread.real[:, None, None]
     back, forth = spread.turns(rope)
-    with products_of(keys.dtype):
-        seen = _drift(key, keys, spread).masked_fill_(none, 0)
-        moved = rotate(spread.drift.of_keys(rotate(seen, *back, rope.neox)), *forth, rope.neox)
-        _add(keys, spread.slots, moved)
-        seen = _drift(value, values, spread).masked_fill_(none, 0)
-        _add(values, spread.slots, spread.drift.of_values(seen))
+    seen = rotate(_drift(key, keys, spread).masked_fill_(none, 0), *back, rope.neox).to(keys.dtype)
+    _add(keys, spread.slots, rotate(spread.drift.of_keys(seen).float(), *forth, rope.neox))
+    seen = _drift(value, values, spread).masked_fill_(none, 0).to(values.dtype)
+    _add(values, spread.slots, spread.drift.of_values(seen))
 
 
 def _drift(fresh: torch.Tensor, pool: torch.Tensor, spread: Spread) -> torch.Tensor:
