@@ -220,9 +220,9 @@ class Drift:
             self.keys, self.values = (weights.masked_fill(unwanted, 0) for weights in (self.keys, self.values))
 
     def of_keys(self, drift: torch.Tensor) -> torch.Tensor:
-        """Predicted drift of all rows, (rows, heads, head_dim), from the known rows' (n, heads, head_dim); of one dtype.
+        """Predicted drift of all rows, (rows, heads, head_dim), from the known rows' (n, heads, head_dim).
 
-        Zero in blocks where nothing is known; of the known rows it is not their own.
+        In the dtype of ``drift``. Zero in blocks where nothing is known; of the known rows it is not their own.
         """
         return self._predict(drift, self.keys)
 

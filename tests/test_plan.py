@@ -181,7 +181,8 @@ def test_the_question_is_the_tail_and_short_gaps(pieces, tail):
 
 def test_a_question_before_the_passages_and_instructions_after_it():
     first = _planned([(25, 400), (3, 400)])
-    assert question_ranges(first, first.end + 32) == [(10, 35), (first.end, first.end + 16), (first.end + 16, first.end + 32)]
+    end = first.end
+    assert question_ranges(first, end + 32) == [(10, 35), (end, end + 16), (end + 16, end + 32)]
     last = _planned([(0, 400)])
     tail = [(last.end, last.end + 32), (last.end + 150, last.end + 182)]
     assert question_ranges(last, last.end + 182) == tail
