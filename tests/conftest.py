@@ -16,6 +16,11 @@ from hypothesis import settings
 KERNELS = ("copy", "question", "row_attention", "spread")
 """Modules that have Triton kernels."""
 
+# What TorchInductor keeps on disk is not told apart by ATEN_CPU_CAPABILITY, and breaks the memory of processes that
+# run with another one.
+INDUCTOR = Path(tempfile.gettempdir()) / f"torchinductor-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
+
 # Where there is no GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported, which is
 # here, and not in the processes of the engines.
 if not torch.cuda.is_available():
@@ -36,11 +41,6 @@ from tiny import save_random_model, tiny_llama
 from traffic import Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-# What TorchInductor keeps on disk is not told apart by ATEN_CPU_CAPABILITY, and breaks the memory of processes that
-# run with another one.
-INDUCTOR = Path(tempfile.gettempdir()) / f"torchinductor-{torch.backends.cpu.get_cpu_capability()}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
-
 # How long an example takes says nothing about what it shows.
 settings.register_profile("a3", deadline=None)
 settings.load_profile("a3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -119,6 +120,23 @@ def test_many_samples_share_one_context(traffic, shuffled):
     said = [report(out) for out in outs]
     assert all(one["prefix"] + one["continued"] == len(shuffled) - 1 for one in said)
     assert len({tuple(one.items()) for one in said}) == 1
+
+
+def test_sixteen_samples_hold_one_context(traffic, shuffled):
+    params = {"temperature": 1.0, "n": 16, "max_new_tokens": 32, "ignore_eos": True}
+    held: list[int] = []
+
+    async def ask() -> None:
+        task = asyncio.ensure_future(traffic.running.async_generate(input_ids=shuffled, sampling_params=params))
+        while not task.done():
+            loads = await traffic.running.tokenizer_manager.get_loads()
+            held.extend(load.num_used_tokens for load in loads)
+            await asyncio.sleep(0.005)
+
+    traffic.running.loop.run_until_complete(ask())
+    # What stock SGLang holds: the prompt once, and the answers.
+    stock = len(shuffled) + 16 * 32
+    assert len(shuffled) + 16 * 8 < max(held) <= 1.2 * stock
 
 
 def test_what_is_new_is_a_donor_from_its_second_sight_on(traffic, shuffled):

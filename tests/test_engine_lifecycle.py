@@ -21,7 +21,8 @@ CONFIGURATIONS = {
     "overlap": {},
     "no overlap, pages of 16": {"disable_overlap_schedule": True, "page_size": 16},
 }
-REQUESTS = {"overlap": 200, "no overlap, pages of 16": 60}
+REQUESTS = {"overlap": 300, "no overlap, pages of 16": 60}
+KINDS = [*["fused"] * 5, *["again", "plain", "aborted"] * 2, "samples", "bad"]
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -51,15 +52,15 @@ def layer_zero(kv: dict[str, torch.Tensor], end: int) -> torch.Tensor:
 
 
 def test_random_requests(small, stock, configuration):
-    """Fused, plain, aborted and bad ones: every slot back, plain answers those of a stock engine.
+    """Fused, continued, plain, aborted and bad ones: every slot back, plain answers those of a stock engine.
 
     The pool holds a few prompts only, so donors are evicted and their slots written again all the time. A copy that
     comes after that would bring another token's KV, which layer 0 shows.
     """
     chooser = random.Random(random.randrange(1 << 30))
-    seen = {"fused": 0, "plain": 0, "aborted": 0, "bad": 0}
-    kinds = [*["fused"] * 5, *["plain", "aborted"] * 2, "bad"] * (REQUESTS[configuration] // 10)
-    chooser.shuffle(kinds)
+    seen = dict.fromkeys((*KINDS, "continued"), 0)
+    kinds = [chooser.choice(KINDS) for _ in range(REQUESTS[configuration])]
+    asked: list[list[int]] = [small.prompt()]
     of_token: dict[int, torch.Tensor] = {}
     for ids in (small.system, *small.documents):
         of_token |= zip(ids, layer_zero(small.kv(small.ask(ids, False, 1)), len(ids)), strict=True)
@@ -80,9 +81,14 @@ def test_random_requests(small, stock, configuration):
             with pytest.raises(ValueError, match="ratio"):
                 await small.running.async_generate(input_ids=small.prompt(), sampling_params=params)
         else:
-            params["custom_params"] = {"a3": {"ratio": chooser.choice([0.0, 0.15, 0.6, 1.0])}}
+            options = {"ratio": chooser.choice([0.0, 0.15, 0.15, 0.6, 1.0]), "keep": chooser.random() < 0.8}
+            params["custom_params"] = {"a3": options}
             ids, rid = small.prompt(question=chooser.choice([1, 20, 40, 60, 300])), f"request-{number}"
-            if kind == "aborted":
+            if kind == "samples":
+                params |= {"n": 3, "temperature": 1.0}
+                outs = await small.running.async_generate(input_ids=ids, sampling_params=params)
+                assert [parts(out["meta_info"]["a3"]) for out in outs] == [len(ids)] * 3
+            elif kind == "aborted":
                 params["max_new_tokens"] = 60
                 task = asyncio.ensure_future(
                     small.running.async_generate(input_ids=ids, sampling_params=params, rid=rid)
@@ -91,10 +97,15 @@ def test_random_requests(small, stock, configuration):
                 small.running.tokenizer_manager.abort_request(rid)
                 await task
             else:
+                if kind == "again":  # A retry, or a next turn.
+                    ids = chooser.choice(asked[-5:]) + small.tokens(chooser.choice([0, 30]))
                 out = await small.running.async_generate(input_ids=ids, sampling_params=params)
                 report = out["meta_info"]["a3"]
                 assert parts(report) == len(ids), report
-                seen["fused"] += report["reason"] is None
+                asked.append(ids + out["output_ids"])
+                seen["fused"] += report["reused"] > 0
+                seen["again"] += kind == "again"
+                seen["continued"] += report["continued"] > 0
                 end = len(ids) - report["tail"]
                 # A last page may reach into the question.
                 known = [p for p, token in enumerate(ids[:end]) if token in of_token]

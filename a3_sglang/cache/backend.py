@@ -146,6 +146,7 @@ class A3Tree:
         for index in (self.index, self.approximate, self.branches):
             if index is not None:
                 index.clear()
+        self._debt = 0
 
     # ---- match and admission
 
@@ -164,18 +165,18 @@ class A3Tree:
             state.reason = Reason.DISABLED
             return exact
         try:
-            return self._match(req, state, params, exact)
+            result = self._match(req, state, params, exact)
         except Exception:
             self.breaker.failed("search")
             state.renew()
-            state.reason = Reason.ERROR
-            return exact
+            state.reason, result = Reason.ERROR, exact
+        if not self._options_of(req).keep:
+            req.skip_radix_cache_insert = state.plan is not None
+        return result
 
     def _match(self, req: Any, state: RequestState, params: Any, exact: Any) -> Any:
         """Match the longest exact or approximate prefix, and plan the reuse of spans after it."""
         options = self._options_of(req)
-        if not options.keep:
-            req.skip_radix_cache_insert = False
         state.reason = ineligible(req, options)
         if state.reason is not None:
             return exact
@@ -193,8 +194,6 @@ class A3Tree:
             # With compiled donors it must not matter what others ask over the same text.
             common = self._hashes(req)[-1 if self.options.donors == "compiled" else 0]
             state.branch = Branch(state.plan.prefix, generation, int(common) % KINDS)
-        if not options.keep:
-            req.skip_radix_cache_insert = True
         if state.plan.prefix < seams.matched_length(result):
             result = super().match_prefix(replace(params, key=params.key[: state.plan.prefix]))  # type: ignore[misc]
         return result._replace(
