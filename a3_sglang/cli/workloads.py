@@ -206,7 +206,7 @@ def moving_corpus(client: Client) -> None:
 
 
 def nothing(client: Client) -> None:
-    for _ in range(4):
+    for _ in range(8):
         client.send("nothing to reuse", client.tokens(client.context))
 
 
