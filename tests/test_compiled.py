@@ -33,7 +33,8 @@ def test_own_turns_continue_and_other_questions_do_not(traffic: Traffic):
     assert other["reused"] > 0
     turn = [*prompt, *out["output_ids"], *traffic.tokens(40)]
     report = traffic.ask(turn)["meta_info"]["a3"]
-    assert report["prefix"] + report["continued"] == len(prompt) + len(out["output_ids"]) - 1
+    # Releases before 0.5.21 also have KV of an answer's last token.
+    assert len(prompt) + len(out["output_ids"]) - (report["prefix"] + report["continued"]) in (0, 1)
     assert report["reused"] == 0
 
 

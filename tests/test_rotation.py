@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,19 +131,23 @@ SGLANG_KINDS: dict[str, dict[str, Any] | None] = {
 
 
 @pytest.fixture(scope="module")
-def make_rope() -> Callable[..., Any]:
+def make_rope() -> Iterator[Callable[..., Any]]:
     """SGLang's rotary module of a kind; a copy, as SGLang shares one module between equal calls."""
     pytest.importorskip("sglang")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    from sglang.srt.layers.rotary_embedding import get_rope
+    from sglang.srt.layers.rotary_embedding import base, get_rope
 
     def make(kind: str = "default", neox: bool = True, rotary_dim: int = 64, dtype: torch.dtype = torch.bfloat16):
         with torch.device(device):
             return copy.deepcopy(get_rope(64, rotary_dim, 8192, 10_000, neox, SGLANG_KINDS[kind], dtype))
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        # Some releases ask for the options of a server, of which there is none here.
+        options = SimpleNamespace(deterministic=SimpleNamespace(rl_on_policy_target=None))
+        patch.setattr(base, "get_exec", lambda: options)
+        yield make
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
