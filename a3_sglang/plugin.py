@@ -135,7 +135,7 @@ def _admit(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwa
 
 
 def _rank(original: Callable[..., Any], policy: Any, waiting: list[Any], *args: Any, **kwargs: Any) -> Any:
-    """Match the waiting requests; what a policy then sorts them by leaves out rows that fusions compute."""
+    """Match the waiting requests, and do not count rows that their fusions compute as matched when they are ranked."""
     result = original(policy, waiting, *args, **kwargs)
     if _tree is not None:
         for req in waiting:

@@ -16,8 +16,8 @@ from hypothesis import settings
 KERNELS = ("copy", "question", "row_attention", "spread")
 """Modules that have Triton kernels."""
 
-# What TorchInductor keeps on disk is not told apart by ATEN_CPU_CAPABILITY, and breaks the memory of processes that
-# run with another one.
+# TorchInductor's on-disk cache ignores ATEN_CPU_CAPABILITY: code compiled for AVX-512 and loaded by a process that
+# runs with AVX2, or the reverse, corrupts that process's memory. So each capability gets a cache directory.
 INDUCTOR = Path(tempfile.gettempdir()) / f"torchinductor-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
 
@@ -41,6 +41,7 @@ from tiny import save_random_model, tiny_llama
 from traffic import Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
 # How long an example takes says nothing about what it shows.
 settings.register_profile("a3", deadline=None)
 settings.load_profile("a3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_random_requests(small, stock, configuration):
     """
     chooser = random.Random(random.randrange(1 << 30))
     seen = dict.fromkeys((*KINDS, "continued"), 0)
-    kinds = [chooser.choice(KINDS) for _ in range(REQUESTS[configuration])]
+    kinds = list(islice(cycle(KINDS), REQUESTS[configuration]))
+    chooser.shuffle(kinds)
     asked: list[list[int]] = [small.prompt()]
     of_token: dict[int, torch.Tensor] = {}
     for ids in (small.system, *small.documents):

@@ -110,17 +110,17 @@ class Writer:
                 said = questions[(number + i) % len(questions)].answers[0]
                 prompt = [*prompt, *self.ids(said + self._between)]
             prompt = [*prompt, *asked[0], *after]
-        elif self._shape == "tenth":
-            for i in range(9):
-                order = chooser.sample(chunks, len(chunks))
-                before.append([*begin, *chain(*(earlier[::-1] if i == 0 else []), *order), *asked[1 + i % 4], *after])
-            prompt = [*begin, *chain(*chunks), *asked[0], *after]
         else:
             rules = self.ids("\n" + _RULES) if self._shape == "instructions" else []
             context = [*begin, *chain(*chunks)]
             prompt = [*context, *asked[0], *rules, *after]
             if self._shape == "second":
                 before.append([*context, *asked[1], *after])
+            elif self._shape == "tenth":
+                orders = [chooser.sample(chunks, len(chunks)) for _ in range(9)]
+                # The known passages, which are foreign, let the first of these prompts be fused.
+                orders[0] = [*earlier[::-1], *orders[0]]
+                before += [[*begin, *chain(*order), *asked[1 + i % 4], *after] for i, order in enumerate(orders)]
         return Case(
             prompt=prompt,
             donors={

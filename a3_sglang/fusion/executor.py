@@ -102,7 +102,7 @@ class Job:
         tokens: int64 (prompt,).
         slots: int64 (plan.end,), the exact prefix's slots and the private ones behind it.
         selector, ratio: which reused rows are recomputed.
-        question: range of the prompt's positions that asks; None: see :func:`question_ranges`.
+        question: positions of the prompt's question, ``(start, end)``; None: see :func:`question_ranges`.
         recomputed: int64, positions of the reused rows that were recomputed, ascending; set by :meth:`Executor.run`.
         probed_rows, probed_layers: size of the probe.
         fresh_layers: layers, from layer 0 on, that were computed for all rows.
@@ -435,8 +435,9 @@ class RowsAttention(Attend):
 class _ProbeAttention(Attend):
     """The questions of some jobs over their prefixes and spans as they were copied.
 
-    Wherever a question is in its prompt, it is asked at the prompt's end, after all that is known. Its rows see
-    nothing else of gaps and tail, get no slots and write no KV. The pass ends with the last layer that is asked for.
+    Wherever a question is in its prompt, its rows get the prompt's last positions, after all known context. They do
+    not attend to the rest of gaps and tail, get no slots and write no KV. The pass ends after the last layer whose
+    scores are wanted.
     """
 
     def __init__(self, executor: Executor, jobs: Sequence[Job], layers: range) -> None:

@@ -135,10 +135,11 @@ def _reach(runs: Sequence[Run], prefix: int, ratio: float, rows: float) -> int:
 
 
 def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
-    """Where a prompt asks: ascending ranges ``(start, end)`` of its positions, of :data:`QUESTION_TOKENS` in all.
+    """Positions of a prompt's question: ascending ranges ``(start, end)`` of at most :data:`QUESTION_TOKENS` in all.
 
-    Without a given range these are the tail and the short gaps, as a question may be before or between the passages
-    and have instructions after it. If they are too long, each gives its beginning, the last also its end.
+    Unless a range is given, these are the tail and the short gaps, since a question may come before or between the
+    passages and may be followed by instructions. If they are too long, every gap keeps its beginning, and the tail (or
+    the given range) its beginning and its end.
 
     Args:
         plan: of the prompt.
