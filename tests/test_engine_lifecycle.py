@@ -62,7 +62,6 @@ def test_random_requests(small, stock, configuration):
     seen = dict.fromkeys((*KINDS, "continued"), 0)
     kinds = list(islice(cycle(KINDS), REQUESTS[configuration]))
     chooser.shuffle(kinds)
-    asked: list[list[int]] = [small.prompt()]
     of_token: dict[int, torch.Tensor] = {}
     for ids in (small.system, *small.documents):
         of_token |= zip(ids, layer_zero(small.kv(small.ask(ids, False, 1)), len(ids)), strict=True)
@@ -84,6 +83,8 @@ def test_random_requests(small, stock, configuration):
                 await small.running.async_generate(input_ids=small.prompt(), sampling_params=params)
         else:
             options = {"ratio": chooser.choice([0.0, 0.15, 0.15, 0.6, 1.0]), "keep": chooser.random() < 0.8}
+            if kind == "again":
+                options = {"ratio": 0.15}
             params["custom_params"] = {"a3": options}
             ids, rid = small.prompt(question=chooser.choice([1, 20, 40, 60, 300])), f"request-{number}"
             if kind == "samples":
@@ -100,11 +101,11 @@ def test_random_requests(small, stock, configuration):
                 await task
             else:
                 if kind == "again":  # A retry, or a next turn.
-                    ids = chooser.choice(asked[-5:]) + small.tokens(chooser.choice([0, 30]))
+                    out = await small.running.async_generate(input_ids=ids, sampling_params=params)
+                    ids += chooser.choice([[], out["output_ids"] + small.tokens(30)])
                 out = await small.running.async_generate(input_ids=ids, sampling_params=params)
                 report = out["meta_info"]["a3"]
                 assert parts(report) == len(ids), report
-                asked.append(ids + out["output_ids"])
                 seen["fused"] += report["reused"] > 0
                 seen["again"] += kind == "again"
                 seen["continued"] += report["continued"] > 0
