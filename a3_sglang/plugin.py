@@ -34,6 +34,7 @@ def register() -> None:
     HookRegistry.register(seams.HOOKS["generate"], _generate, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["go_on"], _go_on, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["rank"], _rank, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
@@ -117,18 +118,43 @@ def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args
 
 
 def _admit(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Admit a request with the rows of its fusion counted, and tell the tree what came of it."""
+    """Admit a request: the first step of its prefill."""
     if _tree is None:
         return original(adder, req, *args, **kwargs)
-    rows = _tree.rows_of(req)
+    if not adder.can_run_list and adder.rem_chunk_tokens is not None:
+        # A step that decodes, too, has less room than the plan was made for.
+        _tree.fit(req, _tree.rows_in(adder.rem_chunk_tokens))
+    return _add(adder, req, partial(original, adder, req, *args, **kwargs), _tree.after_admission)
+
+
+def _go_on(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """Another step of a chunked prefill, which may reuse tokens again."""
+    if _tree is None or adder.rem_chunk_tokens is None:
+        return original(adder, req)
+    _tree.plan_next(req, _tree.rows_in(adder.rem_chunk_tokens))
+    result = _add(adder, req, partial(original, adder, req), _tree.after_next)
+    seams.log_as_cached(adder, _tree.planned_of(req))
+    return result
+
+
+def _add(adder: Any, req: Any, add: Callable[[], Any], after: Callable[[Any, bool], None]) -> Any:
+    """Add a request to a step with the rows of its fusion counted, and tell the tree what came of it.
+
+    The step ends where the request can reuse tokens again. What is held back of its chunk for that is not given to
+    other requests, as SGLang can go on with one unfinished prefill only.
+    """
+    assert _tree is not None
+    rows, admitted, result = _tree.rows_of(req), False, None
     seams.reserve(adder, rows)
-    admitted = False
+    held = seams.hold_back(adder, _tree.tail_of(req))
     try:
-        result = original(adder, req, *args, **kwargs)
-        admitted = any(other is req for other in adder.can_run_list[-1:])
+        result = add()
+        admitted = any(other is req for other in adder.can_run_list)
     finally:
-        _tree.after_admission(req, admitted)
+        after(req, admitted)
         seams.reserve(adder, (_tree.rows_of(req) if admitted else 0) - rows)
+        if not admitted or (adder.new_chunked_req is not req and result is not req):
+            seams.give_back(adder, held)
     if admitted:
         seams.log_as_computed(adder, req, _tree.context_rows_of(req))
     return result

@@ -27,6 +27,7 @@ HOOKS: dict[str, str] = {
     "generate": "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
     "forward": "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
     "admit": "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+    "go_on": "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
     "rank": "sglang.srt.managers.schedule_policy.SchedulePolicy._compute_prefix_matches",
     "launch": "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
     "serve": "sglang.srt.entrypoints.http_server.launch_server",
@@ -187,11 +188,49 @@ def protect(req: Any, length: int) -> None:
         req.kv.cache_protected_len = length
 
 
+def extend_prefix(tree: Any, req: Any, slots: torch.Tensor) -> None:
+    """Append slots to what a request between two chunks of its prefill has."""
+    if hasattr(req, "prefix_len"):
+        end = req.prefix_len + len(slots)
+        row(tree, req)[req.prefix_len : end] = slots
+        req.prefix_len = end
+    else:
+        req.prefix_indices = torch.cat([req.prefix_indices, slots.to(req.prefix_indices.dtype)])
+
+
+def shorten_prefix(req: Any, length: int) -> None:
+    """Take back :func:`extend_prefix`."""
+    if hasattr(req, "prefix_len"):
+        req.prefix_len = length
+    else:
+        req.prefix_indices = req.prefix_indices[:length]
+
+
 def reserve(adder: Any, rows: int) -> None:
     """Count rows that a step computes besides its extends towards what it may compute; negative: give back."""
     adder.rem_input_tokens -= rows
     if adder.rem_chunk_tokens is not None:
         adder.rem_chunk_tokens -= rows
+
+
+def hold_back(adder: Any, left: int | None) -> int:
+    """Leave at most so many tokens of a step's chunk; None: all of them. Returns how many were held back."""
+    if left is None or adder.rem_chunk_tokens is None:
+        return 0
+    held: int = max(adder.rem_chunk_tokens - left, 0)
+    adder.rem_chunk_tokens -= held
+    return held
+
+
+def give_back(adder: Any, held: int) -> None:
+    """Undo :func:`hold_back`."""
+    if held:
+        adder.rem_chunk_tokens += held
+
+
+def log_as_cached(adder: Any, tokens: int) -> None:
+    """In the scheduler's log and metrics, count tokens that became part of a prefix between two chunks."""
+    adder.log_hit_tokens += tokens
 
 
 def log_as_computed(adder: Any, req: Any, rows: int) -> None:
@@ -206,13 +245,12 @@ def log_as_computed(adder: Any, req: Any, rows: int) -> None:
 def count_as_computed(req: Any, rows: int) -> None:
     """Rows between a request's prefix and its tail that were computed; what is left came from the device.
 
-    SGLang has counted all of them as loaded from the host.
+    SGLang has counted all of them as cached, and those of the first step as loaded from the host.
     """
     if req.retracted_stain:
         return
     req.cached_tokens -= rows
-    req.cached_tokens_device += req.cached_tokens_host - rows
-    req.cached_tokens_host = 0
+    req.cached_tokens_device, req.cached_tokens_host = req.cached_tokens, 0
 
 
 def row(tree: Any, req: Any) -> torch.Tensor:

@@ -89,7 +89,7 @@ def test_a_step_computes_no_more_rows_than_its_chunk(scheduler, documents, gener
 
 
 def test_a_plan_ends_where_its_rows_fill_the_chunk(scheduler, documents, generator):
-    """What comes after is computed in chunks, like any prompt."""
+    """What comes after is for the next steps."""
     new = [3, *tokens(generator, 999)]
     prompt = [2, *documents[0], *documents[1], *documents[2], *documents[4], *new, *documents[3], *tokens(generator, 9)]
     (req,) = scheduler.admit([prompt])
@@ -97,8 +97,31 @@ def test_a_plan_ends_where_its_rows_fill_the_chunk(scheduler, documents, generat
     assert plan is not None
     # Whole blocks of the donor.
     assert 1 + 4 * 320 - 16 < plan.end <= 1 + 4 * 320
+    assert 2281 <= state_of(req).stop < 2281 + 16
     assert scheduler.adder.new_chunked_req is req
-    assert scheduler.rows() <= CHUNK
+    assert scheduler.rows() == CHUNK
+
+
+def test_a_step_ends_where_the_next_can_reuse(scheduler, documents, generator):
+    """New text that leaves no room for a fusion; nobody gets what is left of the chunk."""
+    known = [token for document in documents[1:4] for token in document]
+    prompt = [2, *tokens(generator, 949), *known, *tokens(generator, TAIL)]
+    (req,) = scheduler.admit([prompt, tokens(generator, 50)])
+    assert state_of(req).plan is None
+    assert 950 <= state_of(req).stop == req.extend_len < 950 + 16
+    assert scheduler.adder.new_chunked_req is req
+    assert scheduler.adder.rem_chunk_tokens == 0
+
+
+def test_a_step_that_decodes_takes_a_smaller_plan(scheduler, documents, generator):
+    """Running requests take a part of mixed chunks, and a plan that never fits would wait for ever."""
+    scheduler.adder.rem_chunk_tokens = 300
+    (req,) = scheduler.admit([shuffled(documents, generator)])
+    plan = state_of(req).plan
+    assert plan is not None
+    assert plan.reused > 900
+    assert state_of(req).stop == plan.end
+    assert scheduler.rows() <= 300
 
 
 def test_a_request_that_is_not_admitted_costs_nothing(scheduler, documents, generator):

@@ -150,6 +150,35 @@ def test_long_tail_is_chunked_after_fusion(small):
         assert distance(mine[part], theirs[part]) < roundings(5)
 
 
+@pytest.mark.parametrize("new", [0, 400])
+def test_long_prompts_are_fused_step_by_step(small, new):
+    """Rows for several chunks, with new text longer than a chunk in between: every document is reused."""
+    flush(small.running, 60)
+    small.renew()
+    small.ask(small.prompt(list(range(8))), False, 1)
+    chosen = [7, 3, 5, 0, 6, 2]
+    ids = small.prompt(chosen[:3], question=new)
+    ids += [token for i in chosen[3:] for token in small.documents[i]] + small.tokens(40)
+    known = sum(len(small.documents[i]) for i in chosen)
+    full = small.ask(ids, False, 1)
+    reference = small.kv(full)
+    distances = []
+    for ratio in (0.0, 0.6, 1.0):
+        flush(small.running, 60)
+        small.ask(small.prompt(list(range(8))), False, 1)
+        fused = small.ask(ids, {"ratio": ratio, "keep": False}, 1)
+        report = fused["meta_info"]["a3"]
+        assert report["reason"] is None
+        assert parts(report) == len(ids)
+        # Blocks of 16 at both ends, pages, and what a step leaves to the next.
+        assert known - 6 * (2 * 16 + 2 * 16) <= report["reused"] + report["recomputed"] <= known
+        assert report["recomputed"] >= 0.9 * ratio * (report["reused"] + report["recomputed"]) - 6 * 30
+        assert fused["meta_info"]["cached_tokens"] == report["prefix"] + report["reused"]
+        distances.append(max(distance(small.kv(fused)[part], reference[part]) for part in ("k", "v")))
+    # Kernels round by the chunks, which begin elsewhere.
+    assert distances[2] < roundings(5) < distances[1] < distances[0]
+
+
 def test_evicted_donors_are_a_miss(small):
     """Donors that were evicted give a full prefill and a reason."""
     flush(small.running, 60)

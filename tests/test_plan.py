@@ -17,6 +17,7 @@ from a3_sglang.fusion.plan import (
     SHORTEST_QUESTION,
     Plan,
     Span,
+    first_step,
     make_plan,
     question_ranges,
 )
@@ -118,6 +119,44 @@ def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
     assert [(span.start, span.end) for span in plan.spans] == [(3, 19)]
     assert plan.end == 19
     assert list(plan.gaps()) == [(0, 3)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(MIN_SPAN, 80)), min_size=1, max_size=8),
+    st.sampled_from([0.0, 0.15, 0.6, 1.0]),
+    st.integers(1, 300),
+    st.sampled_from([1, 16]),
+)
+def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_size):
+    at, spans = 0, []
+    for gap, length in pieces:
+        spans.append(Span(at + gap, length, 0, None))
+        at += gap + length
+    plan = Plan(0, at + -at % page_size, tuple(spans))
+    first, stop = first_step(plan, ratio, rows, page_size, MIN_SPAN)
+    if first == plan:
+        assert stop is None
+        assert plan.rows(ratio) <= rows + page_size - 1  # Up to a page after the last span.
+        return
+    # All of a span is in the first step up to its end, and none after it.
+    end = 0
+    if first is not None:
+        end = first.end
+        assert end % page_size == 0
+        assert 0 < first.rows(ratio) <= rows
+        for span, whole in zip(first.spans, plan.spans, strict=False):
+            assert (span.start, span.end) == (whole.start, min(whole.end, end))
+    left = [max(span.start, end) for span in plan.spans if span.end - max(span.start, end) >= MIN_SPAN]
+    assert stop == (left[0] if left else None)
+    # What else it could have reused is less than a page.
+    reused = {at for span in spans for at in range(span.start, span.end)}
+    computed, reach = 0.0, 0
+    for at in range(plan.end):
+        computed += ratio if at in reused else 1
+        if at in reused and computed <= rows + 1e-6:
+            reach = at + 1
+    assert not reused & set(range(end, reach // page_size * page_size))
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,10 +16,10 @@ from a3_sglang.cache.branches import GENERATIONS, KINDS, Branch, Branches, prefi
 from a3_sglang.cache.breaker import Breaker
 from a3_sglang.cache.index import AnyPositionIndex, Run, Segment, beside
 from a3_sglang.cache.report import make_report
-from a3_sglang.cache.request import Reason, RequestState, ineligible, state_of
+from a3_sglang.cache.request import Done, Reason, RequestState, ineligible, state_of
 from a3_sglang.config import Effective, ServerOptions, resolve_leniently
 from a3_sglang.fusion.executor import Executor, Job, Part, Timings
-from a3_sglang.fusion.plan import MIN_TAIL, QUESTION_TOKENS, Plan, make_plan
+from a3_sglang.fusion.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
@@ -183,23 +183,18 @@ class A3Tree:
         result = exact
         if options.keep:
             result, state.branch = self._match_branches(req, params, exact)
-        state.plan = self._plan(req, state, params.key, seams.matched_length(result))
+        state.limit = len(params.key)
+        prefix = self._plan_step(req, state, seams.matched_length(result), self._most_rows())
+        if state.reason is Reason.RENEWAL:
+            return exact
+        if prefix < seams.matched_length(result):
+            result = super().match_prefix(replace(params, key=params.key[:prefix]))  # type: ignore[misc]
         if state.plan is None:
             return result
-        if state.branch is None:
-            generation = 1 + max(_generation(span.run) for span in state.plan.spans)
-            if generation >= GENERATIONS and self._renewal_pays(req, state.plan):
-                state.plan, state.reason = None, Reason.RENEWAL
-                return exact
-            # With compiled donors it must not matter what others ask over the same text.
-            common = self._hashes(req)[-1 if self.options.donors == "compiled" else 0]
-            state.branch = Branch(state.plan.prefix, generation, int(common) % KINDS)
-        if state.plan.prefix < seams.matched_length(result):
-            result = super().match_prefix(replace(params, key=params.key[: state.plan.prefix]))  # type: ignore[misc]
         return result._replace(
             last_host_node=result.last_device_node,
             best_match_node=result.last_device_node,
-            host_hit_length=state.plan.end - state.plan.prefix,
+            host_hit_length=state.plan.end - prefix,
         )
 
     def _match_branches(self, req: Any, params: Any, exact: Any) -> tuple[Any, Branch | None]:
@@ -228,34 +223,51 @@ class A3Tree:
             state.hashes = prefix_hashes(seed, req.origin_input_ids)
         return state.hashes
 
-    def _plan(self, req: Any, state: RequestState, key: Any, prefix: int, end: int | None = None) -> Plan | None:
-        """What of the prompt can be reused now; None, with the reason in the state, if that does not pay.
+    def _plan_step(self, req: Any, state: RequestState, prefix: int, most_rows: int) -> int:
+        """Plan what the next step of a prefill reuses, as the state's ``plan`` and ``stop``.
 
         Args:
             req: the request.
             state: of the request.
-            key: the tokens that the scheduler asks for, as a RadixKey.
-            prefix: tokens of it that the tree holds as a prefix.
+            prefix: tokens of the prompt whose KV there is.
+            most_rows: rows that the step may compute between prefix and tail.
+
+        Returns:
+            Tokens of the prefix that the step uses.
+        """
+        options = self._options_of(req)
+        state.plan = state.stop = None
+        plan = self._plan(req, state, prefix)
+        if plan is None:
+            return prefix
+        if state.branch is None:
+            state.generation = 1 + max(_generation(span.run) for span in plan.spans)
+            if state.generation >= GENERATIONS and self._renewal_pays(req, plan):
+                state.reason = Reason.RENEWAL
+                return prefix
+        page_size = self.page_size  # type: ignore[attr-defined]
+        state.plan, state.stop = first_step(plan, _most(options.ratio), most_rows, page_size, options.min_span)
+        return plan.prefix
+
+    def _plan(self, req: Any, state: RequestState, prefix: int, end: int | None = None) -> Plan | None:
+        """What of the prompt can be reused; None, with the reason in the state, if that does not pay.
+
+        Args:
+            req: the request.
+            state: of the request.
+            prefix: tokens of the prompt whose KV there is.
             end: where the tail has to start, if that is settled.
         """
         assert self.index is not None
         options = self._options_of(req)
-        space, prompt = seams.namespace(key), len(req.origin_input_ids)
+        space, prompt = self._namespace_of(req), len(req.origin_input_ids)
         known = prefix
-        if self.options.donors == "compiled" and state.branch is None:
+        if self.options.donors == "compiled" and state.branch is None and state.done is None:
             # What else the tree holds of the prompt would make the answer depend on other requests.
-            prefix = min(prefix, self.index.known_prefix(space, seams.key_tokens(key)))
+            tokens = np.array(req.origin_input_ids[: state.limit], dtype=np.int64)
+            prefix = min(prefix, self.index.known_prefix(space, tokens))
         runs = self._runs(req, state, space, prefix)
-        plan = make_plan(
-            runs,
-            prefix,
-            prompt,
-            len(key),
-            self.page_size,  # type: ignore[attr-defined]
-            end,
-            _most(options.ratio),
-            self._most_rows(),
-        )
+        plan = make_plan(runs, prefix, prompt, state.limit, self.page_size, end)  # type: ignore[attr-defined]
         state.reusable = plan.reused if plan else 0
         if plan is None:
             state.reason = None if state.branch is not None else Reason.NOTHING
@@ -283,12 +295,23 @@ class A3Tree:
     def _most_rows(self) -> int:
         """Rows that a fusion may compute, so that its step computes no more than one of SGLang's prefills."""
         assert self.executor is not None
-        return self.executor.slice_rows - QUESTION_TOKENS - MIN_TAIL - self.page_size  # type: ignore[attr-defined]
+        return self.rows_in(self.executor.slice_rows)
+
+    def rows_in(self, chunk: int) -> int:
+        """Rows between prefix and tail that a step of so many rows has room for."""
+        page_size: int = self.page_size  # type: ignore[attr-defined]
+        return chunk - QUESTION_TOKENS - MIN_TAIL - page_size
 
     def rows_of(self, req: Any) -> int:
-        """Rows that a request's fusion computes besides its tail, the probe's among them, at most."""
+        """Rows that a request's fusion computes besides its tail, the probe's among them, at most; whole pages."""
         rows = self.context_rows_of(req)
-        return rows + QUESTION_TOKENS if rows else 0
+        rows += QUESTION_TOKENS if rows else 0
+        return rows + -rows % self.page_size  # type: ignore[attr-defined]
+
+    def planned_of(self, req: Any) -> int:
+        """Tokens between prefix and tail of a request's fusion; 0 if it is not fused."""
+        plan = state_of(req).plan
+        return plan.end - plan.prefix if plan is not None else 0
 
     def context_rows_of(self, req: Any) -> int:
         """Rows between prefix and tail that a request's fusion computes, at most; 0 if it is not fused."""
@@ -344,11 +367,72 @@ class A3Tree:
             self.breaker.failed("admission")
             slots, state.reason = None, Reason.ERROR
         if slots is None:
-            state.plan = None
+            state.plan = state.stop = None
             return seams.loaded(torch.empty(0, dtype=torch.int64, device=self.device), req.last_node)  # type: ignore[attr-defined]
+        self._admit(req, state, slots)
+        return seams.loaded(slots, req.last_node)
+
+    def _admit(self, req: Any, state: RequestState, slots: torch.Tensor) -> None:
+        """A fusion will run in the request's next step, into these slots."""
+        assert state.plan is not None
         state.private, state.waiting = slots, True
         self.waiting[id(req)] = req
-        return seams.loaded(slots, req.last_node)
+        if state.branch is None:
+            # With compiled donors it must not matter what others ask over the same text.
+            common = self._hashes(req)[-1 if self.options.donors == "compiled" else 0]
+            state.branch = Branch(state.plan.prefix, state.generation, int(common) % KINDS)
+
+    def plan_next(self, req: Any, most_rows: int) -> None:
+        """Plan the next step of a chunked prefill, and count what it reuses as the request's prefix.
+
+        Args:
+            req: a request that has had a step.
+            most_rows: rows that this one may compute.
+        """
+        state = state_of(req)
+        state.plan = None
+        prefix = seams.prefix_length(req)
+        if state.stop is None or self.breaker.open or prefix % self.page_size:  # type: ignore[attr-defined]
+            return
+        slots = None
+        try:
+            self._plan_step(req, state, prefix, min(most_rows, self._most_rows()))
+            if state.plan is not None:
+                slots = self._obtain(req, state)
+        except Exception:
+            self.breaker.failed("admission")
+            state.reason, state.stop = Reason.ERROR, None
+        if slots is None:
+            state.plan = None
+            return
+        self._admit(req, state, slots)
+        seams.extend_prefix(self, req, slots)
+        if not self._options_of(req).keep:
+            req.skip_radix_cache_insert = True
+
+    def after_next(self, req: Any, admitted: bool) -> None:
+        """Take back :meth:`plan_next` if the request has no step now."""
+        state = state_of(req)
+        if state.plan is not None and not admitted:
+            seams.shorten_prefix(req, state.plan.prefix)
+            self._drop_unused(req, state)
+            state.plan = None
+
+    def fit(self, req: Any, most_rows: int) -> None:
+        """Plan a waiting request's first step again, with fewer rows."""
+        state = state_of(req)
+        if state.plan is not None and self.context_rows_of(req) > most_rows:
+            self._plan_step(req, state, state.plan.prefix, most_rows)
+            req.host_hit_length = self.planned_of(req)
+
+    def tail_of(self, req: Any) -> int | None:
+        """Tokens that a request's next step computes after its plan, at most: what comes then is reused."""
+        state = state_of(req)
+        if state.stop is None:
+            return None
+        begin = state.plan.end if state.plan is not None else seams.prefix_length(req)
+        page_size: int = self.page_size  # type: ignore[attr-defined]
+        return max((state.stop - begin) // page_size, 1) * page_size
 
     def _obtain(self, req: Any, state: RequestState) -> torch.Tensor | None:
         """Private slots, and the spans' sources in the state; None, with a reason, if that cannot be done.
@@ -364,8 +448,7 @@ class A3Tree:
                     break
                 # A donor was evicted since the match. Others may hold the same text; the tail's start is settled.
                 assert state.plan is not None
-                key = seams.key_like(self._namespace_of(req), np.array(req.origin_input_ids, dtype=np.int32))
-                plan = self._plan(req, state, key[: state.plan.end], state.plan.prefix, state.plan.end)
+                plan = self._plan(req, state, state.plan.prefix, state.plan.end)
                 if plan is None or plan.prefix != state.plan.prefix:
                     break
                 state.plan = plan
@@ -483,10 +566,12 @@ class A3Tree:
             else:
                 if admitted:
                     self.breaker.succeeded()
+        for req in batch.reqs:
+            self._begin(req)
         for req in admitted:
             self._finish_fusion(req, jobs.get(id(req)))
         for req in batch.reqs:
-            self._report(req, jobs.get(id(req)))
+            self._report(req)
         if fused and _TIMED:
             taken = timings.milliseconds()
             for req in fused:
@@ -552,15 +637,34 @@ class A3Tree:
                 pool[private] = 0
         seams.abort(req, "a3: the prompt's KV could not be computed; the server's log has the error")
 
+    def _begin(self, req: Any) -> None:
+        """Note what the first step of a prefill found in the tree."""
+        state = state_of(req)
+        if state.done is not None:
+            return
+        prefix = state.plan.prefix if state.plan is not None else seams.prefix_length(req)
+        state.done = Done(min(prefix, len(req.origin_input_ids)))
+        if state.reason is Reason.RENEWAL:
+            self._debt = 0
+
     def _finish_fusion(self, req: Any, job: Job | None) -> None:
+        """Add what a fusion did to what the steps before it have done."""
         state = state_of(req)
         state.waiting = False
         state.recomputed = job.recomputed if job is not None else None
-        if job is not None:
-            seams.count_as_computed(req, len(job.recomputed) + job.plan.gap)
-            if state.branch is not None and state.branch.generation >= GENERATIONS:
-                self._debt += job.plan.gap
         self.waiting.pop(id(req), None)
+        if job is None:
+            return
+        assert self.executor is not None
+        assert state.done is not None
+        recomputed, gap = len(job.recomputed), job.plan.gap
+        seams.count_as_computed(req, recomputed + gap)
+        state.done.reused += job.plan.reused - recomputed
+        state.done.recomputed += recomputed
+        state.done.gap += gap
+        state.done.charged += job.charged(self.executor.model.depth) * (job.plan.end - job.plan.prefix)
+        if state.branch is not None and state.branch.generation >= GENERATIONS:
+            self._debt += gap
 
     def _groups(self, batch: Any) -> list[RowGroup]:
         """The rows of a batch's extend."""
@@ -587,29 +691,25 @@ class A3Tree:
         ratio = options.ratio if options.ratio == "auto" else plan.ratio(options.ratio, self.index.block)
         return Job(plan, tokens, slots, make_selector(options.selector), ratio, options.question)
 
-    def _report(self, req: Any, job: Job | None) -> None:
-        state = state_of(req)
-        if state.reported:
-            return
-        state.reported = True
-        if state.reason is Reason.RENEWAL:
-            self._debt = 0
-        prompt, charged = len(req.origin_input_ids), 0.0
-        if job is None:
-            prefix = min(seams.prefix_length(req), prompt)
-            counts = [prefix, 0, 0, 0, prompt - prefix]
-            if state.branch is None:
-                state.reason = state.reason or Reason.NOTHING
-        else:
-            assert self.executor is not None
-            plan, recomputed = job.plan, len(job.recomputed)
-            counts = [plan.prefix, plan.reused - recomputed, recomputed, plan.gap, max(prompt - plan.end, 0)]
-            charged = job.charged(self.executor.model.depth)
-        continued = max(counts[0] - state.branch.begin, 0) if state.branch is not None else 0
-        counts[:1] = [counts[0] - continued, continued]
-        selector = state.options.selector if state.options is not None else self.options.selector
+    def _report(self, req: Any) -> None:
+        """Write the report of what a request's steps have done so far."""
+        state, prompt = state_of(req), len(req.origin_input_ids)
+        done = state.done
+        assert done is not None
+        continued = max(done.prefix - state.branch.begin, 0) if state.branch is not None else 0
+        counts = [done.prefix - continued, continued, done.reused, done.recomputed, done.gap]
+        reason = state.reason
+        if done.fused and reason is not Reason.ERROR:
+            reason = None
+        elif not done.fused and state.branch is None:
+            reason = reason or Reason.NOTHING
         report = make_report(
-            counts, charged, selector, state.reason, state.reusable, exact=self.options.report == "exact"
+            [*counts, prompt - sum(counts)],
+            done.charged / done.fused if done.fused else 0.0,
+            state.options.selector if state.options is not None else self.options.selector,
+            reason,
+            state.reusable,
+            exact=self.options.report == "exact",
         )
         req.customized_info = {**(req.customized_info or {}), "a3": [report]}
 

@@ -37,6 +37,28 @@ class Reason(StrEnum):
 
 
 @dataclass(slots=True)
+class Done:
+    """What the steps of a request's prefill have done so far, in tokens of its prompt.
+
+    Attributes:
+        prefix: came from the tree.
+        reused, recomputed, gap: of the fusions.
+        charged: rows with freshly computed QKV in the fusions, in rows of the whole model.
+    """
+
+    prefix: int
+    reused: int = 0
+    recomputed: int = 0
+    gap: int = 0
+    charged: float = 0.0
+
+    @property
+    def fused(self) -> int:
+        """Tokens between prefixes and tails of the fusions."""
+        return self.reused + self.recomputed + self.gap
+
+
+@dataclass(slots=True)
 class RequestState:
     """What the backend knows of one request; kept on the request, so it lives as long as that.
 
@@ -46,15 +68,18 @@ class RequestState:
         search_approximate: the same among approximate ones.
         hashes: of its prompt's beginnings (:func:`prefix_hashes`); None until they were first needed.
         branch: where its KV becomes approximate; None: nowhere.
-        plan: spans the tree offered at the last match.
+        limit: tokens of the prompt that may come from a cache.
+        plan: what the next step of the prefill reuses.
+        stop: where the step after that can reuse tokens again; None: nowhere.
+        generation: of the branch that the plan begins, if it begins one.
         reason: why there is no plan, or why everything was recomputed.
         reusable: tokens that could have been reused, if they were too few.
         private: slots that the fusion fills, after the prefix, int64.
         sources: the donors' slots of its spans, int64 (reused,). Kept while the request lives, as it is made on
             another CUDA stream than the one that reads it.
         waiting: slots are allocated, the fusion has not run.
-        recomputed: positions of the reused rows that were recomputed, int64.
-        reported: the report of this admission is written.
+        recomputed: positions of the reused rows that the last fusion recomputed, int64.
+        done: what the steps so far have done; None before the first.
     """
 
     options: Effective | None = None
@@ -62,19 +87,23 @@ class RequestState:
     search_approximate: PromptSearch | None = None
     hashes: npt.NDArray[np.uint64] | None = None
     branch: Branch | None = None
+    limit: int = 0
     plan: Plan | None = None
+    stop: int | None = None
+    generation: int = 1
     reason: Reason | None = None
     reusable: int = 0
     private: torch.Tensor | None = None
     sources: torch.Tensor | None = None
     waiting: bool = False
     recomputed: torch.Tensor | None = None
-    reported: bool = False
+    done: Done | None = None
 
     def renew(self) -> None:
         """Before the request is matched again: what was found then does not count any more."""
-        self.branch = self.plan = self.reason = self.private = self.sources = self.recomputed = None
-        self.reusable, self.waiting, self.reported = 0, False, False
+        self.branch = self.plan = self.stop = self.reason = self.private = self.sources = None
+        self.recomputed = self.done = None
+        self.reusable, self.waiting = 0, False
 
 
 def state_of(req: Any) -> RequestState:

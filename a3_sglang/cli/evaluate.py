@@ -96,7 +96,8 @@ class Evaluation:
         def cell(way: Way, option: Any) -> Cell:
             logits, out = self._ask(case.prompt, option, teacher)
             report = out["meta_info"]["a3"]
-            if option is not False and report["reason"] is not None:
+            # What `full` computed before is exact, so that the prompt may be a prefix and nothing is left to fuse.
+            if option is not False and way[0] != "full" and report["reason"] is not None:
                 raise RuntimeError(f"fusion did not engage: {report}")
             said = teacher
             if scores.agreement(reference, logits) < 1:
@@ -114,7 +115,12 @@ class Evaluation:
             )
 
         if any(way[0] == NOISE for way in wanted):
-            # The first request left the prompt in the tree, so this one computes little of it again.
+            # The first request left the prompt in the tree, so this one computes little of it again; if others come
+            # before it, this one computes what they leave of it.
+            if case.before:
+                flush(self.running)
+            for ids in case.before:
+                generate(self.running, ids, a3=False)
             yield cell((NOISE, 0.0, self.donors), False)
         self._reports.clear()
         if not case.before:

@@ -22,7 +22,7 @@ SHAPES = {
     "middle": "the question between the passages",
     "instructions": "the question after the passages, and 150 tokens of instructions after it",
     "second": "another question was asked over the same passages in the same order before",
-    "new": "every second passage is new",
+    "new": "every second passage is new, and from another question",
     "turn": "the fifth turn of a chat over the passages",
     "tenth": "all passages were new in a fused prompt, and eight fused prompts had them in other orders since",
 }
@@ -92,7 +92,10 @@ class Writer:
         chunks = self._chunks(questions[number], self._passages, chooser)
         foreign = self._chunks(questions[(number + 1) % len(questions)], FOREIGN, chooser)
         begin, after = self.ids(self._before), self.ids(self._after)
-        known = {"new": chunks[::2], "tenth": []}.get(self._shape, chunks)
+        if self._shape == "new":
+            # Of one question they share text. New are its own passages and others in turn.
+            chunks[1::2] = self._chunks(questions[(number + 2) % len(questions)], len(chunks) // 2, chooser)
+        known = {"new": chunks[number % 2 :: 2], "tenth": []}.get(self._shape, chunks)
         earlier = [*known, *foreign]
         while earlier[0] == chunks[0]:
             chooser.shuffle(earlier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from a3_sglang.cache.index import Run
 
@@ -82,14 +82,7 @@ class Plan:
 
 
 def make_plan(
-    runs: Sequence[Run],
-    prefix: int,
-    prompt: int,
-    limit: int,
-    page_size: int,
-    end: int | None = None,
-    ratio: float = 0.0,
-    most_rows: int | None = None,
+    runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
 ) -> Plan | None:
     """Turn runs into a plan; None if nothing is left of them.
 
@@ -100,38 +93,63 @@ def make_plan(
         limit: prompt tokens that may come from a cache (the scheduler keeps some back for logprobs).
         page_size: the tail starts at a multiple of it, as slots are allocated by the page.
         end: where the tail has to start, if that is settled; None: after the last span.
-        ratio: share of the reused tokens that is recomputed.
-        most_rows: rows that may be computed between prefix and tail; the plan ends where that is reached.
     """
     furthest = min(limit, prompt - MIN_TAIL)
     furthest -= furthest % page_size
     if end is not None:
         furthest = min(furthest, end)
-    elif most_rows is not None:
-        furthest = min(furthest, _reach(runs, prefix, ratio, most_rows) // page_size * page_size)
-    spans = tuple(
-        Span(run.start, min(run.end, furthest) - run.start, run.offset, run) for run in runs if run.start < furthest
-    )
-    if not spans:
+    spans = tuple(Span(run.start, run.length, run.offset, run) for run in runs)
+    return _cut(prefix, spans, furthest, page_size, end)
+
+
+def _cut(prefix: int, spans: Sequence[Span], furthest: int, page_size: int, end: int | None = None) -> Plan | None:
+    """A plan of these spans up to a position; None if none begins before it."""
+    kept = tuple(replace(span, length=min(span.end, furthest) - span.start) for span in spans if span.start < furthest)
+    if not kept:
         return None
     if end is None:
-        end = spans[-1].end
+        end = kept[-1].end
         end += -end % page_size
-    return Plan(prefix, end, spans)
+    return Plan(prefix, end, kept)
 
 
-def _reach(runs: Sequence[Run], prefix: int, ratio: float, rows: float) -> int:
+def first_step(
+    plan: Plan, ratio: float, most_rows: int, page_size: int, min_span: int
+) -> tuple[Plan | None, int | None]:
+    """The part of a plan that one step of chunked prefill can fuse, and where the next one goes on.
+
+    Args:
+        plan: of the whole prompt.
+        ratio: share of the reused tokens that is recomputed.
+        most_rows: rows that may be computed between prefix and tail.
+        page_size: each part ends at a multiple of it.
+        min_span: what is left of a span is reused only if it has so many tokens.
+
+    Returns:
+        The plan up to where so many rows are computed, None if no span begins before that; and the start of the next
+        span, None if there is none.
+    """
+    reach = _reach(plan, ratio, most_rows)
+    if reach >= plan.end:
+        return plan, None
+    first = _cut(plan.prefix, plan.spans, reach // page_size * page_size, page_size)
+    at = first.end if first is not None else plan.prefix
+    left = (max(span.start, at) for span in plan.spans if span.end - max(span.start, at) >= min_span)
+    return first, next(left, None)
+
+
+def _reach(plan: Plan, ratio: float, rows: float) -> int:
     """The position up to which so many rows are computed."""
-    at = prefix
-    for run in runs:
-        rows -= run.start - at
-        if rows <= 0:
+    at = plan.prefix
+    for span in plan.spans:
+        rows -= span.start - at
+        if rows < 0:
             return at
-        if ratio * run.length > rows:
-            return run.start + int(rows / ratio)
-        rows -= ratio * run.length
-        at = run.end
-    return at
+        if ratio * span.length > rows:
+            return span.start + int(rows / ratio)
+        rows -= ratio * span.length
+        at = span.end
+    return plan.end
 
 
 def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
