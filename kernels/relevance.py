@@ -67,31 +67,27 @@ def attention_weights(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of rows over their context; sums and softmax in float32.
+    """Softmax attention of rows over their context, for one KV head; sums and softmax in float32.
+
+    One head at a time, since its logits stay in the cache and a CPU's batched product takes longer.
 
     Args:
-        query: float32 (kv_heads, rows * group, head_dim), see :func:`query_rows`.
-        keys: float32 (kv_heads, head_dim, n), see :func:`key_columns`.
+        query: float32 (rows * group, head_dim), see :func:`query_rows`.
+        keys: float32 (head_dim, n), see :func:`key_columns`.
         hidden: what rows do not see; ``hidden.end`` is n.
         scaling: factor of the logits.
         dtype: holds the values of queries and keys.
-        out: float32, contiguous, kv_heads * rows * group * n elements; takes the result.
+        out: float32, contiguous, rows * group * n elements; takes the result.
 
     Returns:
-        float32 (kv_heads, rows * group, n).
+        float32 (rows * group, n).
     """
-    kv_heads, rows, _ = query.shape
-    n = keys.shape[2]
-    if out is None:
-        out = torch.empty(kv_heads * rows * n, device=query.device)
-    weights = out.view(kv_heads, rows, n)
-    # One head after the other: its logits stay in the cache, and a CPU's batched product takes longer.
-    for logits, of_head, columns in zip(weights, query, keys, strict=True):
-        with _products_of(dtype):
-            torch.addmm(logits, of_head, columns, beta=0, alpha=scaling, out=logits)
-        logits.view(len(hidden.mask), -1, n)[..., hidden.begin :].masked_fill_(hidden.mask[:, None], float("-inf"))
-        torch.softmax(logits, dim=-1, out=logits)
-    return weights
+    rows, n = len(query), keys.shape[1]
+    logits = torch.empty(rows, n, device=query.device) if out is None else out.view(rows, n)
+    with _products_of(dtype):
+        torch.addmm(logits, query, keys, beta=0, alpha=scaling, out=logits)
+    logits.view(len(hidden.mask), -1, n)[..., hidden.begin :].masked_fill_(hidden.mask[:, None], float("-inf"))
+    return torch.softmax(logits, dim=-1, out=logits)
 
 
 @contextmanager
@@ -114,15 +110,13 @@ def relevance(weights: torch.Tensor, rows: int, values: torch.Tensor) -> torch.T
     adds little to the output however much attention it gets (sinks are such).
 
     Args:
-        weights: what :func:`attention_weights` returned for the question's rows, (kv_heads, rows * group, n).
+        weights: what :func:`attention_weights` returned for the question's rows, (rows * group, n); squared in place.
         rows: how many rows these are.
-        values: (n, kv_heads, head_dim).
+        values: (n, head_dim).
 
     Returns:
-        float32 (n,), summed over heads.
+        float32 (n,), summed over the heads of the group.
     """
-    kv_heads, _, n = weights.shape
-    # Nine times as fast on a CPU as a norm over the middle dimension.
-    per_head = weights.view(kv_heads, rows, -1, n).square().sum(1).div_(rows).sqrt_().sum(1)
-    sizes = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    return (per_head * sizes.T).sum(0)
+    # Nine times as fast on a CPU as a norm over the first dimension.
+    per_head = weights.square_().view(rows, -1, weights.shape[1]).sum(0).div_(rows).sqrt_().sum(0)
+    return per_head * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)

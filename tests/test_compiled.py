@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from typing import Any
 
 import pytest
+from engines import Engines
 from tolerance import distance, roundings
 from traffic import Traffic, answer
 
@@ -107,3 +110,28 @@ def test_a_fresh_engine_with_other_traffic_has_the_same_kv(traffic: Traffic):
     for part in "kv":
         bound = roundings(8) if chosen[0] == chosen[1] else 0.1
         assert distance(other[part][:, same], one[part][:, same]) < bound
+
+
+def test_steps_do_not_depend_on_other_traffic(engines: Engines, tiny: str):
+    """A prompt for several chunks, with new text that is longer than one; others take room in its chunks."""
+    running, folder = engines.get(tiny, "a3", OPTIONS, chunked_prefill_size=256)
+    traffic = Traffic(running, seed=random.randrange(1 << 30), folder=folder)
+    compile_documents(traffic)
+    ids = traffic.prompt([2, 5, 0], question=400)
+    ids += [token for i in (7, 1, 3) for token in traffic.documents[i]] + traffic.tokens(40)
+    params = {"temperature": 0, "max_new_tokens": 1, "custom_params": {"a3": {"ratio": 0.6, "keep": False}}}
+
+    async def ask(delay: float, ids: list[int]) -> dict[str, Any]:
+        await asyncio.sleep(delay)
+        return (await running.async_generate(input_ids=ids, sampling_params=params))["meta_info"]["a3"]
+
+    async def among_others() -> dict[str, Any]:
+        others = [ask(0.05 * i, traffic.tokens(traffic.random.randrange(30, 200))) for i in range(8)]
+        return (await asyncio.gather(ask(0.1, ids), *others))[0]
+
+    alone = running.loop.run_until_complete(ask(0, ids))
+    assert alone["reason"] is None
+    assert alone["recomputed"] > 256
+    assert alone["reused"] + alone["recomputed"] > 350
+    for _ in range(5):
+        assert running.loop.run_until_complete(among_others()) == alone

@@ -27,10 +27,12 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
     keys = random_tensor(generator, context, kv_heads, 16).to(dtype)
     visible = torch.randint(1, context + 1, (rows,), generator=generator)
     keys = keys[: int(visible.max())]
-    asked = query_rows(query, kv_heads)
-    weights = attention_weights(asked, key_columns(keys), hidden_columns(visible), scaling, dtype)
+    asked, columns, hidden = query_rows(query, kv_heads), key_columns(keys), hidden_columns(visible)
+    weights = torch.stack(
+        [attention_weights(*head, hidden, scaling, dtype) for head in zip(asked, columns, strict=True)]
+    )
     values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
-    taken = relevance(weights, rows, values)
+    taken = sum(relevance(weights[head].clone(), rows, values[:, head]) for head in range(kv_heads))
     exact = weights64(query, keys, visible, scaling)
     grouped = exact.unflatten(1, (kv_heads, group)).movedim(1, 0).flatten(1, 2)
     assert weights.dtype == taken.dtype == torch.float32
@@ -44,8 +46,11 @@ def test_what_few_rows_see_counts_little_and_large_logits_stay_finite():
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     query, keys = random_tensor(generator, 5, 4, 16) * 100, random_tensor(generator, 30, 2, 16) * 100
     hidden, asked = hidden_columns(torch.arange(26, 31)), query_rows(query.float(), 2)
-    weights = attention_weights(asked, key_columns(keys), hidden, 1.0, torch.float32)
-    taken = relevance(weights, 5, torch.nn.functional.normalize(keys.float(), dim=-1))
+    columns, values = key_columns(keys), torch.nn.functional.normalize(keys.float(), dim=-1)
+    weights = torch.stack(
+        [attention_weights(*head, hidden, 1.0, torch.float32) for head in zip(asked, columns, strict=True)]
+    )
+    taken = sum(relevance(weights[head].clone(), 5, values[:, head]) for head in range(2))
     assert torch.isfinite(weights).all()
     # The last position is seen by one row of five, in 4 heads.
     assert taken[29] <= 4 * (1 / 5) ** 0.5

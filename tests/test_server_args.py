@@ -414,6 +414,13 @@ def test_deterministic_inference(plain: Any, config: Any, device: str, options: 
         assert named in reason
 
 
+@pytest.mark.parametrize("donors", ["harvest", "compiled"])
+def test_mixed_chunks(plain: Any, config: Any, donors: str):
+    reason = refused(changed(plain, enable_mixed_chunk=True), config, donors=donors)
+    assert (reason is None) == (donors == "harvest")
+    assert reason is None or reason.startswith("--enable-mixed-chunk: ")
+
+
 @pytest.mark.parametrize(("kept", "right"), [("auto", True), ("bf16", True), ("bfloat16", True), ("fp8_e4m3", False)])
 def test_dtype_of_the_kv(plain: Any, config: Any, kept: str, right: bool):
     reason = refused(changed(plain, kv_cache_dtype=kept), config, allow="kv_cache_dtype")

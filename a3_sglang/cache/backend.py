@@ -389,10 +389,13 @@ class A3Tree:
             req: a request that has had a step.
             most_rows: rows that this one may compute.
         """
-        state = state_of(req)
+        state, page_size = state_of(req), self.page_size  # type: ignore[attr-defined]
         state.plan = None
         prefix = seams.prefix_length(req)
-        if state.stop is None or self.breaker.open or prefix % self.page_size:  # type: ignore[attr-defined]
+        if state.stop is None or self.breaker.open or prefix % page_size:
+            return
+        if self.options.donors == "compiled" and prefix < state.stop - state.stop % page_size:
+            # Where chunks of new text end depends on other requests, so that the plan must not.
             return
         slots = None
         try:

@@ -104,20 +104,26 @@ class _Alone:
         self._hidden = hidden_columns(torch.arange(1, rows + 1, device=known.device) + len(known))
 
     def ask(self, query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None) -> torch.Tensor:
-        rows, heads, _ = query.shape
-        known = self.question.known
+        rows, heads, dim = query.shape
+        known, kv_heads = self.question.known, own[0].shape[1]
         count, total = len(known), len(known) + rows
         keys, values = (self._take(name, total, x[:0]) for name, x in zip("kv", own, strict=True))
         for context, pool, fresh in zip((keys, values), pools, own, strict=True):
             torch.index_select(pool, 0, known, out=context[:count])
             context[count:] = fresh
-        weights = self._take("weights", heads * rows * total, torch.empty(0, device=query.device))
-        asked = query_rows(query, keys.shape[1])
-        weights = attention_weights(asked, key_columns(keys), self._hidden, scaling, query.dtype, weights)
-        if scores is not None:
-            scores += relevance(weights, rows, values)[:count]
-        mixed = torch.bmm(weights.to(values.dtype), values.movedim(0, 1).contiguous())
-        return mixed.view(keys.shape[1], rows, -1, query.shape[2]).movedim(0, 1).flatten(1, 2)
+        size = heads // kv_heads * rows * total
+        logits = self._take("logits", size, torch.empty(0, device=query.device))
+        rounded = self._take("weights", size, query.new_empty(0))
+        out = torch.empty_like(query)
+        heads_out = out.view(rows, kv_heads, -1, dim)
+        asked, columns, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
+        for head in range(kv_heads):
+            weights = attention_weights(asked[head], columns[head], self._hidden, scaling, query.dtype, logits)
+            mixed = torch.mm(rounded.view_as(weights).copy_(weights), values[head])
+            heads_out[:, head] = mixed.view(rows, -1, dim)
+            if scores is not None:
+                scores += relevance(weights, rows, values[head])[:count]
+        return out
 
     def _take(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
         """Room for ``count`` rows like those of ``like``; the same for all layers."""

@@ -105,9 +105,8 @@ def _scattered(group: RowGroup, heads: int, kv_heads: int, dtype: torch.dtype) -
         for (begin, end), unseen in zip(pairwise(cuts), hidden, strict=True):
             part, size = slice(begin * shared, end * shared), (end - begin) * shared * unseen.end
             for head in range(kv_heads):
-                one = slice(head, head + 1)
-                columns = keys[one, :, : unseen.end]
-                exact = attention_weights(query[one, part], columns, unseen, scaling, dtype, logits[:size])[0]
+                columns = keys[head, :, : unseen.end]
+                exact = attention_weights(query[head, part], columns, unseen, scaling, dtype, logits[:size])
                 rounded = weights[:size].view_as(exact).copy_(exact)
                 mixed = torch.mm(rounded, values[head, : unseen.end])
                 heads_out[begin:end, head] = mixed.view(end - begin, shared, -1)

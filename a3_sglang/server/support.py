@@ -36,7 +36,7 @@ def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str 
     return (
         _known_wrong(server_args)
         or _wrong_kv_dtype(server_args, model_config)
-        or _not_deterministic(server_args, options)
+        or _depends_on_traffic(server_args, options)
         or model_refusal(model_config)
         or _unknown(server_args, options)
     )
@@ -68,8 +68,14 @@ def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
     return f"--kv-cache-dtype: KV in {kept} of a model in {computed} is not supported yet (use auto)"
 
 
-def _not_deterministic(server_args: Any, options: ServerOptions) -> str | None:
-    """An a3 option that makes answers depend on other traffic although SGLang was asked for deterministic ones."""
+def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
+    """Options that make answers depend on other requests although it was asked that they do not."""
+    name = "enable_mixed_chunk"
+    if options.donors == "compiled" and seams.resolved_argument(server_args, name) not in _OFF:
+        return (
+            f"{_flag(name)}: requests that decode would take room of a fusion's step, so with compiled donors answers "
+            "would depend on them; leave one of the two out"
+        )
     name = "enable_deterministic_inference"
     if seams.resolved_argument(server_args, name) in _OFF:
         return None
