@@ -51,6 +51,20 @@ def _read_ratio(value: Any) -> Ratio:
     return known_ratio(value)
 
 
+def _read_rows(value: Any) -> int | Literal["auto"]:
+    """A number of rows or ``"auto"``, also from the text of an option.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value == AUTO:
+        return AUTO
+    with suppress(TypeError, ValueError):
+        if (rows := int(value)) >= 0:
+            return rows
+    raise ValueError(f'must be a whole number of rows, 0 or more, or "{AUTO}"')
+
+
 def _read_arguments(value: Any) -> tuple[str, ...]:
     """Names of SGLang's server options from a comma-separated text; ``--some-option`` is read as ``some_option``.
 
@@ -84,6 +98,11 @@ class ServerOptions(BaseModel):
         le=1,
         description="Share of a prompt's rows after its prefix that fusion has to save; else they are computed in "
         "full, which makes them exact. 0: fuse whenever anything can be reused.",
+    )
+    overhead: Annotated[int | Literal["auto"], BeforeValidator(_read_rows)] = Field(
+        "auto",
+        description="Rows that take as long to compute as what a fusion costs besides its own rows, which it has to "
+        "save, too; auto measures them at start.",
     )
     donors: Literal["harvest", "compiled"] = Field(
         "harvest",

@@ -139,6 +139,17 @@ def test_a_load_that_failed_is_charged_as_computed(scheduler, documents, generat
     assert scheduler.rows() == req.extend_len <= CHUNK
 
 
+@pytest.mark.parametrize("overhead", [0, 600])
+def test_a_fusion_has_to_save_its_overhead(cache, documents, generator, overhead):
+    """Of 1,961 rows about 290 are recomputed, 40 are the tail and 40 the probe's."""
+    cache.tree.start(cache.tree.options, cache.executor, capacity=30_000, overhead=overhead)
+    cache.donate([1, *tokens(generator, 19), *(token for one in documents for token in one)])
+    req = cache.request(shuffled(documents, generator))
+    assert cache.match(req) > 0
+    short = cache.request([2, *documents[3], *documents[0], *tokens(generator, TAIL)])
+    assert (cache.match(short) > 0) == (not overhead)
+
+
 def test_the_log_counts_what_a_fusion_computes(scheduler, documents, generator):
     (req,) = scheduler.admit([shuffled(documents, generator)])
     computed = req.extend_len + scheduler.cache.tree.context_rows_of(req)

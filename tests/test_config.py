@@ -23,7 +23,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_server_defaults():
     expected = {"recompute_ratio": 0.15, "selector": "probe", "min_span": 32, "min_saving": 1 / 3, "donors": "harvest"}
-    expected |= {"row_attention": "auto", "allow": (), "report": "rounded"}
+    expected |= {"overhead": "auto", "row_attention": "auto", "allow": (), "report": "rounded"}
     assert ServerOptions.from_environment().model_dump() == expected
 
 
@@ -38,6 +38,8 @@ def test_server_defaults():
         ("min_span", "8", 8),
         ("min_span", "64", 64),
         ("min_saving", "0.5", 0.5),
+        ("overhead", "auto", "auto"),
+        ("overhead", "250", 250),
         ("donors", "harvest", "harvest"),
         ("donors", "compiled", "compiled"),
     ],
@@ -56,6 +58,7 @@ def test_server_options_from_the_environment(monkeypatch, option, text, value):
         *[("recompute_ratio", text) for text in ("nan", "inf", "-inf", "-0.01", "1.01", "", "half", "true", "0.1,0.2")],
         *[("min_span", text) for text in ("7", "0", "-32", "32.5", "", "many", "nan", "inf")],
         *[("min_saving", text) for text in ("x", "-1", "1.5", "")],
+        *[("overhead", text) for text in ("x", "-1", "1.5", "")],
         *[("selector", text) for text in ("", "Probe", "probe ", "a3\nx")],
         *[("donors", text) for text in ("", "Harvest", "nobody")],
     ],

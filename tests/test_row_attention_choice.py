@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from a3_sglang.fusion.choice import NoneFitsError, fastest
 from a3_sglang.fusion.device import device_for
 from a3_sglang.fusion.flashinfer_rows import FlashInferRowAttention, PagedRows
 from a3_sglang.fusion.model import UnsupportedModelError
+from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.selectors import make_selector, selector_names
@@ -119,6 +121,31 @@ def test_a_warm_up_runs_a_fused_prefill(name):
     for pool in (*world.model.keys, *world.model.values):
         assert bool(pool.isfinite().all())
         assert bool(pool[job.slots].any())
+
+
+def test_the_overhead_of_a_fusion_is_measured():
+    """In rows of plain prefills of several lengths; a choice that takes long shows in it."""
+    world = World(torch.seed() % 2**31)
+    for pool in (*world.model.keys, *world.model.values):
+        pool.zero_()
+    executor, computed = executor_of(world), []
+    forward = world.model.hidden
+
+    def counted(tokens, positions, attend):
+        computed.append(len(tokens))
+        return forward(tokens, positions, attend)
+
+    world.model.hidden = counted
+    overhead = overhead_rows(executor, make_selector("probe"))
+    assert max(computed) >= 2 * min(computed)
+    choose = executor.choose
+
+    def slow(*args):
+        time.sleep(0.2)
+        choose(*args)
+
+    executor.choose = slow
+    assert overhead_rows(executor, make_selector("probe")) > overhead >= 0
 
 
 @pytest.mark.parametrize("factor", [0, 2])

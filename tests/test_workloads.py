@@ -15,7 +15,7 @@ from a3_sglang.cli.common import flush
 
 pytestmark = [pytest.mark.engine, pytest.mark.core]
 
-OPTIONS = {"A3_MIN_SAVING": "0.3333"}
+OPTIONS = {"A3_MIN_SAVING": "0.3333", "A3_OVERHEAD": "0"}
 
 
 class Counted:

@@ -59,6 +59,7 @@ class A3Tree:
         options: ServerOptions,
         executor: Executor,
         capacity: int,
+        overhead: int = 0,
         metrics: Metrics | None = None,
         line_ends: Any = None,
     ) -> None:
@@ -68,11 +69,13 @@ class A3Tree:
             options: the server's.
             executor: runs the fusions.
             capacity: tokens the KV pool holds.
+            overhead: rows that take as long to compute as what a fusion costs besides its own rows.
             metrics: where failures are counted.
             line_ends: bool (vocabulary,), the tokens that end a line; None if that is not known.
         """
         self.options = options
         self.executor = executor
+        self._overhead = overhead
         metrics = metrics or Metrics(None)
         self.breaker = Breaker(metrics.failed, metrics.turned_off)
         self.index, self.approximate = (
@@ -334,7 +337,7 @@ class A3Tree:
         if not options.min_saving:
             return True
         rows = plan.rows(_usual(options.ratio)) + prompt - plan.end + min(QUESTION_TOKENS, plan.gap + prompt - plan.end)
-        return rows <= (1 - options.min_saving) * (prompt - known)
+        return rows + self._overhead <= (1 - options.min_saving) * (prompt - known)
 
     def _options_of(self, req: Any) -> Effective:
         state = state_of(req)

@@ -18,6 +18,57 @@ from a3_sglang.selectors import Full, Selector
 DONOR, GAP, RATIO = 160, 5, 0.15
 
 
+class Rehearsal:
+    """A prefill of random tokens, fused or plain. It writes KV, so nothing may be in the pool yet.
+
+    Args:
+        executor: of a pool with room for a few hundred tokens.
+        selector: chooses the rows.
+
+    Attributes:
+        job: the fused prefill.
+        tail: int64, positions after its plan.
+    """
+
+    def __init__(self, executor: Executor, selector: Selector) -> None:
+        random = np.random.default_rng(0)
+        donor, gap, question = (random.integers(0, 100, n, dtype=np.int32) for n in (DONOR, GAP, QUESTION_TOKENS))
+        prompt = np.concatenate([donor[DONOR // 2 :], gap, donor[: DONOR // 2], question])
+        index = AnyPositionIndex(DONOR // 4)
+        index.add("warm-up", donor)
+        plan = make_plan(index.find("warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
+        assert plan is not None
+        self._executor, device = executor, executor.model.keys[0].device
+        # The first slot stands for none.
+        free = torch.arange(1, 1 + DONOR + len(prompt), device=device)
+        self._sources = torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans])
+        self._slots = free[DONOR:]
+        tokens = torch.from_numpy(prompt).long().to(device)
+        self.job = Job(plan, tokens, self._slots[: plan.end], selector, RATIO)
+        self.tail = torch.arange(plan.end, len(prompt), device=device)
+
+    def copy(self) -> None:
+        """Copy the spans."""
+        self._executor.fill(self.job, self._sources)
+
+    def fuse(self, job: Job, tail_rows: int) -> None:
+        """Choose, recompute and extend, all in one pass if the tail counts as few enough rows."""
+        executor, tail = self._executor, self.tail
+        left = executor.prepare([job], Timings(), tail_rows)
+        group = RowGroup(0, len(tail), self._slots, tail + 1, job.exact)
+        with executor.extended(left, [group], self._slots[tail]):
+            executor.model.extend(job.tokens[tail], tail)
+
+    def compute(self, rows: int) -> None:
+        """A plain prefill of so many rows."""
+        executor, device = self._executor, self.tail.device
+        slots = torch.arange(1, 1 + rows, device=device)
+        tokens, positions = self.job.tokens.repeat(1 + rows // len(self.job.tokens))[:rows], slots % DONOR
+        group = RowGroup(0, rows, slots, torch.arange(1, 1 + rows, device=device), True)
+        with executor.extended([], [group], slots):
+            executor.model.extend(tokens, positions)
+
+
 def warm_up(executor: Executor, selector: Selector) -> Job:
     """Compile what a device has to compile, and see that all that requests will need runs.
 
@@ -34,30 +85,15 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
         UnsupportedModelError: a token's keys at two positions do not differ by the rotation between them.
         Exception: whatever else goes wrong.
     """
-    random = np.random.default_rng(0)
-    donor, gap, question = (random.integers(0, 100, n, dtype=np.int32) for n in (DONOR, GAP, QUESTION_TOKENS))
-    prompt = np.concatenate([donor[DONOR // 2 :], gap, donor[: DONOR // 2], question])
-    index = AnyPositionIndex(DONOR // 4)
-    index.add("warm-up", donor)
-    plan = make_plan(index.find("warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
-    assert plan is not None
-    device = executor.model.keys[0].device
-    # The first slot stands for none.
-    free = torch.arange(1, 1 + DONOR + plan.end, device=device)
-    job = Job(plan, torch.from_numpy(prompt).long().to(device), free[DONOR:], selector, RATIO)
-    executor.fill(job, torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans]))
-    whole = replace(job, selector=Full())
-    tail = torch.arange(plan.end, len(prompt), device=device)
-    slots = torch.cat([job.slots, 1 + DONOR + tail])
-    for one in (job, whole):
+    rehearsal = Rehearsal(executor, selector)
+    rehearsal.copy()
+    whole = replace(rehearsal.job, selector=Full())
+    for one in (rehearsal.job, whole):
         # Both ways to recompute: in a separate pass, and within the extend of the tail.
-        executor.run([one], Timings())
-        executor.choose([one], Timings())
-        left = executor.recompute([one], Timings(), 0)
-        with executor.extended(left, [RowGroup(0, len(tail), slots, tail + 1, one.exact)], slots[tail]):
-            executor.model.extend(job.tokens[tail], tail)
+        for tail_rows in (executor.slice_rows, 0):
+            rehearsal.fuse(one, tail_rows)
     _check_keys(executor, whole)
-    return job
+    return rehearsal.job
 
 
 def _check_keys(executor: Executor, job: Job) -> None:

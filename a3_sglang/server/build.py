@@ -14,6 +14,7 @@ from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.device import device_for
 from a3_sglang.fusion.executor import SLICE_ROWS, Executor
 from a3_sglang.fusion.model import SGLangModel, UnsupportedModelError
+from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
@@ -48,6 +49,7 @@ def build_tree(context: Any) -> Any:
     try:
         with model.checking_keys():
             warm_up(executor, make_selector(options.selector))
+        overhead = _overhead(executor, options)
     except Exception as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {first_line}") from error
@@ -56,11 +58,26 @@ def build_tree(context: Any) -> Any:
         options,
         executor,
         capacity=model.keys[0].shape[0],
+        overhead=overhead,
         metrics=Metrics(context.server_args),
         line_ends=line_ends(context.tp_worker.tokenizer),
     )
-    logger.info("a3: %s, %d layers, %s, %s", type(tree).__name__, model.depth, type(device).__name__, options)
+    logger.info(
+        "a3: %s, %d layers, %s, overhead of a fusion %d rows, %s",
+        type(tree).__name__,
+        model.depth,
+        type(device).__name__,
+        overhead,
+        options,
+    )
     return tree
+
+
+def _overhead(executor: Executor, options: ServerOptions) -> int:
+    """Rows that a fusion has to save before it saves any time."""
+    if isinstance(options.overhead, int):
+        return options.overhead
+    return overhead_rows(executor, make_selector(options.selector)) if options.min_saving else 0
 
 
 def line_ends(tokenizer: Any) -> npt.NDArray[np.bool_] | None:

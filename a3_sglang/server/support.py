@@ -81,6 +81,11 @@ def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
         return None
     if options.donors != "compiled":
         return f"{_flag(name)}: with harvested donors answers depend on other requests; add --a3-donors compiled"
+    if options.min_saving and options.overhead == AUTO:
+        return (
+            f"{_flag(name)}: what a fusion costs is measured at start, so that which prompts are fused may differ from "
+            "start to start; add a number of rows, say --a3-overhead 100"
+        )
     if seams.resolved_argument(server_args, "device") != "cpu" and options.row_attention == AUTO:
         return (
             f"{_flag(name)}: row attention chosen by timing may differ from start to start; add "
