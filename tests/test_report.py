@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a3_sglang.cache.report import PARTS, ROUNDING, make_report
+from a3_sglang.cache.report import PARTS, ROUNDING, Outcome
 from a3_sglang.cache.request import Reason
 
 counts = st.lists(st.integers(0, 5000), min_size=len(PARTS), max_size=len(PARTS))
@@ -13,7 +13,7 @@ counts = st.lists(st.integers(0, 5000), min_size=len(PARTS), max_size=len(PARTS)
 
 @given(counts)
 def test_exact_counts_are_reported_as_they_are(parts):
-    report = make_report(parts, 0.123456789, "probe", None, 7, exact=True)
+    report = Outcome(tuple(parts), 0.123456789, "probe", None, 7).report(exact=True)
     assert [report[name] for name in PARTS] == parts
     assert report["charged"] == 0.123457
     assert report["reason"] is None
@@ -22,7 +22,7 @@ def test_exact_counts_are_reported_as_they_are(parts):
 
 @given(counts)
 def test_rounded_counts_add_up_to_the_prompt(parts):
-    report = make_report(parts, 0.123456789, "probe", None, 7, exact=False)
+    report = Outcome(tuple(parts), 0.123456789, "probe", None, 7).report(exact=False)
     rounded = [report[name] for name in PARTS]
     assert sum(rounded) == sum(parts)
     assert min(rounded) >= 0
@@ -36,6 +36,14 @@ def test_rounded_counts_add_up_to_the_prompt(parts):
 
 @given(st.integers(0, 5000), st.booleans())
 def test_too_little_is_told_in_a_field_of_its_own(reusable, exact):
-    report = make_report([0, 0, 0, 0, 0, 9], 0.0, "probe", Reason.TOO_LITTLE, reusable, exact)
+    report = Outcome((0, 0, 0, 0, 0, 9), 0.0, "probe", Reason.TOO_LITTLE, reusable).report(exact)
     assert report["reason"] == "too little to reuse"
     assert report["reusable"] == reusable if exact else report["reusable"] % ROUNDING == 0
+
+
+def test_the_result_says_where_reused_kv_came_from():
+    results = {"prefix": "full", "continued": "continued", "reused": "fused", "recomputed": "fused", "gap": "full"}
+    for name, result in results.items():
+        counts = tuple(64 * (part in (name, "tail")) for part in PARTS)
+        assert Outcome(counts, 0.0, "probe", None, 0).result == result
+    assert Outcome((0, 64, 64, 0, 0, 64), 0.0, "probe", None, 0).result == "fused"

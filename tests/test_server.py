@@ -7,10 +7,12 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import pytest
 import sglang
 import torch
 from engines import OPTIONS, STARTS
+from prometheus_client.parser import text_string_to_metric_families
 from tolerance import distance, roundings
 from traffic import parts
 from transformers import AutoTokenizer
 
+from a3_sglang.cache.report import PARTS
 from a3_sglang.cli.common import environment
 
 pytestmark = pytest.mark.engine
@@ -38,8 +42,8 @@ _spec.loader.exec_module(demo)
 class Server:
     """A running ``launch_server`` and texts to ask it about."""
 
-    def __init__(self, port: int, model: str, folder: Path) -> None:
-        self.tokenizer, self.folder = AutoTokenizer.from_pretrained(model), folder
+    def __init__(self, port: int, model: str, folder: Path, log: Path) -> None:
+        self.tokenizer, self.folder, self.log = AutoTokenizer.from_pretrained(model), folder, log
         self.port, self.random = port, random.Random(random.randrange(1 << 30))
         self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         words = [
@@ -81,6 +85,12 @@ class Server:
         params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"a3": a3}}
         return self.post("/generate", {"text": text, "sampling_params": params})
 
+    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """All samples of SGLang's metrics, by name and labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        return {(one.name, frozenset(one.labels.items())): one.value for family in families for one in family.samples}
+
     def kv(self, out: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What was in the slots after the last extend, (layers, tokens, kv_heads, head_dim) each."""
         return torch.load(self.folder / f"{out['meta_info']['id']}.pt")
@@ -105,14 +115,14 @@ def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     # SGLang's own switch: while decoding, every now and then some requests lose their slots and wait again.
     retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"}
     variables = OPTIONS | {"A3_DUMP_KV": str(folder), "PYTHONUNBUFFERED": "1"}
-    command = demo.command(model, port, os.environ["A3_TEST_DTYPE"])
+    command = [*demo.command(model, port, os.environ["A3_TEST_DTYPE"]), "--enable-metrics", "--log-requests"]
     started = time.monotonic()
     with log.open("w") as output, environment(**variables, **retract):
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         demo.wait_until_ready(process, port, log)
         STARTS.add(time.monotonic() - started)
-        yield Server(port, model, folder)
+        yield Server(port, model, folder, log)
         assert process.poll() is None, log.read_text()[-3000:]
     finally:
         demo.stop(process)
@@ -240,3 +250,84 @@ def test_retracted_requests_are_fused_again(server: Server) -> None:
             assert distance(mine[part], theirs[part]) < roundings(5)
     assert again
     assert server.flushed()
+
+
+def test_log_and_metrics_say_of_every_request_what_became_of_it(server: Server) -> None:
+    def counted() -> Counter[tuple[str, ...]]:
+        return Counter(
+            {
+                (
+                    name.removeprefix("sglang:a3_"),
+                    *(value for key, value in sorted(labels) if key != "model_name"),
+                ): value
+                for (name, labels), value in server.metrics().items()
+                if name in ("sglang:a3_requests_total", "sglang:a3_tokens_total")
+            }
+        )
+
+    before, reports = counted(), {}
+    expected: Counter[tuple[str, ...]] = Counter()
+    fresh = " ".join(server.random.choices("abcdefghijklmnop", k=200))
+    retried = server.text()
+    asked = [(server.text(), option) for option in (True, {"ratio": 0.3}, {"selector": "epic"}, False, {"donor": True})]
+    asked += [(retried, True), (retried, True), (fresh, True), ("Hello", True)]
+    for text, option in [*asked, *asked, (retried, True), (fresh, False)]:
+        status, out = server.generate(text, option, 1)
+        assert status == 200
+        reports[out["meta_info"]["id"]] = out["meta_info"]["a3"]
+    assert len(reports) == 20
+    told = {
+        rid: (
+            result,
+            reason or None,
+            {name: int(count) for name, count in (pair.split() for pair in counts.split(", "))},
+        )
+        for rid, result, reason, counts in re.findall(
+            r"a3: request (\w+): (\w+)(?: \(([^)]*)\))?, (prefix .*)$", server.log.read_text(), re.MULTILINE
+        )
+    }
+    for rid, report in reports.items():
+        result, reason, counts = told[rid]
+        assert counts == {name: report[name] for name in PARTS}
+        assert (result == "full") == (report["continued"] + report["reused"] + report["recomputed"] == 0)
+        assert reason == (report["reason"] if result == "full" else None)
+        expected["requests_total", reason or "", result] += 1
+        for name, count in counts.items():
+            expected["tokens_total", "exact" if name == "prefix" else name] += count
+    assert {result for result, _, _ in told.values()} == {"fused", "continued", "full"}
+    assert {reason for _, reason, _ in told.values()} >= {None, "off", "donor", "nothing to reuse"}
+    assert {key: value for key, value in (counted() - before).items() if value} == {
+        k: v for k, v in expected.items() if v
+    }
+    assert len(re.findall(r"A3 batch, #fused: 1, ", server.log.read_text())) >= 8
+
+
+def test_every_panel_of_the_dashboard_has_data(server: Server) -> None:
+    """Each selector of each query finds samples of the server, or of an event that has not happened yet."""
+    for text in (server.text(), server.text()):
+        server.generate(text, True)
+    samples = server.metrics()
+    board = json.loads((Path(__file__).parent.parent / "docs" / "monitoring" / "a3-dashboard.json").read_text())
+    rare = {"sglang:a3_failures_total"}
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            selectors = re.findall(r"([a-z0-9_]+:[a-z0-9_]+)\{([^}]*)\}", target["expr"])
+            assert selectors, panel["title"]
+            for name, matchers in selectors:
+                wanted = {
+                    label: value.replace("$model_name", ".*")
+                    for label, value in re.findall(r'(\w+)=~?"([^"]*)"', matchers)
+                }
+                found = [
+                    value
+                    for (other, labels), value in samples.items()
+                    if other == name
+                    and all(re.fullmatch(value, dict(labels).get(label, "")) for label, value in wanted.items())
+                ]
+                assert found or name in rare, (panel["title"], name, wanted)
+                grouped = re.findall(r"by \(([^)]*)\)", target["expr"])
+                for label in {one.strip() for group in grouped for one in group.split(",")}:
+                    assert name in rare or any(label in dict(labels) for (other, labels) in samples if other == name), (
+                        panel["title"],
+                        label,
+                    )

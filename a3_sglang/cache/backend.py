@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from a3_sglang import seams
+from a3_sglang.cache.account import Account
 from a3_sglang.cache.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.cache.breaker import Breaker
 from a3_sglang.cache.index import AnyPositionIndex, Run, Segment, beside
-from a3_sglang.cache.report import make_report
+from a3_sglang.cache.report import Outcome
 from a3_sglang.cache.request import Done, Reason, RequestState, ineligible, state_of
 from a3_sglang.config import Effective, ServerOptions, resolve_leniently
 from a3_sglang.fusion.executor import Executor, Job, Part, Timings
@@ -61,6 +62,7 @@ class A3Tree:
         capacity: int,
         overhead: int = 0,
         metrics: Metrics | None = None,
+        log_each: bool = False,
         line_ends: Any = None,
     ) -> None:
         """Begin to offer spans.
@@ -70,13 +72,15 @@ class A3Tree:
             executor: runs the fusions.
             capacity: tokens the KV pool holds.
             overhead: rows that take as long to compute as what a fusion costs besides its own rows.
-            metrics: where failures are counted.
+            metrics: where all of it is counted.
+            log_each: whether the log has a line for every request.
             line_ends: bool (vocabulary,), the tokens that end a line; None if that is not known.
         """
         self.options = options
         self.executor = executor
         self._overhead = overhead
-        metrics = metrics or Metrics(None)
+        self.metrics = metrics = metrics or Metrics(None)
+        self.account = Account(metrics, log_each)
         self.breaker = Breaker(metrics.failed, metrics.turned_off)
         self.index, self.approximate = (
             AnyPositionIndex(
@@ -560,7 +564,8 @@ class A3Tree:
         if not fused:
             result = run()
         else:
-            timings = Timings(self.device if _TIMED else None)  # type: ignore[attr-defined]
+            timed = _TIMED or self.metrics.on
+            timings = Timings(self.device if timed else None)  # type: ignore[attr-defined]
             try:
                 for req in admitted:
                     jobs[id(req)] = self._job(req)
@@ -572,12 +577,13 @@ class A3Tree:
             else:
                 if admitted:
                     self.breaker.succeeded()
+                    if self.metrics.on:
+                        self.account.timed(timings)
         for req in batch.reqs:
             self._begin(req)
         for req in admitted:
             self._finish_fusion(req, jobs.get(id(req)))
-        for req in batch.reqs:
-            self._report(req)
+        self._report(batch)
         if fused and _TIMED:
             taken = timings.milliseconds()
             for req in fused:
@@ -697,27 +703,38 @@ class A3Tree:
         ratio = options.ratio if options.ratio == "auto" else plan.ratio(options.ratio, self.index.block)
         return Job(plan, tokens, slots, make_selector(options.selector), ratio, options.question)
 
-    def _report(self, req: Any) -> None:
-        """Write the report of what a request's steps have done so far."""
-        state, prompt = state_of(req), len(req.origin_input_ids)
-        done = state.done
+    def _report(self, batch: Any) -> None:
+        """Write the reports of what the requests' steps have done so far, and account for prompts that are through."""
+        assert self.index is not None
+        assert self.approximate is not None
+        ended = []
+        for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+            state, outcome = state_of(req), self._outcome(req)
+            report = outcome.report(exact=self.options.report == "exact")
+            req.customized_info = {**(req.customized_info or {}), "a3": [report]}
+            if not state.accounted and prefix + length >= len(req.origin_input_ids):
+                state.accounted = True
+                ended.append((req.rid, outcome))
+        self.account.prefilled(ended)
+        self.metrics.indexed(len(self.index), len(self.approximate))
+
+    def _outcome(self, req: Any) -> Outcome:
+        state, done, prompt = state_of(req), state_of(req).done, len(req.origin_input_ids)
         assert done is not None
         continued = max(done.prefix - state.branch.begin, 0) if state.branch is not None else 0
-        counts = [done.prefix - continued, continued, done.reused, done.recomputed, done.gap]
+        counts = (done.prefix - continued, continued, done.reused, done.recomputed, done.gap)
         reason = state.reason
         if done.fused and reason is not Reason.ERROR:
             reason = None
         elif not done.fused and state.branch is None:
             reason = reason or Reason.NOTHING
-        report = make_report(
-            [*counts, prompt - sum(counts)],
+        return Outcome(
+            (*counts, prompt - sum(counts)),
             done.charged / done.fused if done.fused else 0.0,
             state.options.selector if state.options is not None else self.options.selector,
             reason,
             state.reusable,
-            exact=self.options.report == "exact",
         )
-        req.customized_info = {**(req.customized_info or {}), "a3": [report]}
 
 
 def _usual(ratio: Ratio) -> float:

@@ -1,9 +1,10 @@
-"""The report of reuse that a request carries in ``meta_info["a3"]``."""
+"""What became of a prompt, and the report of it that its request carries in ``meta_info["a3"]``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from a3_sglang.cache.request import Reason
 
@@ -15,26 +16,48 @@ ROUNDING = 64
 is in somebody else's prompt (docs/security.md)."""
 
 
-def make_report(
-    counts: Sequence[int], charged: float, selector: str, reason: Reason | None, reusable: int, exact: bool
-) -> dict[str, Any]:
-    """The report of one request.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request's prompt.
 
-    Args:
+    Attributes:
         counts: tokens of each of :data:`PARTS`.
         charged: rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail).
         selector: the rule's name.
         reason: why there was no fusion, or None.
         reusable: tokens that could have been reused; reported with :attr:`Reason.TOO_LITTLE`.
-        exact: whether counts are reported as they are.
     """
-    if not exact:
-        counts, charged, reusable = _rounded(counts), round(charged, 2), _round(reusable)
-    report: dict[str, Any] = dict(zip(PARTS, counts, strict=True))
-    report |= {"charged": round(charged, 6), "selector": selector, "reason": None if reason is None else str(reason)}
-    if reason is Reason.TOO_LITTLE:
-        report["reusable"] = reusable
-    return report
+
+    counts: tuple[int, ...]
+    charged: float
+    selector: str
+    reason: Reason | None
+    reusable: int
+
+    @property
+    def result(self) -> Literal["fused", "continued", "full"]:
+        """Whether anything was reused by this request itself, or only what an earlier one had fused, or nothing."""
+        parts = dict(zip(PARTS, self.counts, strict=True))
+        if parts["reused"] + parts["recomputed"]:
+            return "fused"
+        return "continued" if parts["continued"] else "full"
+
+    def report(self, exact: bool) -> dict[str, Any]:
+        """The report that the request carries.
+
+        Args:
+            exact: whether counts are reported as they are; else in multiples of :data:`ROUNDING`.
+        """
+        counts: Sequence[int] = self.counts
+        charged, reusable = self.charged, self.reusable
+        if not exact:
+            counts, charged, reusable = _rounded(counts), round(charged, 2), _round(reusable)
+        report: dict[str, Any] = dict(zip(PARTS, counts, strict=True))
+        reason = None if self.reason is None else str(self.reason)
+        report |= {"charged": round(charged, 6), "selector": self.selector, "reason": reason}
+        if self.reason is Reason.TOO_LITTLE:
+            report["reusable"] = reusable
+        return report
 
 
 def _rounded(counts: Sequence[int]) -> list[int]:

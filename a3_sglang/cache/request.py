@@ -80,6 +80,7 @@ class RequestState:
         waiting: slots are allocated, the fusion has not run.
         recomputed: positions of the reused rows that the last fusion recomputed, int64.
         done: what the steps so far have done; None before the first.
+        accounted: log and metrics have what became of the prompt.
     """
 
     options: Effective | None = None
@@ -98,6 +99,7 @@ class RequestState:
     waiting: bool = False
     recomputed: torch.Tensor | None = None
     done: Done | None = None
+    accounted: bool = False
 
     def renew(self) -> None:
         """Before the request is matched again: what was found then does not count any more."""

@@ -171,6 +171,10 @@ class Timings:
         event.record()
         return event
 
+    def ready(self) -> bool:
+        """Whether all that was timed is over, so that nothing has to wait for it."""
+        return not self._cuda or all(end.query() for _, _, end in self._taken)
+
     def milliseconds(self) -> dict[str, float]:
         """Of each part, as ``copy_ms`` and so on; waits for the device."""
         sums = dict.fromkeys((f"{part}_ms" for part in self.PARTS), 0.0)

@@ -60,15 +60,20 @@ def build_tree(context: Any) -> Any:
         capacity=model.keys[0].shape[0],
         overhead=overhead,
         metrics=Metrics(context.server_args),
+        log_each=bool(context.server_args.log_requests),
         line_ends=line_ends(context.tp_worker.tokenizer),
     )
     logger.info(
-        "a3: %s, %d layers, %s, overhead of a fusion %d rows, %s",
-        type(tree).__name__,
+        "a3: ready. %s, %d layers, KV in %s, RoPE checked; selector %s at ratio %s, donors %s; rows attend by %s; a "
+        "fusion costs as much as %d rows besides its own",
+        type(context.tp_worker.model_runner.model).__name__,
         model.depth,
-        type(device).__name__,
+        str(model.keys[0].dtype).removeprefix("torch."),
+        options.selector,
+        options.recompute_ratio,
+        options.donors,
+        type(device.rows).__name__,
         overhead,
-        options,
     )
     return tree
 
