@@ -87,6 +87,11 @@ class ServerOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    mode: Literal["fuse", "observe"] = Field(
+        "fuse",
+        description="fuse: reuse KV; observe: change nothing, and tell in reports, log and metrics what would be "
+        "reused.",
+    )
     recompute_ratio: Annotated[Ratio, BeforeValidator(_read_ratio)] = Field(
         0.15, description='Share of the reused tokens that is recomputed, or "auto".'
     )

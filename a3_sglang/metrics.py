@@ -15,22 +15,24 @@ class Metrics:
 
     Args:
         server_args: SGLang's ServerArgs.
+        observing: whether it is counted what would be reused, under names of its own (``sglang:a3_observed_*``).
 
     Attributes:
         on: whether metrics are served.
     """
 
-    def __init__(self, server_args: Any) -> None:
+    def __init__(self, server_args: Any, observing: bool = False) -> None:
         self.on = bool(getattr(server_args, "enable_metrics", False))
         if not self.on:
             return
         # Imported here, as SGLang does: it has set up the folder that the processes share by now.
         from prometheus_client import Counter, Gauge, Histogram
 
+        prefix = "sglang:a3_observed_" if observing else "sglang:a3_"
         model = str(server_args.served_model_name or server_args.model_path)
 
         def labelled(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
-            metric = kind(f"sglang:a3_{name}", text, labelnames=["model_name", *labels], **more)
+            metric = kind(prefix + name, text, labelnames=["model_name", *labels], **more)
             return lambda *values: metric.labels(model, *values)
 
         latest = {"multiprocess_mode": "mostrecent"}
@@ -49,12 +51,7 @@ class Metrics:
         )
         self._failures = labelled(Counter, "failures_total", "Errors in the stages of fusion.", "stage")
         self._indexed = labelled(Gauge, "indexed_tokens", "Tokens that can be reused, by kind of KV.", "kind", **latest)
-        self._enabled = labelled(
-            Gauge,
-            "fusion_enabled",
-            "1 while requests are fused, 0 after fusion was turned off by errors.",
-            **latest,
-        )
+        self._enabled = labelled(Gauge, "fusion_enabled", "1, or 0 after fusion was turned off by errors.", **latest)
         self._enabled().set(1)
 
     def failed(self, stage: str) -> None:

@@ -97,10 +97,13 @@ def _serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _create_tree(context: Any) -> Any:
     """Build the tree of the backend ``a3``, or stop with one readable line."""
     global _tree
+    from a3_sglang.cache.backend import A3Tree
     from a3_sglang.server.build import build_tree
 
-    _tree = build_tree(context)
-    return _tree
+    tree = build_tree(context)
+    # One that observes leaves batches and admissions as they are.
+    _tree = tree if isinstance(tree, A3Tree) else None
+    return tree
 
 
 def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:

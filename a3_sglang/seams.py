@@ -111,6 +111,48 @@ def create_tree(context: Any, mixin: type) -> Any:
     return type("A3RadixCache", (mixin, RadixCache), {})(context.params)
 
 
+def tree_without_kv(mixin: type, slots: int, page_size: int) -> Any:
+    """A tree with ``mixin`` in front of its class over a pool of so many slots, which hold next to nothing."""
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+
+    pool = MHATokenToKVPool(slots, page_size, torch.uint8, 1, 1, 1, "cpu", False)
+    if page_size == 1:
+        allocator: Any = TokenToKVPoolAllocator(slots, torch.uint8, "cpu", pool, False)
+    else:
+        allocator = PagedTokenToKVPoolAllocator(slots, page_size, torch.uint8, "cpu", pool, False)
+    params = CacheInitParams(
+        disable=False,
+        req_to_token_pool=ReqToTokenPool(1, 1, "cpu", False),
+        token_to_kv_pool_allocator=allocator,
+        page_size=page_size,
+    )
+    if _has("sglang.srt.mem_cache.registry.create_unified_radix_cache"):
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        params.tree_components = (ComponentType.FULL,)
+        return type("ShadowTree", (mixin, UnifiedRadixCache), {})(params)
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    return type("ShadowTree", (mixin, RadixCache), {})(params)
+
+
+def match_params(key: Any, req: Any = None) -> Any:
+    """What ``match_prefix`` takes."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+
+    return MatchPrefixParams(key=key, req=req) if req is not None else MatchPrefixParams(key=key)
+
+
+def insert_params(key: Any, slots: torch.Tensor, known: int) -> Any:
+    """What ``insert`` takes; the first ``known`` slots are the tree's own, which it must not free as duplicates."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+
+    return InsertParams(key=key, value=slots, prev_prefix_len=known)
+
+
 def namespace(key: Any) -> Hashable:
     """What keeps a key's tokens apart from equal tokens of others."""
     return (key.extra_key, getattr(key, "cache_salt", None))

@@ -23,7 +23,7 @@ TAIL = 40
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
     cache = Cache(options=ServerOptions(report="exact"), slots=30_000)
-    cache.executor.slice_rows = CHUNK
+    cache.tree.chunk = CHUNK
     monkeypatch.setattr(plugin, "_tree", cache.tree)
     return cache
 
@@ -133,7 +133,7 @@ def test_a_request_that_is_not_admitted_costs_nothing(scheduler, documents, gene
 
 
 def test_a_load_that_failed_is_charged_as_computed(scheduler, documents, generator, monkeypatch):
-    monkeypatch.setattr(scheduler.cache.tree, "_obtain", lambda *_: None)
+    monkeypatch.setattr(scheduler.cache.tree, "obtain", lambda *_: None)
     (req,) = scheduler.admit([shuffled(documents, generator)])
     assert state_of(req).plan is None
     assert scheduler.rows() == req.extend_len <= CHUNK

@@ -23,7 +23,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_server_defaults():
     expected = {"recompute_ratio": 0.15, "selector": "probe", "min_span": 32, "min_saving": 1 / 3, "donors": "harvest"}
-    expected |= {"overhead": "auto", "row_attention": "auto", "allow": (), "report": "rounded"}
+    expected |= {"mode": "fuse", "overhead": "auto", "row_attention": "auto", "allow": (), "report": "rounded"}
     assert ServerOptions.from_environment().model_dump() == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,20 @@ def test_commands_print_no_warnings_unless_asked(model: str) -> None:
     loud = run("doctor", "--model", model, "--verbose")
     assert loud.returncode == 0
     assert "Warning" in loud.stderr
+
+
+def test_doctor_says_what_will_be_refused(model: str, tmp_path: Path) -> None:
+    done = run("doctor", "--model", model, "--json", str(tmp_path / "figures.json"), "--", "--enable-lora")
+    assert done.returncode == 1
+    checks = {check["name"]: check for check in json.loads((tmp_path / "figures.json").read_text())}
+    assert [name for name, check in checks.items() if not check["ok"]] == ["server options"]
+    assert "--enable-lora" in checks["server options"]["found"]
+    assert "22.5 KiB per token" in checks["KV"]["found"]
+    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("doctor", "--model", str(tmp_path))
+    assert done.returncode == 1
+    assert "sliding" in done.stdout
 
 
 def test_a_failed_start_shows_why(tmp_path: Path) -> None:

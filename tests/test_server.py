@@ -331,3 +331,33 @@ def test_every_panel_of_the_dashboard_has_data(server: Server) -> None:
                         panel["title"],
                         label,
                     )
+
+
+def test_frontend_programs_over_documents(server: Server) -> None:
+    """Forks inherit a program's options and continue its context; reports can be read; choices are scored."""
+    from a3_sglang.frontend import Endpoint, documents, report
+
+    backend = Endpoint(f"http://127.0.0.1:{server.port}")
+
+    @sglang.function
+    def ask(s: Any, order: list[int], options: Any) -> None:
+        if options is not None:
+            s["a3"] = options
+        s += documents(server.documents[i] for i in order) + "Of which words does it speak? "
+        forks = s.fork(2)
+        for number, fork in enumerate(forks):
+            fork += f"Answer {number}: "
+            fork += sglang.gen("answer", max_tokens=4, temperature=0)
+        forks.join()
+        s["reports"] = [report(fork, "answer") for fork in forks]
+        s += sglang.gen("word", choices=["river", "stone"], temperature=0)
+
+    ask.run([0, 1, 2, 3], None, backend=backend)
+    state = ask.run([3, 1, 0, 2], None, backend=backend)
+    assert state["word"] in ("river", "stone")
+    # The program's own prefill before the fork has fused the documents.
+    assert all(told["continued"] > 64 and told["reason"] is None for told in state["reports"])
+    plain = ask.run([2, 3, 0, 1], False, backend=backend)
+    assert [told["reason"] for told in plain["reports"]] == ["off", "off"]
+    with pytest.raises(Exception, match="ratio"):
+        ask.run([0, 1], {"ratio": 3}, backend=backend).text()

@@ -218,7 +218,7 @@ def test_options_that_a_front_end_let_through_are_a_full_prefill(generator):
     req = cache.request(donor[20:] + tokens(generator, 40), ratio=2)
     assert cache.match(req) == 0
     assert state_of(req).reason == Reason.INVALID
-    with cache.tree._insertion(req):
+    with cache.tree.inserting(req):
         cache.donate(tokens(generator, 40))
 
 

@@ -19,10 +19,11 @@ class Account:
     Args:
         metrics: of the process.
         each: whether every request gets a line of its own, too; otherwise only at log level debug.
+        title: what the line of a batch begins with.
     """
 
-    def __init__(self, metrics: Metrics, each: bool = False) -> None:
-        self._metrics, self._level = metrics, logging.INFO if each else logging.DEBUG
+    def __init__(self, metrics: Metrics, each: bool = False, title: str = "A3 batch") -> None:
+        self._title, self._metrics, self._level = title, metrics, logging.INFO if each else logging.DEBUG
         self._running: list[Timings] = []
 
     def prefilled(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
@@ -50,7 +51,7 @@ class Account:
         parts = [f"#{result}: {results[result]}" for result in ("fused", "continued", "full")]
         parts += [f"#{name}-token: {tokens[name]}" for name in PARTS]
         parts += [f"{reason}: {count}" for reason, count in reasons.items()]
-        logger.info("A3 batch, %s", ", ".join(parts))
+        logger.info("%s, %s", self._title, ", ".join(parts))
 
     def timed(self, timings: Timings | None) -> None:
         """Count the times of a fused batch, and of those before it, as soon as the device is through with them."""

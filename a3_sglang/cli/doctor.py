@@ -5,55 +5,141 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from a3_sglang.cli.common import JsonOption, VerboseOption, print_table, write_json
 
 
+class Check(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    ok: bool
+    found: str
+
+
 def doctor(
+    server: Annotated[
+        list[str] | None,
+        typer.Argument(help="Options of the server after --, to see whether they are refused: -- --enable-lora"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Also check whether this model can be served.")] = None,
     verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Check versions, the plugin, SGLang's seams and, with --model, the model. Exit status 1 where one is wrong."""
-    checks: list[tuple[str, bool, str]] = [_version(name) for name in ("sglang", "torch")]
-    found = [e.value for e in entry_points(group="sglang.srt.plugins") if e.name == "a3"]
-    checks.append(("plugin entry point", found == ["a3_sglang.plugin:register"], ", ".join(found) or "missing"))
-    checks.append(_seams())
+    """Check versions, the plugin, SGLang's seams, the device and, with --model, model and server options.
+
+    Exit status 1 if something is wrong.
+    """
+    if server and model is None:
+        raise typer.BadParameter("options of the server need --model", param_hint="SERVER")
+    checks = [_sglang(), _torch(), _plugin(), _seams(), _device()]
     if model is not None:
-        checks.append(_model(model))
+        checks += _model(model)
+        checks.append(_server(model, server or []))
     print_table("a3-sglang doctor", ("check", "", "found"), [(n, "ok" if ok else "WRONG", t) for n, ok, t in checks])
-    write_json(json, [{"check": n, "ok": ok, "found": t} for n, ok, t in checks])
-    if not all(ok for _, ok, _ in checks):
+    write_json(json, [check._asdict() for check in checks])
+    if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
 
-def _version(name: str) -> tuple[str, bool, str]:
+def _version(name: str) -> str | None:
     try:
-        return name, True, version(name) + (f", Python {platform.python_version()}" if name == "torch" else "")
+        return version(name)
     except PackageNotFoundError:
-        return name, False, "not installed"
+        return None
 
 
-def _seams() -> tuple[str, bool, str]:
+def _sglang() -> Check:
+    from a3_sglang.seams import SUPPORTED
+
+    found = _version("sglang")
+    if found is None:
+        return Check("sglang", False, 'not installed; pip install "a3-sglang[cuda]"')
+    tested = ", ".join(SUPPORTED)
+    return Check("sglang", True, found if found in SUPPORTED else f"{found}, not tested (tested: {tested})")
+
+
+def _torch() -> Check:
+    found = _version("torch")
+    return Check("torch", found is not None, f"{found or 'not installed'}, Python {platform.python_version()}")
+
+
+def _plugin() -> Check:
+    found = [e.value for e in entry_points(group="sglang.srt.plugins") if e.name == "a3"]
+    return Check("plugin entry point", found == ["a3_sglang.plugin:register"], ", ".join(found) or "missing")
+
+
+def _seams() -> Check:
     try:
         from a3_sglang import seams
 
         seams.check()
     except Exception as error:
-        return "SGLang's seams", False, str(error)
-    return "SGLang's seams", True, "all there"
+        return Check("SGLang's seams", False, str(error))
+    return Check("SGLang's seams", True, "all there")
 
 
-def _model(model: str) -> tuple[str, bool, str]:
+def _device() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        flashinfer = _version("flashinfer-python")
+        paths = "FlashInfer or Triton, whichever is faster at start" if flashinfer else "Triton (no FlashInfer)"
+        return Check("device", True, f"{torch.cuda.get_device_name()}, rows attend by {paths}")
+    from a3_sglang.cpu import serving_dtype
+
+    dtype, reason = serving_dtype()
+    return Check("device", True, f"CPU, {dtype} ({reason}), rows attend by PyTorch")
+
+
+def _model(model: str) -> list[Check]:
     from a3_sglang.server.support import model_refusal
 
+    name = f"model {Path(model).name}"
     try:
         from sglang.srt.configs.model_config import ModelConfig
 
-        reason = model_refusal(ModelConfig(model_path=model))
+        config: Any = ModelConfig(model_path=model)
+        reason = model_refusal(config)
+    except Exception as error:
+        return [Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])]
+    if reason is not None:
+        return [Check(name, False, f"{reason}; --a3-mode observe tells what could be reused")]
+    text = getattr(config, "hf_text_config", None) or config.hf_config
+    rope = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
+    heads, dim = config.get_total_num_kv_heads(), config.head_dim
+    size = 2 * config.num_hidden_layers * heads * dim * config.dtype.itemsize
+    return [
+        Check(name, True, f"{', '.join(config.hf_config.architectures)}: supported"),
+        Check("RoPE", True, f"{rope.get('rope_type', rope.get('type', 'default'))}, checked against the keys at start"),
+        Check(
+            "KV", True, f"{config.num_hidden_layers} layers, {heads} heads of {dim}: {size / 1024:.1f} KiB per token"
+        ),
+    ]
+
+
+def _server(model: str, given: list[str]) -> Check:
+    """Whether SGLang's and a3's options are accepted with this model."""
+    import torch
+
+    from a3_sglang import seams
+    from a3_sglang.config import ServerOptions
+    from a3_sglang.launch_server import arguments
+    from a3_sglang.server.support import refusal
+
+    try:
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import prepare_server_args
+
+        load_plugins()
+        server_args = prepare_server_args(arguments(["--model-path", model, *given], torch.cuda.is_available()))
+        seams.resolve_arguments(server_args)
+        reason = refusal(server_args, seams.model_config(server_args), ServerOptions.from_environment())
+    except SystemExit:
+        reason = "SGLang does not take these options; it says why above"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"model {Path(model).name}", reason is None, reason or "supported"
+    return Check("server options", reason is None, reason or " ".join(given) or "the defaults")

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from a3_sglang import seams
 from a3_sglang.cache.backend import A3Tree
+from a3_sglang.cache.observed import ObservedTree
+from a3_sglang.cache.shadow import Shadow
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.device import device_for
 from a3_sglang.fusion.executor import SLICE_ROWS, Executor
@@ -37,6 +39,8 @@ def build_tree(context: Any) -> Any:
         reason = "models with recurrent layers are not supported"
     if reason is not None:
         raise RefusedError(f"--radix-cache-backend a3: {reason}")
+    if options.mode == "observe":
+        return _observing(context, options)
     try:
         model = SGLangModel(context.tp_worker.model_runner)
     except UnsupportedModelError as error:
@@ -75,6 +79,22 @@ def build_tree(context: Any) -> Any:
         type(device.rows).__name__,
         overhead,
     )
+    return tree
+
+
+def _observing(context: Any, options: ServerOptions) -> Any:
+    """SGLang's own tree with a shadow beside it."""
+    allocator = context.params.token_to_kv_pool_allocator
+    shadow = Shadow(
+        options,
+        allocator.size,
+        _slice_rows(context.server_args),
+        context.params.page_size,
+        line_ends(context.tp_worker.tokenizer),
+    )
+    tree = seams.create_tree(context, ObservedTree)
+    tree.observe(shadow, Metrics(context.server_args, observing=True), bool(context.server_args.log_requests))
+    logger.info("a3: ready. Observes what would be reused and changes nothing; %s", options)
     return tree
 
 

@@ -33,6 +33,8 @@ def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str 
         model_config: SGLang's ModelConfig.
         options: a3's own options.
     """
+    if options.mode == "observe":
+        return _known_wrong(server_args)
     return (
         _known_wrong(server_args)
         or _wrong_kv_dtype(server_args, model_config)

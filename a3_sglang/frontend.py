@@ -1,0 +1,68 @@
+"""SGLang's frontend programs over documents: options of a3 in a program, and its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+
+from a3_sglang.config import REQUEST_KEY, RequestOptions
+
+OPTIONS = "a3"
+"""Variable of a program that holds its options; forks inherit it."""
+
+
+class Endpoint(RuntimeEndpoint):
+    """SGLang's ``RuntimeEndpoint`` whose requests carry options of a3: ``sgl.set_default_backend(Endpoint(url))``.
+
+    A program sets its own with ``s["a3"] = {"ratio": 0.3}`` (or ``False``, for a full prefill) before it generates;
+    forks inherit them. They hold for ``gen``, ``gen(choices=...)`` and the prefill before a fork.
+
+    Args:
+        base_url: of the server.
+        a3: options of programs that set none, see :class:`a3_sglang.config.RequestOptions`.
+        more: arguments of ``RuntimeEndpoint``.
+    """
+
+    def __init__(self, base_url: str, a3: bool | dict[str, Any] = True, **more: Any) -> None:
+        super().__init__(base_url, **more)
+        self._options = _checked(a3)
+
+    # Every request's data goes through this method, whatever kind it is of.
+    def _add_images(self, s: Any, data: dict[str, Any]) -> None:
+        super()._add_images(s, data)
+        options = _checked(s.variables.get(OPTIONS, self._options))
+        data["sampling_params"]["custom_params"] = {REQUEST_KEY: options}
+
+
+def _checked(options: Any) -> Any:
+    """Options as they were given.
+
+    Raises:
+        ValueError: they are none; it names the field.
+    """
+    if isinstance(options, dict):
+        RequestOptions.model_validate(options)
+    elif not isinstance(options, bool):
+        raise ValueError(f'the variable "{OPTIONS}" of a program holds the options of a3: true, false or an object')
+    return options
+
+
+def documents(texts: Iterable[str]) -> str:
+    """Documents as a part of a prompt: each has the same tokens wherever it is, so that its KV can be reused.
+
+    Text between them is a line break and a blank line, which tokenizers do not join with what comes before or after.
+    """
+    return "".join(f"{text.strip()}\n\n" for text in texts)
+
+
+def report(state: Any, name: str) -> dict[str, Any] | None:
+    """What was reused for a generated variable; None for a choice, whose scores carry no report.
+
+    Args:
+        state: of a program that ran, or one of its forks.
+        name: of the variable.
+    """
+    found: dict[str, Any] | None = (state.get_meta_info(name) or {}).get(REQUEST_KEY)
+    return found

@@ -1,0 +1,48 @@
+"""``python -m a3_sglang.launch_server``: SGLang's server with a3, and with what suits prompts over documents.
+
+It takes all options of ``sglang.launch_server``; what is given wins.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+from a3_sglang.cpu import serving_dtype
+
+DEFAULTS = {
+    "--radix-cache-backend": "a3",
+    # usage.prompt_tokens_details.cached_tokens in OpenAI's answers
+    "--enable-cache-report": None,
+}
+ON_CPU = {"--device": "cpu", "--attention-backend": "torch_native", "--disable-cuda-graph": None}
+
+
+def arguments(given: Sequence[str], cuda: bool) -> list[str]:
+    """A command line with the defaults that it does not decide itself.
+
+    Args:
+        given: the command line.
+        cuda: whether there is a GPU; without one the server runs on the CPU.
+    """
+    defaults = DEFAULTS if cuda else DEFAULTS | ON_CPU | {"--dtype": serving_dtype()[0]}
+    names = {argument.partition("=")[0] for argument in given}
+    added = [part for name, value in defaults.items() if name not in names for part in (name, value)]
+    return [*given, *(part for part in added if part is not None)]
+
+
+def main() -> None:
+    """Start the server."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    sys.argv[1:] = arguments(sys.argv[1:], cuda)
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

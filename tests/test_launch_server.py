@@ -1,0 +1,51 @@
+"""Options that reach the server: its own command, and SGLang's configuration files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from a3_sglang.config import ServerOptions
+from a3_sglang.launch_server import arguments
+
+
+def test_what_is_given_wins():
+    line = arguments(["--model-path", "m", "--radix-cache-backend=default", "--dtype", "float16"], cuda=False)
+    assert line[:5] == ["--model-path", "m", "--radix-cache-backend=default", "--dtype", "float16"]
+    assert "--radix-cache-backend" not in line
+    assert line.count("--dtype") == 1
+    assert line[line.index("--device") + 1] == "cpu"
+    on_gpu = arguments(["--model-path", "m"], cuda=True)
+    assert on_gpu[2:] == ["--radix-cache-backend", "a3", "--enable-cache-report"]
+
+
+def test_a_bad_option_is_one_line(tiny: str):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "a3_sglang.launch_server", "--model-path", tiny, "--a3-min-span", "3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"SGLANG_USE_CPU_ENGINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "error: --a3-min-span: " in done.stderr
+
+
+def test_options_in_a_configuration_file(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("A3_RECOMPUTE_RATIO", "A3_DONORS"):
+        monkeypatch.setenv(name, "")  # Is taken back after the test.
+        monkeypatch.delenv(name)
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    file = tmp_path / "config.yaml"
+    file.write_text("radix-cache-backend: a3\na3-recompute-ratio: 0.25\na3-donors: compiled\ndevice: cpu\n")
+    given = prepare_server_args(["--model-path", tiny, "--config", str(file)])
+    assert given.radix_cache_backend == "a3"
+    options = ServerOptions.from_environment()
+    assert (options.recompute_ratio, options.donors) == (0.25, "compiled")
