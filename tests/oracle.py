@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from reference import Llama, backwards, gaps, reused, rope64, spread64
@@ -13,6 +15,7 @@ from a3_sglang.cli.common import flush
 from a3_sglang.drift import BLOCK
 from a3_sglang.fusion.plan import Plan, make_plan
 from a3_sglang.selectors import Probe, Rows
+from a3_sglang.server.build import line_ends
 
 SPREAD = {"ratio": 0.25}
 """The option with which the rows between the recomputed ones are corrected."""
@@ -40,7 +43,7 @@ class Fused:
         out = traffic.ask(prompt, option, tokens=1)
         self.engine, self.report = traffic.kv(out), out["meta_info"]["a3"]
         self.tokens, self.oracle = torch.tensor(prompt), oracle
-        self.plan = self._plan(donor, prompt)
+        self.plan = self._plan(donor, prompt, line_ends(traffic.running.tokenizer_manager.tokenizer))
         self.reused = reused(self.plan)
         assert self.plan.prefix == self.report["prefix"]
         assert len(self.reused) == self.report["reused"] + self.report["recomputed"]
@@ -58,8 +61,8 @@ class Fused:
                 self.copied[1][layer][new] = of_donor[1][layer][old]
 
     @staticmethod
-    def _plan(donor: list[int], prompt: list[int]) -> Plan:
-        index = AnyPositionIndex(32)
+    def _plan(donor: list[int], prompt: list[int], ends: Any) -> Plan:
+        index = AnyPositionIndex(32, line_ends=ends)
         index.add("", donor)
         prefix = next(i for i, (a, b) in enumerate(zip(donor, prompt, strict=False)) if a != b)
         plan = make_plan(index.find("", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)

@@ -359,5 +359,5 @@ def test_frontend_programs_over_documents(server: Server) -> None:
     assert all(told["continued"] + told["reused"] > 64 and told["reason"] is None for told in state["reports"])
     plain = ask.run([2, 3, 0, 1], False, backend=backend)
     assert [told["reason"] for told in plain["reports"]] == ["off", "off"]
-    with pytest.raises(Exception, match="ratio"):
-        ask.run([0, 1], {"ratio": 3}, backend=backend).text()
+    with pytest.raises(ValueError, match="ratio"):
+        Endpoint(f"http://127.0.0.1:{server.port}", a3={"ratio": 3})

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import typer
@@ -205,6 +205,8 @@ def moving_corpus(client: Client) -> None:
                     chosen.append(place)
             ids = [*client.prompt([corpus[place] for place in chosen]), *client.question()]
             client.send(f"moving corpus, batch {batch + 1:2}", ids)
+            if batch:  # Ten draws say little about a batch.
+                client.samples.append(replace(client.samples[-1], row="moving corpus, second to tenth batch"))
 
 
 def nothing(client: Client) -> None:
