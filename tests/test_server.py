@@ -299,7 +299,10 @@ def test_log_and_metrics_say_of_every_request_what_became_of_it(server: Server) 
     assert {key: value for key, value in (counted() - before).items() if value} == {
         k: v for k, v in expected.items() if v
     }
-    assert len(re.findall(r"A3 batch, #fused: 1, ", server.log.read_text())) >= 8
+    log = server.log.read_text()
+    batches = re.findall(r"A3 batch, #fused: (\d+), #continued: (\d+), #full: (\d+), ", log)
+    for result, counts in zip(("fused", "continued", "full"), zip(*batches, strict=True), strict=True):
+        assert sum(map(int, counts)) == len(re.findall(rf"a3: request \w+: {result}", log)) > 0
 
 
 def test_every_panel_of_the_dashboard_has_data(server: Server) -> None:
