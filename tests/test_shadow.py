@@ -56,7 +56,6 @@ def differ(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.engine
-@pytest.mark.core
 @pytest.mark.parametrize("donors", ["harvest", "compiled"])
 def test_observe_and_analyze_tell_what_a3_does(engines: Engines, tiny: str, donors: str):
     """With evictions: within 1% of the tokens."""
