@@ -144,7 +144,8 @@ def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_
     if first is not None:
         end = first.end
         assert end % page_size == 0
-        assert 0 < first.rows(ratio) <= rows
+        assert first.rows(ratio) <= rows
+        assert first.reused > 0  # At ratio 0 that costs no row.
         for span, whole in zip(first.spans, plan.spans, strict=False):
             assert (span.start, span.end) == (whole.start, min(whole.end, end))
     left = [max(span.start, end) for span in plan.spans if span.end - max(span.start, end) >= MIN_SPAN]
