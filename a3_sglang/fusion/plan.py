@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,18 +117,18 @@ def _cut(prefix: int, spans: Sequence[Span], furthest: int, page_size: int, end:
 def first_step(
     plan: Plan, ratio: float, most_rows: int, page_size: int, min_span: int
 ) -> tuple[Plan | None, int | None]:
-    """The part of a plan that one step of chunked prefill can fuse, and where the next one goes on.
+    """Cut a plan to what one step of a chunked prefill can fuse.
 
     Args:
         plan: of the whole prompt.
         ratio: share of the reused tokens that is recomputed.
         most_rows: rows that may be computed between prefix and tail.
         page_size: each part ends at a multiple of it.
-        min_span: what is left of a span is reused only if it has so many tokens.
+        min_span: shortest rest of a span that a later step reuses.
 
     Returns:
-        The plan up to where so many rows are computed, None if no span begins before that; and the start of the next
-        span, None if there is none.
+        The plan up to the position where ``most_rows`` are computed, or None if no span begins before it; and the
+        position at which the next step can reuse tokens, or None.
     """
     reach = _reach(plan, ratio, most_rows)
     if reach >= plan.end:
@@ -138,18 +139,21 @@ def first_step(
     return first, next(left, None)
 
 
-def _reach(plan: Plan, ratio: float, rows: float) -> int:
-    """The position up to which so many rows are computed."""
-    at = plan.prefix
+def _reach(plan: Plan, ratio: float, most_rows: int) -> int:
+    """The furthest position up to which :meth:`Plan.rows` is at most ``most_rows``, or the end of the span before."""
+    at, gap, reused = plan.prefix, 0, 0
     for span in plan.spans:
-        rows -= span.start - at
-        if rows < 0:
-            return at
-        if ratio * span.length > rows:
-            return span.start + int(rows / ratio)
-        rows -= ratio * span.length
-        at = span.end
+        gap += span.start - at
+        fits = _fitting(span.length, reused, ratio, most_rows - gap)
+        if fits < span.length:
+            return at if fits < 0 else span.start + fits
+        at, reused = span.end, reused + span.length
     return plan.end
+
+
+def _fitting(length: int, reused: int, ratio: float, room: int) -> int:
+    """How many of ``length`` more reused tokens leave the recomputed ones within ``room``; -1 if not even none does."""
+    return bisect_right(range(length + 1), room, key=lambda more: math.ceil(ratio * (reused + more))) - 1
 
 
 def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
