@@ -1,4 +1,4 @@
-"""What a3 would do for the requests of a log: what comes back, as a prefix and at any position."""
+"""What a3 would reuse of a log of requests, as a prefix and at any position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from a3_sglang.cache.report import PARTS
 from a3_sglang.cache.shadow import Prompt, Shadow
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.fusion.plan import QUESTION_TOKENS, Plan
@@ -45,7 +44,7 @@ class Logged:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A line that is no request, and why."""
+    """A line that could not be read as a request, and why."""
 
     line: int
     reason: str
@@ -169,9 +168,9 @@ class Document:
     """A text that comes back.
 
     Attributes:
-        begin: its first tokens, as far as they were seen first.
+        begin: the first tokens of the span in which it was first reused.
         times: how often it was reused.
-        tokens: how many in all.
+        tokens: reused tokens in total.
     """
 
     begin: list[int]
@@ -186,7 +185,8 @@ class Analysis:
     Attributes:
         all: of all requests.
         hours: of those of each hour, if the log has times.
-        documents: texts that were reused elsewhere, by a place in them that does not depend on where a span begins.
+        documents: texts that were reused, keyed by the smallest of their window hashes, which is the same wherever a
+            span begins.
     """
 
     all: Sums = field(default_factory=Sums)
@@ -215,9 +215,9 @@ def analyze(requests: Iterable[Logged], options: ServerOptions, slots: int, chun
         for shadow, prompt in ((a3, mine), (stock, theirs)):
             # The last token's KV is never computed.
             shadow.keep(prompt, [*request.tokens, *request.answer][: len(request.tokens) + len(request.answer) - 1])
-        counts = dict(zip(PARTS, outcome.counts, strict=True))
+        counts = outcome.parts
         rows = counts["recomputed"] + counts["gap"] + counts["tail"]
-        result = outcome.result if outcome.result != "full" else f"full: {outcome.reason}"
+        result = outcome.result if outcome.result != "full" else f"full: {outcome.why}"
         sums = [found.all]
         if request.time is not None:
             sums.append(found.hours.setdefault(request.time.replace(minute=0, second=0, microsecond=0), Sums()))
@@ -229,8 +229,8 @@ def analyze(requests: Iterable[Logged], options: ServerOptions, slots: int, chun
             one.results[result] += 1
         for span in (span for plan in plans for span in plan.spans):
             text = np.array(request.tokens[span.start : span.end], dtype=np.int32)
-            place = int(a3.tree.index.window_hashes(None, text).min())
-            document = found.documents.setdefault(place, Document(text[:SHOWN].tolist()))
+            anchor = int(a3.tree.index.window_hashes(None, text).min())
+            document = found.documents.setdefault(anchor, Document(text[:SHOWN].tolist()))
             document.times += 1
             document.tokens += span.length
     return found

@@ -222,6 +222,22 @@ def suits(selector: str, ratio: Ratio | None) -> str:
     return selector
 
 
+def request_options(given: Any) -> RequestOptions:
+    """Read ``custom_params["a3"]``: true, false or an object.
+
+    Raises:
+        ValueError: one line that names the field and what it accepts.
+    """
+    if isinstance(given, bool):
+        return RequestOptions()
+    if not isinstance(given, dict):
+        raise ValueError(f"custom_params.a3: must be true, false or an object, not {type(given).__name__}")
+    try:
+        return RequestOptions.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(_explain(error, lambda field: f"custom_params.a3.{field}")) from None
+
+
 def resolve(server: ServerOptions, custom_params: Any) -> Effective:
     """Merge a request's ``custom_params`` into the server's options.
 
@@ -234,16 +250,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
         ValueError: one line that names the field and what it accepts.
     """
     given = custom_params.get(REQUEST_KEY, True) if isinstance(custom_params, dict) else True
-    enabled, fields = True, RequestOptions()
-    if isinstance(given, bool):
-        enabled = given
-    elif isinstance(given, dict):
-        try:
-            fields = RequestOptions.model_validate(given)
-        except ValidationError as error:
-            raise ValueError(_explain(error, lambda field: f"custom_params.a3.{field}")) from None
-    else:
-        raise ValueError(f"custom_params.a3: must be true, false or an object, not {type(given).__name__}")
+    fields = request_options(given)
     if fields.min_span is not None and fields.min_span < server.min_span:
         raise ValueError(
             f"custom_params.a3.min_span: must be at least {server.min_span}, the server's --a3-min-span "
@@ -255,7 +262,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
     except ValueError as error:
         raise ValueError(f"custom_params.a3.selector: {error}") from None
     return Effective(
-        enabled=enabled,
+        enabled=given is not False,
         donor=fields.donor,
         keep=fields.keep,
         ratio=ratio,

@@ -7,6 +7,8 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+SERVER_ARGUMENTS = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
+"""Arguments with which SGLang serves on a CPU."""
 BF16_FLAGS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX", "bf16": "Arm's bf16"}
 """Flags of /proc/cpuinfo that mean fast bfloat16 matrix products, and what the extension is called."""
 _LOWER = {

@@ -1,4 +1,4 @@
-"""SGLang's frontend programs over documents: options of a3 in a program, and its reports."""
+"""SGLang's frontend language with a3: per-program options, documents and reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
-from a3_sglang.config import REQUEST_KEY, RequestOptions
+from a3_sglang.config import REQUEST_KEY, request_options
 
 OPTIONS = "a3"
 """Variable of a program that holds its options; forks inherit it."""
@@ -27,32 +27,21 @@ class Endpoint(RuntimeEndpoint):
 
     def __init__(self, base_url: str, a3: bool | dict[str, Any] = True, **more: Any) -> None:
         super().__init__(base_url, **more)
-        self._options = _checked(a3)
+        request_options(a3)
+        self._options = a3
 
-    # Every request's data goes through this method, whatever kind it is of.
+    # RuntimeEndpoint passes the body of every request through this method.
     def _add_images(self, s: Any, data: dict[str, Any]) -> None:
         super()._add_images(s, data)
-        options = _checked(s.variables.get(OPTIONS, self._options))
+        options = s.variables.get(OPTIONS, self._options)
+        request_options(options)
         data["sampling_params"]["custom_params"] = {REQUEST_KEY: options}
 
 
-def _checked(options: Any) -> Any:
-    """Options as they were given.
-
-    Raises:
-        ValueError: they are none; it names the field.
-    """
-    if isinstance(options, dict):
-        RequestOptions.model_validate(options)
-    elif not isinstance(options, bool):
-        raise ValueError(f'the variable "{OPTIONS}" of a program holds the options of a3: true, false or an object')
-    return options
-
-
 def documents(texts: Iterable[str]) -> str:
-    """Documents as a part of a prompt: each has the same tokens wherever it is, so that its KV can be reused.
+    """Join documents for a prompt, so that each tokenizes the same way at any position and its KV can be reused.
 
-    Text between them is a line break and a blank line, which tokenizers do not join with what comes before or after.
+    A blank line follows each document; tokenizers do not merge it with the text before or after.
     """
     return "".join(f"{text.strip()}\n\n" for text in texts)
 

@@ -10,14 +10,10 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from a3_sglang.cpu import serving_dtype
+from a3_sglang.cpu import SERVER_ARGUMENTS, serving_dtype
 
-DEFAULTS = {
-    "--radix-cache-backend": "a3",
-    # usage.prompt_tokens_details.cached_tokens in OpenAI's answers
-    "--enable-cache-report": None,
-}
-ON_CPU = {"--device": "cpu", "--attention-backend": "torch_native", "--disable-cuda-graph": None}
+# The cache report is usage.prompt_tokens_details.cached_tokens in OpenAI's answers.
+DEFAULTS = {"radix_cache_backend": "a3", "enable_cache_report": True}
 
 
 def arguments(given: Sequence[str], cuda: bool) -> list[str]:
@@ -27,10 +23,14 @@ def arguments(given: Sequence[str], cuda: bool) -> list[str]:
         given: the command line.
         cuda: whether there is a GPU; without one the server runs on the CPU.
     """
-    defaults = DEFAULTS if cuda else DEFAULTS | ON_CPU | {"--dtype": serving_dtype()[0]}
+    defaults = DEFAULTS if cuda else DEFAULTS | SERVER_ARGUMENTS | {"dtype": serving_dtype()[0]}
     names = {argument.partition("=")[0] for argument in given}
-    added = [part for name, value in defaults.items() if name not in names for part in (name, value)]
-    return [*given, *(part for part in added if part is not None)]
+    added = []
+    for name, value in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        if flag not in names:
+            added += [flag] if value is True else [flag, str(value)]
+    return [*given, *added]
 
 
 def main() -> None:

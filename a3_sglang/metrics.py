@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from a3_sglang.cache.report import PARTS, Outcome
+from a3_sglang.cache.report import Outcome
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """Upper bounds of the buckets of stages' times."""
@@ -15,7 +15,7 @@ class Metrics:
 
     Args:
         server_args: SGLang's ServerArgs.
-        observing: whether it is counted what would be reused, under names of its own (``sglang:a3_observed_*``).
+        observing: the counts are of what would be reused; their names then start with ``sglang:a3_observed_``.
 
     Attributes:
         on: whether metrics are served.
@@ -66,10 +66,9 @@ class Metrics:
         """A prompt was computed."""
         if not self.on:
             return
-        for part, count in zip(PARTS, outcome.counts, strict=True):
+        for part, count in outcome.parts.items():
             self._tokens("exact" if part == "prefix" else part).inc(count)
-        reason = outcome.reason if outcome.result == "full" and outcome.reason is not None else ""
-        self._requests(outcome.result, str(reason)).inc()
+        self._requests(outcome.result, outcome.why).inc()
 
     def took(self, milliseconds: dict[str, float]) -> None:
         """The stages of a fused batch took so long; see :meth:`a3_sglang.fusion.executor.Timings.milliseconds`."""

@@ -101,7 +101,7 @@ def _create_tree(context: Any) -> Any:
     from a3_sglang.server.build import build_tree
 
     tree = build_tree(context)
-    # One that observes leaves batches and admissions as they are.
+    # In observe mode, batches and admissions are not touched.
     _tree = tree if isinstance(tree, A3Tree) else None
     return tree
 
@@ -125,13 +125,13 @@ def _admit(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwa
     if _tree is None:
         return original(adder, req, *args, **kwargs)
     if not adder.can_run_list and adder.rem_chunk_tokens is not None:
-        # A step that decodes, too, has less room than the plan was made for.
+        # In a mixed chunk, decoding requests use up some of the room that the plan was made for.
         _tree.fit(req, _tree.rows_in(adder.rem_chunk_tokens))
     return _add(adder, req, partial(original, adder, req, *args, **kwargs), _tree.after_admission)
 
 
 def _go_on(original: Callable[..., Any], adder: Any, req: Any) -> Any:
-    """Another step of a chunked prefill, which may reuse tokens again."""
+    """Add the next step of a chunked prefill, which may reuse more tokens."""
     if _tree is None or adder.rem_chunk_tokens is None:
         return original(adder, req)
     _tree.plan_next(req, _tree.rows_in(adder.rem_chunk_tokens))
@@ -141,10 +141,10 @@ def _go_on(original: Callable[..., Any], adder: Any, req: Any) -> Any:
 
 
 def _add(adder: Any, req: Any, add: Callable[[], Any], after: Callable[[Any, bool], None]) -> Any:
-    """Add a request to a step with the rows of its fusion counted, and tell the tree what came of it.
+    """Add a request to a step, charge the rows of its fusion to the step's budget, and notify the tree.
 
-    The step ends where the request can reuse tokens again. What is held back of its chunk for that is not given to
-    other requests, as SGLang can go on with one unfinished prefill only.
+    The step ends where the request can reuse tokens again. The rest of the chunk is not given to other requests,
+    because SGLang can track only one unfinished prefill.
     """
     assert _tree is not None
     rows, admitted, result = _tree.rows_of(req), False, None

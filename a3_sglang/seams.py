@@ -100,19 +100,27 @@ def _has(path: str) -> bool:
 
 def create_tree(context: Any, mixin: type) -> Any:
     """The tree SGLang would build for this context, with ``mixin`` in front of its class."""
-    registry = importlib.import_module("sglang.srt.mem_cache.registry")
-    if hasattr(registry, "create_unified_radix_cache"):
-        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+    if _has_unified_tree():
+        create = lookup(_UNIFIED_TREE)
+        return create(context, cache_class=_tree_class(mixin))
+    return _tree_class(mixin)(context.params)
 
-        cls = type("A3UnifiedRadixCache", (mixin, UnifiedRadixCache), {})
-        return registry.create_unified_radix_cache(context, cache_class=cls)
-    from sglang.srt.mem_cache.radix_cache import RadixCache
 
-    return type("A3RadixCache", (mixin, RadixCache), {})(context.params)
+_UNIFIED_TREE = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
+
+
+def _has_unified_tree() -> bool:
+    return _has(_UNIFIED_TREE)
+
+
+def _tree_class(mixin: type) -> type:
+    """SGLang's tree class of this release, with ``mixin`` in front."""
+    name = "unified_radix_cache.UnifiedRadixCache" if _has_unified_tree() else "radix_cache.RadixCache"
+    return type(f"A3{name.rpartition('.')[2]}", (mixin, lookup(f"sglang.srt.mem_cache.{name}")), {})
 
 
 def tree_without_kv(mixin: type, slots: int, page_size: int) -> Any:
-    """A tree with ``mixin`` in front of its class over a pool of so many slots, which hold next to nothing."""
+    """A tree with ``mixin`` in front of its class, over a pool whose slots hold next to nothing."""
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -128,15 +136,11 @@ def tree_without_kv(mixin: type, slots: int, page_size: int) -> Any:
         token_to_kv_pool_allocator=allocator,
         page_size=page_size,
     )
-    if _has("sglang.srt.mem_cache.registry.create_unified_radix_cache"):
+    if _has_unified_tree():
         from sglang.srt.mem_cache.unified_cache.components import ComponentType
-        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
         params.tree_components = (ComponentType.FULL,)
-        return type("ShadowTree", (mixin, UnifiedRadixCache), {})(params)
-    from sglang.srt.mem_cache.radix_cache import RadixCache
-
-    return type("ShadowTree", (mixin, RadixCache), {})(params)
+    return _tree_class(mixin)(params)
 
 
 def match_params(key: Any, req: Any = None) -> Any:
@@ -231,7 +235,7 @@ def protect(req: Any, length: int) -> None:
 
 
 def extend_prefix(tree: Any, req: Any, slots: torch.Tensor) -> None:
-    """Append slots to what a request between two chunks of its prefill has."""
+    """Append slots to the prefix of a request between two chunks of its prefill."""
     if hasattr(req, "prefix_len"):
         end = req.prefix_len + len(slots)
         row(tree, req)[req.prefix_len : end] = slots
@@ -256,7 +260,7 @@ def reserve(adder: Any, rows: int) -> None:
 
 
 def hold_back(adder: Any, left: int | None) -> int:
-    """Leave at most so many tokens of a step's chunk; None: all of them. Returns how many were held back."""
+    """Limit what is left of a step's chunk to ``left`` tokens (None: no limit); returns how many were held back."""
     if left is None or adder.rem_chunk_tokens is None:
         return 0
     held: int = max(adder.rem_chunk_tokens - left, 0)
@@ -299,6 +303,11 @@ def row(tree: Any, req: Any) -> torch.Tensor:
     """The request's row of slots in the pool."""
     index = req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
     return tree.req_to_token_pool.req_to_token[index]
+
+
+def attach(req: Any, name: str, value: Any) -> None:
+    """Make a value part of the request's ``meta_info``; SGLang carries it as the first element of a list."""
+    req.customized_info = {**(req.customized_info or {}), name: [value]}
 
 
 def abort(req: Any, message: str) -> None:

@@ -45,8 +45,8 @@ def main() -> None:
     for order in ([0, 1, 2], [2, 0, 1]):
         state = ask.run(order, ["When was the harbour built?", "How long does the ferry take?"])
         print(f"documents in order {order}")
-        for answer, told in zip(state["answers"], state["reports"], strict=True):
-            print(f"  {answer!r}: {told}")
+        for answer, found in zip(state["answers"], state["reports"], strict=True):
+            print(f"  {answer!r}: {found}")
         print(f"  museum: {state['museum']}")
 
 

@@ -276,7 +276,7 @@ def test_log_and_metrics_say_of_every_request_what_became_of_it(server: Server) 
         assert status == 200
         reports[out["meta_info"]["id"]] = out["meta_info"]["a3"]
     assert len(reports) == 20
-    told = {
+    logged = {
         rid: (
             result,
             reason or None,
@@ -287,15 +287,15 @@ def test_log_and_metrics_say_of_every_request_what_became_of_it(server: Server) 
         )
     }
     for rid, report in reports.items():
-        result, reason, counts = told[rid]
+        result, reason, counts = logged[rid]
         assert counts == {name: report[name] for name in PARTS}
         assert (result == "full") == (report["continued"] + report["reused"] + report["recomputed"] == 0)
         assert reason == (report["reason"] if result == "full" else None)
         expected["requests_total", reason or "", result] += 1
         for name, count in counts.items():
             expected["tokens_total", "exact" if name == "prefix" else name] += count
-    assert {result for result, _, _ in told.values()} == {"fused", "continued", "full"}
-    assert {reason for _, reason, _ in told.values()} >= {None, "off", "donor", "nothing to reuse"}
+    assert {result for result, _, _ in logged.values()} == {"fused", "continued", "full"}
+    assert {reason for _, reason, _ in logged.values()} >= {None, "off", "donor", "nothing to reuse"}
     assert {key: value for key, value in (counted() - before).items() if value} == {
         k: v for k, v in expected.items() if v
     }
@@ -359,8 +359,8 @@ def test_frontend_programs_over_documents(server: Server) -> None:
     state = ask.run([3, 1, 0, 2], None, backend=backend)
     assert state["word"] in ("river", "stone")
     # Either the program's own prefill before the fork has fused the documents, or each fork does.
-    assert all(told["continued"] + told["reused"] > 64 and told["reason"] is None for told in state["reports"])
+    assert all(one["continued"] + one["reused"] > 64 and one["reason"] is None for one in state["reports"])
     plain = ask.run([2, 3, 0, 1], False, backend=backend)
-    assert [told["reason"] for told in plain["reports"]] == ["off", "off"]
+    assert [one["reason"] for one in plain["reports"]] == ["off", "off"]
     with pytest.raises(ValueError, match="ratio"):
         Endpoint(f"http://127.0.0.1:{server.port}", a3={"ratio": 3})

@@ -1,4 +1,4 @@
-"""What a3 would reuse, told without KV, is what it then reuses."""
+"""The shadow's predictions against what the engine then reuses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def differ(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("donors", ["harvest", "compiled"])
-def test_observe_and_analyze_tell_what_a3_does(engines: Engines, tiny: str, donors: str):
+def test_observe_and_analyze_predict_what_a3_does(engines: Engines, tiny: str, donors: str):
     """Within 1% of the tokens; the order of evictions may differ, so a pool of a few prompts is further off."""
     asked = requests(Traffic(None, seed=random.randrange(1 << 30)))
     done = reports(engines, tiny, asked, A3_DONORS=donors)
@@ -65,12 +65,12 @@ def test_observe_and_analyze_tell_what_a3_does(engines: Engines, tiny: str, dono
     observed = reports(engines, tiny, asked, A3_DONORS=donors, A3_MODE="observe")
     assert differ(done, observed) <= 0.01
     options = ServerOptions(min_saving=0.3333, overhead=0, donors=donors, report="exact")
-    shadow, told = Shadow(options, SLOTS, CHUNK, line_ends=line_ends(AutoTokenizer.from_pretrained(tiny))), []
+    shadow, predicted = Shadow(options, SLOTS, CHUNK, line_ends=line_ends(AutoTokenizer.from_pretrained(tiny))), []
     for ids, option in asked:
         prompt = Prompt(ids, option)
-        told.append(shadow.ask(prompt).report(exact=True))
+        predicted.append(shadow.ask(prompt).report(exact=True))
         shadow.keep(prompt, ids)
-    assert differ(done, told) <= 0.01
+    assert differ(done, predicted) <= 0.01
 
 
 @pytest.mark.engine

@@ -1,4 +1,4 @@
-"""Tells what became of each prompt, in the log and in the metrics."""
+"""Reports in the log and in the metrics what became of each prompt."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class Account:
-    """One line per batch that ends prompts in the log, in the manner of SGLang's own; all of it in the metrics.
+    """Logs one line per batch that completes prompts, in the format of SGLang's own, and updates the metrics.
 
     Args:
         metrics: of the process.
-        each: whether every request gets a line of its own, too; otherwise only at log level debug.
-        title: what the line of a batch begins with.
+        each: also log one line per request at level info; otherwise at level debug.
+        title: start of a batch's line.
     """
 
     def __init__(self, metrics: Metrics, each: bool = False, title: str = "A3 batch") -> None:
@@ -27,7 +27,7 @@ class Account:
         self._running: list[Timings] = []
 
     def prefilled(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
-        """Prompts whose last step was in one batch.
+        """Record the prompts that one batch has completed.
 
         Args:
             outcomes: id of each request and what became of its prompt.
@@ -39,23 +39,21 @@ class Account:
         reasons: Counter[str] = Counter()
         for rid, outcome in outcomes:
             self._metrics.prefilled(outcome)
-            counts = dict(zip(PARTS, outcome.counts, strict=True))
-            tokens.update(counts)
+            tokens.update(outcome.parts)
             results[outcome.result] += 1
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
             reason = ""
-            if outcome.result == "full" and outcome.reason is not None:
-                reasons[str(outcome.reason)] += 1
-                reason = f" ({outcome.reason})"
-            logger.log(self._level, "a3: request %s: %s%s, %s", rid, outcome.result, reason, told)
+            if outcome.why:
+                reasons[outcome.why] += 1
+                reason = f" ({outcome.why})"
+            counts = ", ".join(f"{name} {count}" for name, count in outcome.parts.items())
+            logger.log(self._level, "a3: request %s: %s%s, %s", rid, outcome.result, reason, counts)
         parts = [f"#{result}: {results[result]}" for result in ("fused", "continued", "full")]
         parts += [f"#{name}-token: {tokens[name]}" for name in PARTS]
         parts += [f"{reason}: {count}" for reason, count in reasons.items()]
         logger.info("%s, %s", self._title, ", ".join(parts))
 
-    def timed(self, timings: Timings | None) -> None:
-        """Count the times of a fused batch, and of those before it, as soon as the device is through with them."""
-        if timings is not None:
-            self._running.append(timings)
+    def timed(self, timings: Timings) -> None:
+        """Record a fused batch's times in the metrics, once the device has finished it and those before it."""
+        self._running.append(timings)
         while self._running and self._running[0].ready():
             self._metrics.took(self._running.pop(0).milliseconds())

@@ -14,7 +14,7 @@ from a3_sglang import seams
 from a3_sglang.cache.account import Account
 from a3_sglang.cache.planning import PlanningTree, most
 from a3_sglang.cache.request import Reason, RequestState, state_of
-from a3_sglang.config import ServerOptions
+from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.fusion.executor import Executor, Job, Part, Timings
 from a3_sglang.fusion.plan import QUESTION_TOKENS
 from a3_sglang.fusion.row_attention import RowGroup
@@ -110,7 +110,7 @@ class A3Tree(PlanningTree):
         if state.stop is None or self.breaker.open or prefix % page_size:
             return
         if self.options.donors == "compiled" and prefix < state.stop - state.stop % page_size:
-            # Where chunks of new text end depends on other requests, so that the plan must not.
+            # Other requests affect where a chunk of new text ends; they must not affect the plan.
             return
         slots = None
         try:
@@ -217,7 +217,7 @@ class A3Tree(PlanningTree):
         if fused and _TIMED:
             taken = timings.milliseconds()
             for req in fused:
-                req.customized_info["a3_ms"] = [taken]
+                seams.attach(req, "a3_ms", taken)
         for req in list(self.waiting.values()):
             self._drop_unused(req, state_of(req))
         return result
@@ -242,7 +242,7 @@ class A3Tree(PlanningTree):
         elif jobs:
             self.executor.run(jobs, timings)
         for req, job in admitted:
-            self._settle(req, job)
+            self.settle(state_of(req), job.plan, len(job.recomputed))
         with timings.add("recompute" if left else "tail"):
             if not left and not on_cpu:
                 return run()
@@ -258,17 +258,10 @@ class A3Tree(PlanningTree):
             try:
                 job = jobs[id(req)] = self._job(req)
                 self.executor.recompute_all(job)
-                self._settle(req, job)
+                self.settle(state_of(req), job.plan, len(job.recomputed))
             except Exception:
                 self.breaker.failed("full recompute")
                 self._abort(req)
-
-    @staticmethod
-    def _settle(req: Any, job: Job) -> None:
-        """What was recomputed in full after an exact prefix is exact."""
-        state = state_of(req)
-        if job.exact and state.branch is not None and state.branch.begin == job.plan.prefix:
-            state.branch = None
 
     def _abort(self, req: Any) -> None:
         """End a request whose KV cannot be made; its slots hold nothing, so that its last forward stays finite."""
@@ -314,15 +307,19 @@ class A3Tree(PlanningTree):
         return Job(plan, tokens, slots, make_selector(options.selector), ratio, options.question)
 
     def _report(self, batch: Any) -> None:
-        """Write the reports of what the requests' steps have done so far, and account for prompts that are through."""
+        """Write the reports of prompts that are not complete yet, and account for those that this batch completes."""
         assert self.index is not None
         assert self.approximate is not None
         ended = []
         for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-            state, outcome = state_of(req), self.outcome(req)
-            report = outcome.report(exact=self.options.report == "exact")
-            req.customized_info = {**(req.customized_info or {}), "a3": [report]}
-            if not state.accounted and prefix + length >= len(req.origin_input_ids):
+            state = state_of(req)
+            assert state.done is not None
+            if state.done.complete:
+                continue  # It decodes.
+            outcome = self.outcome(req)
+            seams.attach(req, REQUEST_KEY, outcome.report(exact=self.options.report == "exact"))
+            state.done.complete = prefix + length >= len(req.origin_input_ids)
+            if state.done.complete and not state.accounted:
                 state.accounted = True
                 ended.append((req.rid, outcome))
         self.account.prefilled(ended)

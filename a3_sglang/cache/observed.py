@@ -1,4 +1,4 @@
-"""``--a3-mode observe``: SGLang's own tree serves all requests, and a shadow tells what a3 would reuse."""
+"""``--a3-mode observe``: SGLang's own tree serves all requests, and a shadow predicts what a3 would reuse."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 
 from a3_sglang import seams
 from a3_sglang.cache.account import Account
-from a3_sglang.cache.breaker import Breaker
 from a3_sglang.cache.inserting import InsertingTree
 from a3_sglang.cache.report import Outcome
 from a3_sglang.cache.request import RequestState
 from a3_sglang.cache.shadow import Shadow
-from a3_sglang.metrics import Metrics
+from a3_sglang.config import REQUEST_KEY
 
 
 class Observed:
-    """A request as the shadow sees it: what it writes stays here, and the rest is the request's own.
+    """Stands in for a request in the shadow: reads come from the request, writes stay here.
 
     Args:
         req: SGLang's request.
@@ -30,21 +29,21 @@ class Observed:
         self.a3 = RequestState()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._req, name, None) if name == "cache_salt" else getattr(self._req, name)
+        return getattr(self._req, name)
 
 
 class ObservedTree(InsertingTree):
-    """Mixin in front of SGLang's tree class: changes nothing of what it does."""
+    """Mixin in front of SGLang's tree class that does not change what it does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._shadow: Shadow | None = None
         super().__init__(*args, **kwargs)
 
-    def observe(self, shadow: Shadow, metrics: Metrics, log_each: bool) -> None:
+    def observe(self, shadow: Shadow, log_each: bool) -> None:
         """Begin to ask the shadow."""
         self._shadow, self._exact = shadow, shadow.tree.options.report == "exact"
-        self._breaker = Breaker(metrics.failed, metrics.turned_off)
-        self._account, self._metrics = Account(metrics, log_each, "A3 would reuse"), metrics
+        self._breaker, self._metrics = shadow.tree.breaker, shadow.tree.metrics
+        self._account = Account(self._metrics, log_each, "A3 would reuse")
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -64,8 +63,7 @@ class ObservedTree(InsertingTree):
         seen = Observed(req, limit)
         outcome: Outcome = self._shadow.ask(seen)
         req.a3_observed = seen
-        report = {**outcome.report(self._exact), "mode": "observe"}
-        req.customized_info = {**(req.customized_info or {}), "a3": [report]}
+        seams.attach(req, REQUEST_KEY, {**outcome.report(self._exact), "mode": "observe"})
         self._account.prefilled([(req.rid, outcome)])
 
     def insert(self, params: Any) -> Any:

@@ -152,7 +152,7 @@ class PlanningTree(InsertingTree):
         return result
 
     def forget(self, req: Any) -> None:
-        """Called before a request is matched again: what came of its last match is over."""
+        """Called before a request is matched again: drop what its last match led to."""
 
     def _match(self, req: Any, state: RequestState, params: Any, exact: Any) -> Any:
         """Match the longest exact or approximate prefix, and plan the reuse of spans after it."""
@@ -199,7 +199,7 @@ class PlanningTree(InsertingTree):
         state = state_of(req)
         if state.hashes is None:
             options = self.options_of(req)
-            seed = (self._namespace_of(req), options.selector, options.ratio, options.min_span)
+            seed = (self.namespace_of(req), options.selector, options.ratio, options.min_span)
             state.hashes = prefix_hashes(seed, req.origin_input_ids)
         return state.hashes
 
@@ -210,6 +210,12 @@ class PlanningTree(InsertingTree):
             # With compiled donors it must not matter what others ask over the same text.
             common = self._hashes(req)[-1 if self.options.donors == "compiled" else 0]
             state.branch = Branch(state.plan.prefix, state.generation, int(common) % KINDS)
+
+    @staticmethod
+    def settle(state: RequestState, plan: Plan, recomputed: int) -> None:
+        """If every reused row was recomputed after an exact prefix, the KV is exact."""
+        if recomputed == plan.reused and state.branch is not None and state.branch.begin == plan.prefix:
+            state.branch = None
 
     def plan_step(self, req: Any, state: RequestState, prefix: int, most_rows: int) -> int:
         """Plan what the next step of a prefill reuses, as the state's ``plan`` and ``stop``.
@@ -248,7 +254,7 @@ class PlanningTree(InsertingTree):
         """
         assert self.index is not None
         options = self.options_of(req)
-        space, prompt = self._namespace_of(req), len(req.origin_input_ids)
+        space, prompt = self.namespace_of(req), len(req.origin_input_ids)
         known = prefix
         if self.options.donors == "compiled" and state.branch is None and state.done is None:
             # What else the tree holds of the prompt would make the answer depend on other requests.
@@ -306,12 +312,12 @@ class PlanningTree(InsertingTree):
         return self.rows_in(self.chunk)
 
     def rows_in(self, chunk: int) -> int:
-        """Rows between prefix and tail that a step of so many rows has room for."""
+        """Rows between prefix and tail that fit into a step of ``chunk`` rows."""
         page_size: int = self.page_size  # type: ignore[attr-defined]
         return chunk - QUESTION_TOKENS - MIN_TAIL - page_size
 
     def tail_of(self, req: Any) -> int | None:
-        """Tokens that a request's next step computes after its plan, at most: what comes then is reused."""
+        """How many tokens a request's next step may compute after its plan before reuse resumes; None: no limit."""
         state = state_of(req)
         if state.stop is None:
             return None
@@ -325,7 +331,9 @@ class PlanningTree(InsertingTree):
             state.options = resolve_leniently(self.options, req.sampling_params.custom_params)
         return state.options
 
-    def _namespace_of(self, req: Any) -> Hashable:
+    @staticmethod
+    def namespace_of(req: Any) -> Hashable:
+        """What keeps a request's tokens apart from equal tokens of others."""
         return (req.extra_key, getattr(req, "cache_salt", None) or None)
 
     # ---- donors' slots

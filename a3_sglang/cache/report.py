@@ -35,9 +35,19 @@ class Outcome:
     reusable: int
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Tokens by where they came from, with the names of :data:`PARTS`."""
+        return dict(zip(PARTS, self.counts, strict=True))
+
+    @property
+    def why(self) -> str:
+        """The reason for a prompt that was computed in full; empty for others."""
+        return str(self.reason) if self.result == "full" and self.reason is not None else ""
+
+    @property
     def result(self) -> Literal["fused", "continued", "full"]:
         """Whether anything was reused by this request itself, or only what an earlier one had fused, or nothing."""
-        parts = dict(zip(PARTS, self.counts, strict=True))
+        parts = self.parts
         if parts["reused"] + parts["recomputed"]:
             return "fused"
         return "continued" if parts["continued"] else "full"

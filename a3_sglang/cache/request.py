@@ -44,6 +44,7 @@ class Done:
         prefix: came from the tree.
         reused, recomputed, gap: of the fusions.
         charged: rows with freshly computed QKV in the fusions, in rows of the whole model.
+        complete: all of the prompt is computed.
     """
 
     prefix: int
@@ -51,6 +52,7 @@ class Done:
     recomputed: int = 0
     gap: int = 0
     charged: float = 0.0
+    complete: bool = False
 
     @property
     def fused(self) -> int:
@@ -70,7 +72,7 @@ class RequestState:
         branch: where its KV becomes approximate; None: nowhere.
         limit: tokens of the prompt that may come from a cache.
         plan: what the next step of the prefill reuses.
-        stop: where the step after that can reuse tokens again; None: nowhere.
+        stop: position from which the step after that can reuse tokens; None: there is none.
         generation: of the branch that the plan begins, if it begins one.
         reason: why there is no plan, or why everything was recomputed.
         reusable: tokens that could have been reused, if they were too few.
@@ -80,7 +82,7 @@ class RequestState:
         waiting: slots are allocated, the fusion has not run.
         recomputed: positions of the reused rows that the last fusion recomputed, int64.
         done: what the steps so far have done; None before the first.
-        accounted: log and metrics have what became of the prompt.
+        accounted: the prompt was logged and counted in the metrics.
     """
 
     options: Effective | None = None

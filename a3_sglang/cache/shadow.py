@@ -1,4 +1,4 @@
-"""What a3 would reuse of requests, without their KV: one of SGLang's trees over slots that hold nothing."""
+"""Predicts what a3 would reuse: SGLang's tree over a pool of slots without KV."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from a3_sglang.cache.report import Outcome
 from a3_sglang.cache.request import RequestState, state_of
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.fusion.plan import Plan
+from a3_sglang.metrics import Metrics
 from a3_sglang.selectors import make_selector
 
 
 @dataclass
 class Prompt:
-    """A request, as far as planning looks at it.
+    """The attributes of a request that planning reads.
 
     Attributes:
         origin_input_ids: tokens of the prompt.
@@ -46,7 +47,7 @@ class Prompt:
 
 
 class Shadow:
-    """Requests are asked one after the other; what they leave is kept when they say so.
+    """Answers requests in order: :meth:`ask` says what would be reused, :meth:`keep` caches what a request leaves.
 
     Args:
         options: the server's.
@@ -54,6 +55,7 @@ class Shadow:
         chunk: rows of a step.
         page_size: tokens of a page.
         line_ends: bool (vocabulary,), the tokens that end a line; None if that is not known.
+        metrics: where failures are counted.
         on_fuse: is called with every plan that would be fused.
     """
 
@@ -64,12 +66,13 @@ class Shadow:
         chunk: int,
         page_size: int = 1,
         line_ends: Any = None,
+        metrics: Metrics | None = None,
         on_fuse: Callable[[Plan], None] = lambda _plan: None,
     ) -> None:
         self._on_fuse = on_fuse
         self.tree = seams.tree_without_kv(PlanningTree, slots, page_size)
         overhead = options.overhead if isinstance(options.overhead, int) else 0
-        self.tree.start_planning(options, slots, chunk, overhead, line_ends=line_ends)
+        self.tree.start_planning(options, slots, chunk, overhead, metrics, line_ends)
 
     def ask(self, req: Any) -> Outcome:
         """What would become of a prompt.
@@ -80,7 +83,7 @@ class Shadow:
         tree, state = self.tree, state_of(req)
         tokens = np.asarray(req.origin_input_ids, dtype=np.int64)
         limit = len(tokens) - 1 if req.limit is None else req.limit
-        key = seams.key_like((req.extra_key, req.cache_salt or None), tokens[:limit])
+        key = seams.key_like(tree.namespace_of(req), tokens[:limit])
         req.prefix_len = seams.matched_length(tree.match_prefix(seams.match_params(key, req)))
         tree.begin(req)
         while True:
@@ -97,32 +100,30 @@ class Shadow:
         if slots is None:
             state.plan = state.stop = None
             return
-        # What the request leaves gets slots when it is kept.
+        # `keep` allocates the slots of what the request leaves.
         self.tree.token_to_kv_pool_allocator.free(slots)
         self.tree.enter_branch(req, state)
         assert state.plan is not None
         options, plan = self.tree.options_of(req), state.plan
         ratio = self.tree.ratio_of(plan, usual(options.ratio))
         recomputed = make_selector(options.selector).budget(ratio, plan.reused)[0]
-        if recomputed == plan.reused and state.branch is not None and state.branch.begin == plan.prefix:
-            state.branch = None  # A full prefill, which is exact.
+        self.tree.settle(state, plan, recomputed)
         self.tree.count(req, plan, recomputed, 0.0)
         if not options.keep:
             req.skip_radix_cache_insert = True
         self._on_fuse(plan)
 
     def keep(self, req: Any, tokens: Any) -> None:
-        """What a request leaves in the tree.
+        """Insert what a request leaves into the tree.
 
         Args:
-            req: was asked before.
-            tokens: of the prompt, and of the answer as far as there is one; or the first of them.
+            req: passed to :meth:`ask` before.
+            tokens: the prompt's, followed by those of the answer so far; or a beginning of them.
         """
         if req.skip_radix_cache_insert:
             return
-        tree, space = self.tree, (req.extra_key, req.cache_salt or None)
-        tokens = np.asarray(tokens, dtype=np.int64)
-        key = seams.key_like(space, tokens[: len(tokens) // tree.page_size * tree.page_size])
+        tree, tokens = self.tree, np.asarray(tokens, dtype=np.int64)
+        key = seams.key_like(tree.namespace_of(req), tokens[: len(tokens) // tree.page_size * tree.page_size])
         with tree.inserting(req):
             found = tree.match_prefix(seams.match_params(key))
             release = seams.locked(tree, found.last_device_node)

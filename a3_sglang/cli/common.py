@@ -19,7 +19,7 @@ from rich.table import Table
 
 from a3_sglang import seams
 from a3_sglang.cli.output import VERBOSE, working
-from a3_sglang.cpu import serving_dtype
+from a3_sglang.cpu import SERVER_ARGUMENTS, serving_dtype
 
 console = Console()
 
@@ -50,10 +50,7 @@ def engine_arguments(model: str, **overrides: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"model_path": model, "log_level": level, "random_seed": 1}
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-        arguments |= {
-            "device": "cpu",
-            "attention_backend": "torch_native",
-            "disable_cuda_graph": True,
+        arguments |= SERVER_ARGUMENTS | {
             "dtype": serving_dtype()[0],
             "max_total_tokens": 65536,
             "mem_fraction_static": 0.5,

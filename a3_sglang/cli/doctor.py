@@ -96,7 +96,7 @@ def _device() -> Check:
 
 
 def _model(model: str) -> list[Check]:
-    from a3_sglang.server.support import model_refusal
+    from a3_sglang.server.support import model_refusal, rope_type
 
     name = f"model {Path(model).name}"
     try:
@@ -109,12 +109,11 @@ def _model(model: str) -> list[Check]:
     if reason is not None:
         return [Check(name, False, f"{reason}; --a3-mode observe tells what could be reused")]
     text = getattr(config, "hf_text_config", None) or config.hf_config
-    rope = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
     heads, dim = config.get_total_num_kv_heads(), config.head_dim
     size = 2 * config.num_hidden_layers * heads * dim * config.dtype.itemsize
     return [
         Check(name, True, f"{', '.join(config.hf_config.architectures)}: supported"),
-        Check("RoPE", True, f"{rope.get('rope_type', rope.get('type', 'default'))}, checked against the keys at start"),
+        Check("RoPE", True, f"{rope_type(text)}, checked against the keys at start"),
         Check(
             "KV", True, f"{config.num_hidden_layers} layers, {heads} heads of {dim}: {size / 1024:.1f} KiB per token"
         ),

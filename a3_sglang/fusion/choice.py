@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from a3_sglang.fusion.clock import seconds
 from a3_sglang.fusion.row_attention import RowAttention, RowGroup, TorchRowAttention
 
 logger = logging.getLogger(__name__)
@@ -112,16 +112,4 @@ class _Trial:
 
     def milliseconds(self, attention: RowAttention, layers: int) -> float:
         """Median of a whole pass."""
-        times = []
-        for _ in range(REPEATS):
-            _settle(self._query)
-            started = time.perf_counter()
-            self.run(attention, layers)
-            _settle(self._query)
-            times.append((time.perf_counter() - started) * 1e3)
-        return statistics.median(times)
-
-
-def _settle(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+        return statistics.median(seconds(lambda: self.run(attention, layers), self._query.device, REPEATS)) * 1e3

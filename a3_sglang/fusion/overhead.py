@@ -1,19 +1,15 @@
-"""What a fusion costs on a device besides its rows."""
+"""The cost of a fusion beyond that of its rows."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
-import torch
-
+from a3_sglang.fusion.clock import seconds
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.warm_up import Rehearsal
 from a3_sglang.selectors import Selector
 
 REPEATS = 3
 LONGER = 2
-"""A prefill whose time tells the time of a row takes so many times as long as one of as many rows as a fusion has."""
+"""The time per row is taken from a plain prefill that takes this many times as long as one of the fusion's rows."""
 
 
 def overhead_rows(executor: Executor, selector: Selector) -> int:
@@ -32,31 +28,17 @@ def overhead_rows(executor: Executor, selector: Selector) -> int:
 
     def fuse() -> None:
         rehearsal.copy()
-        rehearsal.fuse(rehearsal.job, 0)
+        rehearsal.fuse(rehearsal.job, one_pass=True)
 
-    fused = _seconds(fuse, device)
+    def prefill(rows: int) -> float:
+        return min(seconds(lambda: rehearsal.compute(rows), device, REPEATS))
+
+    fused = min(seconds(fuse, device, REPEATS))
     job = rehearsal.job
     rows = len(job.recomputed) + job.plan.gap + len(rehearsal.tail) + job.probed_rows
-    plain = longer = _seconds(lambda: rehearsal.compute(rows), device)
+    plain = longer = prefill(rows)
     most, count = min(executor.slice_rows, len(executor.model.keys[0]) - 1), rows
     while longer < LONGER * plain and 2 * count <= most:
         count *= 2
-        longer = _seconds(lambda: rehearsal.compute(count), device)  # noqa: B023 - called at once
+        longer = prefill(count)
     return max(0, round((fused - plain) / longer * count))
-
-
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """The shortest time of a few runs."""
-    taken = []
-    for _ in range(REPEATS):
-        _settle(device)
-        started = time.perf_counter()
-        run()
-        _settle(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

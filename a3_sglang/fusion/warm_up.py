@@ -39,7 +39,7 @@ class Rehearsal:
         plan = make_plan(index.find("warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
         assert plan is not None
         self._executor, device = executor, executor.model.keys[0].device
-        # The first slot stands for none.
+        # Slot 0 is SGLang's padding slot.
         free = torch.arange(1, 1 + DONOR + len(prompt), device=device)
         self._sources = torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans])
         self._slots = free[DONOR:]
@@ -51,16 +51,16 @@ class Rehearsal:
         """Copy the spans."""
         self._executor.fill(self.job, self._sources)
 
-    def fuse(self, job: Job, tail_rows: int) -> None:
-        """Choose, recompute and extend, all in one pass if the tail counts as few enough rows."""
+    def fuse(self, job: Job, one_pass: bool) -> None:
+        """Choose rows, recompute them and extend; ``one_pass``: recompute in the pass of the extend."""
         executor, tail = self._executor, self.tail
-        left = executor.prepare([job], Timings(), tail_rows)
+        left = executor.prepare([job], Timings(), 0 if one_pass else executor.slice_rows)
         group = RowGroup(0, len(tail), self._slots, tail + 1, job.exact)
         with executor.extended(left, [group], self._slots[tail]):
             executor.model.extend(job.tokens[tail], tail)
 
     def compute(self, rows: int) -> None:
-        """A plain prefill of so many rows."""
+        """A plain prefill of ``rows`` rows."""
         executor, device = self._executor, self.tail.device
         slots = torch.arange(1, 1 + rows, device=device)
         tokens, positions = self.job.tokens.repeat(1 + rows // len(self.job.tokens))[:rows], slots % DONOR
@@ -90,8 +90,8 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
     whole = replace(rehearsal.job, selector=Full())
     for one in (rehearsal.job, whole):
         # Both ways to recompute: in a separate pass, and within the extend of the tail.
-        for tail_rows in (executor.slice_rows, 0):
-            rehearsal.fuse(one, tail_rows)
+        for one_pass in (False, True):
+            rehearsal.fuse(one, one_pass)
     _check_keys(executor, whole)
     return rehearsal.job
 

@@ -91,9 +91,10 @@ def _observing(context: Any, options: ServerOptions) -> Any:
         _slice_rows(context.server_args),
         context.params.page_size,
         line_ends(context.tp_worker.tokenizer),
+        Metrics(context.server_args, observing=True),
     )
     tree = seams.create_tree(context, ObservedTree)
-    tree.observe(shadow, Metrics(context.server_args, observing=True), bool(context.server_args.log_requests))
+    tree.observe(shadow, bool(context.server_args.log_requests))
     logger.info("a3: ready. Observes what would be reused and changes nothing; %s", options)
     return tree
 

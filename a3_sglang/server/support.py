@@ -122,6 +122,13 @@ def _flag(name: str) -> str:
     return "--" + _CLI_NAMES.get(name, name).strip("_").replace("_", "-")
 
 
+def rope_type(text_config: Any) -> str:
+    """The model's RoPE type, by its name in config.json."""
+    rope = getattr(text_config, "rope_scaling", None) or getattr(text_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    return str(kind)
+
+
 def model_refusal(model_config: Any) -> str | None:
     """The part of :func:`refusal` that concerns the model."""
     text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
@@ -132,8 +139,7 @@ def model_refusal(model_config: Any) -> str | None:
     window = getattr(text, "sliding_window", None)
     if window and getattr(text, "use_sliding_window", True):
         return f"sliding-window attention is not supported (sliding_window={window})"
-    rope = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    kind = rope_type(text)
     if kind not in SUPPORTED_ROPE:
         return f"RoPE of type {kind!r} is not supported (only {', '.join(SUPPORTED_ROPE)})"
     if not getattr(model_config, "is_generation", True):
