@@ -1,5 +1,6 @@
 # Development of a3-sglang. A bare machine with Python 3.11, pip and make is enough: the environment and the test
-# model are made on first use, in ${XDG_CACHE_HOME:-~/.cache}/a3-sglang.
+# model are made on first use, in ${XDG_CACHE_HOME:-~/.cache}/a3-sglang. The browser tests need Chromium; on Debian and
+# Ubuntu, root installs it with apt.
 
 PYTHON ?= python3
 ENVIRONMENT := $(PYTHON) tools/environment.py
@@ -31,8 +32,9 @@ demo:  ## see the reuse at work: the demo on a small model, on the CPU
 	env $(RUN_SETTINGS) "$$bin/python" -P examples/demo.py --model "$$model" $(DEMO_ARGS)
 
 test:  ## run all tests against the installed package
-	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
-	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" "$$bin/python" $(PYTEST) --durations=15 $(PYTEST_ARGS)
+	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && browser=$$($(ENVIRONMENT) browser) && \
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_BROWSER="$$browser" \
+		"$$bin/python" $(PYTEST) --durations=15 $(PYTEST_ARGS)
 
 test-matrix:  ## run the core tests with the other supported versions of SGLang
 	@model=$$($(ENVIRONMENT) model) && \

@@ -23,7 +23,10 @@ from a3_sglang import seams
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
+BACKEND = "a3"
+"""Value of ``--radix-cache-backend``."""
 REQUEST_KEY = "a3"
+"""Key of a request's options in ``custom_params``, and of its report."""
 
 AUTO: Literal["auto"] = "auto"
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from a3_sglang import seams
-from a3_sglang.config import REQUEST_KEY, ServerOptions, env_name, resolve
+from a3_sglang.config import BACKEND, ServerOptions, env_name
+from a3_sglang.server import http
 from a3_sglang.server.debug import dump_kv, dump_logits
 from a3_sglang.server.support import RefusedError, refusal
-
-BACKEND = "a3"
-REPORT_KEYS = (REQUEST_KEY, "a3_ms")
 
 _tree: Any = None
 """The tree of this process's scheduler, where the backend is selected."""
@@ -31,7 +29,8 @@ def register() -> None:
     seams.check()
     register_radix_cache_backend(BACKEND, _create_tree)
     HookRegistry.register(seams.HOOKS["cli"], _add_options, HookType.AFTER)
-    HookRegistry.register(seams.HOOKS["generate"], _generate, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["generate"], http.generate, HookType.AROUND)
+    HookRegistry.register(seams.HOOKS["respond"], http.respond, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["go_on"], _go_on, HookType.AROUND)
@@ -170,33 +169,3 @@ def _rank(original: Callable[..., Any], policy: Any, waiting: list[Any], *args: 
         for req in waiting:
             req.num_matched_prefix_tokens -= _tree.context_rows_of(req)
     return result
-
-
-# ---- the tokenizer manager's process
-
-
-async def _generate(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Check ``custom_params["a3"]`` before the request leaves for the scheduler; unpack its report after."""
-    if manager.server_args.radix_cache_backend != BACKEND:
-        async for out in original(manager, obj, request):
-            yield out
-        return
-    options = ServerOptions.from_environment()
-    params = getattr(obj, "sampling_params", None)
-    for one in params if isinstance(params, list) else [params]:
-        if isinstance(one, dict):
-            resolve(options, one.get("custom_params"))
-    async for out in original(manager, obj, request):
-        for single in out if isinstance(out, list) else [out]:
-            _unpack_report(single)
-        yield out
-
-
-def _unpack_report(out: Any) -> None:
-    """SGLang carries the report as the first element of a list with one element a token."""
-    meta = out.get("meta_info") if isinstance(out, dict) else None
-    if not meta:
-        return
-    for key in REPORT_KEYS:
-        if isinstance(meta.get(key), list):
-            meta[key] = next((report for report in meta[key] if report is not None), None)

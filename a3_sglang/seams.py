@@ -25,6 +25,7 @@ SUPPORTED = ("0.5.17", "0.5.21", "0.5.23")
 HOOKS: dict[str, str] = {
     "cli": "sglang.srt.server_args.ServerArgs.add_cli_args",
     "generate": "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+    "respond": "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
     "forward": "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
     "admit": "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
     "go_on": "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",

