@@ -133,6 +133,7 @@ def _go_on(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """Add the next step of a chunked prefill, which may reuse more tokens."""
     if _tree is None or adder.rem_chunk_tokens is None:
         return original(adder, req)
+    seams.keep_computed(_tree, req)
     _tree.plan_next(req, _tree.rows_in(adder.rem_chunk_tokens))
     result = _add(adder, req, partial(original, adder, req), _tree.after_next)
     seams.log_as_cached(adder, _tree.planned_of(req))

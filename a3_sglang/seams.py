@@ -245,6 +245,18 @@ def extend_prefix(tree: Any, req: Any, slots: torch.Tensor) -> None:
         req.prefix_indices = torch.cat([req.prefix_indices, slots.to(req.prefix_indices.dtype)])
 
 
+def keep_computed(tree: Any, req: Any) -> None:
+    """Make what a request's chunks have computed its prefix.
+
+    Before 0.5.23, SGLang forgets it if the request must not be inserted; its next chunk would compute it again.
+    """
+    if hasattr(req, "prefix_len") or not req.skip_radix_cache_insert:
+        return
+    computed = (req if hasattr(req, "kv_committed_len") else req.kv).kv_committed_len
+    if computed > len(req.prefix_indices):
+        req.prefix_indices = row(tree, req)[:computed].to(req.prefix_indices.dtype, copy=True)
+
+
 def shorten_prefix(req: Any, length: int) -> None:
     """Take back :func:`extend_prefix`."""
     if hasattr(req, "prefix_len"):

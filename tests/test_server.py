@@ -191,25 +191,28 @@ def test_the_report_is_in_the_usage_of_openai_answers(server: Server, route: str
 
 def test_other_routes_take_options_by_header(server: Server) -> None:
     """Each route's request is fused or not as the header says, and the log says so."""
-    text = server.text([5, 1, 3])
-    said = [{"role": "user", "content": text}]
-    routes: list[tuple[str, dict[str, Any]]] = [
-        ("/generate", {"text": text, "sampling_params": {"max_new_tokens": 2}}),
-        ("/generate", {"text": text}),
-        ("/v1/chat/completions", {"model": "default", "messages": said, "max_tokens": 2}),
-        ("/v1/completions", {"model": "default", "prompt": text, "max_tokens": 2}),
-        ("/v1/messages", {"model": "default", "messages": said, "max_tokens": 2}),
-        ("/v1/responses", {"model": "default", "input": text, "max_output_tokens": 2}),
-        ("/api/chat", {"model": "default", "messages": said, "stream": False, "options": {"num_predict": 2}}),
-        ("/api/generate", {"model": "default", "prompt": text, "stream": False, "options": {"num_predict": 2}}),
+    routes: list[tuple[str, str, dict[str, Any]]] = [
+        ("/generate", "text", {"sampling_params": {"max_new_tokens": 2}}),
+        ("/generate", "text", {}),
+        ("/v1/chat/completions", "messages", {"max_tokens": 2}),
+        ("/v1/completions", "prompt", {"max_tokens": 2}),
+        ("/v1/messages", "messages", {"max_tokens": 2}),
+        ("/v1/responses", "input", {"max_output_tokens": 2}),
+        ("/api/chat", "messages", {"stream": False, "options": {"num_predict": 2}}),
+        ("/api/generate", "prompt", {"stream": False, "options": {"num_predict": 2}}),
     ]
 
     def logged() -> list[tuple[str, str]]:
         found = re.findall(r"a3: request \w+: (\w+)(?: \(([^)]*)\))?, prefix", server.log.read_text())
         return [(result, reason) for result, reason in found]
 
-    for path, body in routes:
-        for header, wanted in (("false", ("full", "off")), ('{"keep": false, "ratio": 0.3}', ("fused", ""))):
+    name = server.openai.models.list().data[0].id
+    for path, field, more in routes:
+        text = server.text()
+        said = [{"role": "user", "content": text}] if field == "messages" else text
+        body = {"model": name, field: said, **more}
+        # The full prefill comes last: after it, all of the prompt is an exact prefix.
+        for header, wanted in (('{"keep": false, "ratio": 0.3}', ("fused", "")), ("false", ("full", "off"))):
             before = len(logged())
             status, answer = server.post(path, body, {"x-a3": header})
             assert status == 200, (path, answer)

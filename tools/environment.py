@@ -9,8 +9,8 @@ Standard library only, so that a bare Python 3.11 with pip is enough::
     python3 tools/environment.py clean                    # removes what the others have made
 
 ``bin``, ``model`` and ``browser`` make what is missing and print one line on stdout, its path; everything else goes to
-stderr. Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and shared by clones
-with the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
+stderr. Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and shared by
+clones with the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -50,7 +50,9 @@ def _take_header(request: Any, obj: Any) -> None:
     try:
         given = json.loads(text)
     except ValueError:
-        raise ValueError(f"header {HEADER}: must be JSON, for example false or {{\"ratio\": 0.3}}, not {text!r}") from None
+        raise ValueError(
+            f'header {HEADER}: must be JSON, for example false or {{"ratio": 0.3}}, not {text!r}'
+        ) from None
     obj.sampling_params = obj.sampling_params or {}
     for one in obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]:
         custom = one.get("custom_params") or {}
@@ -95,7 +97,7 @@ async def respond(original: Callable[..., Awaitable[Any]], serving: Any, request
     return JSONResponse(body)
 
 
-async def _with_reports(lines: AsyncIterator[Any], reports: dict[int, Any]) -> AsyncIterator[Any]:
+async def _with_reports(lines: AsyncIterable[Any], reports: dict[int, Any]) -> AsyncIterator[Any]:
     async for line in lines:
         # The chunk with the usage of the whole answer is the one without choices.
         if reports and isinstance(line, str) and line.startswith("data: {") and '"usage"' in line:
