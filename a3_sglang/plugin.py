@@ -37,6 +37,7 @@ def register() -> None:
     HookRegistry.register(seams.HOOKS["rank"], _rank, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
     HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
+    seams.take_engine_arguments(_take_options)
     if seams.overwrites_arguments():
         HookRegistry.register(seams.ARGUMENTS_HOOK, seams.remember_arguments, HookType.AROUND)
 
@@ -66,6 +67,31 @@ def _add_options(_result: None, parser: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             help=f"{field.description} Default: {field.default or 'none'}.",
         )
+
+
+_of_engine: set[str] = set()
+"""Variables that were set by the last ``sglang.Engine``."""
+
+
+def _take_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Move ``a3_*`` from the arguments of ``sglang.Engine`` to the environment.
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: a bad value.
+    """
+    options = {name: value for name, value in given.items() if name.startswith("a3_")}
+    while _of_engine:
+        os.environ.pop(_of_engine.pop(), None)
+    for name, value in options.items():
+        if name.removeprefix("a3_") not in ServerOptions.model_fields:
+            known = ", ".join("a3_" + field for field in ServerOptions.model_fields)
+            raise TypeError(f"sglang.Engine has no option {name}; those of a3 are {known}")
+        variable = env_name(name.removeprefix("a3_"))
+        os.environ[variable] = str(value)
+        _of_engine.add(variable)
+    ServerOptions.from_environment()
+    return {name: value for name, value in given.items() if name not in options}
 
 
 # ---- start

@@ -37,6 +37,7 @@ HOOKS: dict[str, str] = {
 
 _NEEDED = (
     *HOOKS.values(),
+    "sglang.srt.entrypoints.engine.Engine.server_args_class",
     "sglang.srt.mem_cache.registry.register_radix_cache_backend",
     "sglang.srt.mem_cache.registry.default_radix_cache_factory",
     "sglang.srt.mem_cache.base_prefix_cache.MatchResult.host_hit_length",
@@ -97,6 +98,13 @@ def _has(path: str) -> bool:
 
 
 # ---- the tree
+
+
+def take_engine_arguments(take: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Pass the keyword arguments of ``sglang.Engine`` through ``take`` before they become ServerArgs."""
+    engine = lookup("sglang.srt.entrypoints.engine.Engine")
+    create = engine.server_args_class
+    engine.server_args_class = staticmethod(lambda **given: create(**take(given)))
 
 
 def create_tree(context: Any, mixin: type) -> Any:

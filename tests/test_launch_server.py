@@ -35,6 +35,41 @@ def test_a_bad_option_is_one_line(tiny: str):
     assert "error: --a3-min-span: " in done.stderr
 
 
+def test_sglang_serve_takes_the_options(tiny: str):
+    script = "from sglang.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, "serve", "--model-path", tiny, "--a3-donors", "bought"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"SGLANG_USE_CPU_ENGINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "error: --a3-donors: " in done.stderr
+
+
+def test_options_of_an_engine(tiny: str, monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    for name in ("A3_MIN_SPAN", "A3_DONORS"):
+        monkeypatch.setenv(name, "")  # Is taken back after the test.
+        monkeypatch.delenv(name)
+    create = Engine.server_args_class
+    given = create(model_path=tiny, device="cpu", radix_cache_backend="a3", a3_min_span=64)
+    assert given.radix_cache_backend == "a3"
+    assert ServerOptions.from_environment().min_span == 64
+    create(model_path=tiny, device="cpu", radix_cache_backend="a3", a3_donors="compiled")
+    options = ServerOptions.from_environment()
+    assert (options.min_span, options.donors) == (ServerOptions().min_span, "compiled")
+    with pytest.raises(ValueError, match="--a3-min-span"):
+        create(model_path=tiny, a3_min_span=3)
+    with pytest.raises(TypeError, match=r"a3_ratio.*a3_recompute_ratio"):
+        create(model_path=tiny, a3_ratio=0.3)
+    create(model_path=tiny, device="cpu")
+
+
 def test_options_in_a_configuration_file(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("A3_RECOMPUTE_RATIO", "A3_DONORS"):
         monkeypatch.setenv(name, "")  # Is taken back after the test.
