@@ -7,6 +7,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, StreamingResponse
+
 from a3_sglang.config import BACKEND, REQUEST_KEY, ServerOptions, resolve
 
 HEADER = "x-a3"
@@ -18,24 +21,37 @@ _by_choice: ContextVar[dict[int, Any] | None] = ContextVar("a3_reports", default
 """Reports of the request that is being answered, by index of the choice."""
 
 
+class BadRequestError(ValueError, HTTPException):
+    """A request with bad options: most routes answer a ValueError with status 400, Ollama's only an HTTPException."""
+
+    def __init__(self, message: str) -> None:
+        HTTPException.__init__(self, 400, message)
+
+    def __str__(self) -> str:
+        return self.detail
+
+
 async def generate(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
     """Check a request's options before it is sent to the scheduler; unpack its report afterwards.
 
     Wraps ``TokenizerManager.generate_request``.
 
     Raises:
-        ValueError: a bad option; SGLang answers with HTTP status 400.
+        BadRequestError: a bad option.
     """
     if manager.server_args.radix_cache_backend != BACKEND:
         async for out in original(manager, obj, request):
             yield out
         return
     options = ServerOptions.from_environment()
-    _take_header(request, obj)
-    params = getattr(obj, "sampling_params", None)
-    for one in params if isinstance(params, list) else [params]:
-        if isinstance(one, dict):
-            resolve(options, one.get("custom_params"))
+    try:
+        _take_header(request, obj)
+        params = getattr(obj, "sampling_params", None)
+        for one in params if isinstance(params, list) else [params]:
+            if isinstance(one, dict):
+                resolve(options, one.get("custom_params"))
+    except ValueError as error:
+        raise BadRequestError(str(error)) from None
     async for out in original(manager, obj, request):
         for index, single in enumerate(out if isinstance(out, list) else [out]):
             _unpack(single, index)
@@ -81,8 +97,6 @@ async def respond(original: Callable[..., Awaitable[Any]], serving: Any, request
     """
     if serving.tokenizer_manager.server_args.radix_cache_backend != BACKEND:
         return await original(serving, request, raw_request)
-    from starlette.responses import JSONResponse, StreamingResponse
-
     reports: dict[int, Any] = {}
     # It need not be reset: a request is answered in a task, and so in a context, of its own.
     _by_choice.set(reports)
