@@ -16,12 +16,13 @@ from typing import Any
 
 import openai
 import pytest
-from engines import STARTS
+from engines import OPTIONS, STARTS
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from a3_sglang.cli.app import app
-from a3_sglang.cli.warm import STANDARD_INPUT, Journal, Wrong, count, files, read
+from a3_sglang.cli.journal import Journal
+from a3_sglang.cli.sources import STANDARD_INPUT, Wrong, count, files, read
 from a3_sglang.documents import documents
 from a3_sglang.local_server import free_port, local_server
 from a3_sglang.warm import Document, Pace, ServerError, Warmed, server_info, warm
@@ -208,14 +209,14 @@ WORDS = ["river", "stone", "lamp", "garden", "winter", "letter", "music", "bridg
 def running(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("warm")
     arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", str(POOL), "--context-length", "3000"]
-    arguments += ["--a3-donors", request.param, "--a3-report", "exact"]
+    arguments += ["--a3-donors", request.param]
     if request.param == "compiled":
         template = folder / "trimming.jinja"
         template.write_text(TRIMMING)
         arguments += ["--chat-template", str(template)]
     with ExitStack() as stack:
         started = time.monotonic()
-        url = stack.enter_context(local_server(tiny, folder / "log", *arguments))
+        url = stack.enter_context(local_server(tiny, folder / "log", *arguments, variables=OPTIONS))
         STARTS.add(time.monotonic() - started)
         tokenizer = AutoTokenizer.from_pretrained(tiny)
         yield Server(url, stack, folder, tokenizer, random.Random(random.randrange(1 << 30)))
