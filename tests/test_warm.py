@@ -157,6 +157,7 @@ class Server:
     """A server and documents that it does not know."""
 
     url: str
+    donors: str
     stack: ExitStack
     folder: Path
     tokenizer: Any
@@ -219,7 +220,7 @@ def running(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.
         url = stack.enter_context(local_server(tiny, folder / "log", *arguments, variables=OPTIONS))
         STARTS.add(time.monotonic() - started)
         tokenizer = AutoTokenizer.from_pretrained(tiny)
-        yield Server(url, stack, folder, tokenizer, random.Random(random.randrange(1 << 30)))
+        yield Server(url, request.param, stack, folder, tokenizer, random.Random(random.randrange(1 << 30)))
 
 
 @pytest.fixture
@@ -241,9 +242,10 @@ def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Serve
     chosen = server.random.sample(pages, 4)
     report, tokens = server.ask(chosen)
     assert report["reason"] is None
-    assert report["gap"] == 0
+    # With compiled donors the exact prefix is whole blocks; what is left of the first document is a gap.
+    assert report["gap"] < (32 if server.donors == "compiled" else 1)
     found = sum(report[part] for part in ("prefix", "continued", "reused", "recomputed"))
-    assert found >= tokens
+    assert found + report["gap"] >= tokens
     assert report["recomputed"] < report["reused"]
     again = list(warm(server.url, pages, system=SYSTEM))
     assert [one.document for one in again] == pages
@@ -292,14 +294,14 @@ def test_the_command_names_wrong_lines_and_resumes(server: Server) -> None:
 
     result, first = run("--rate", 50)
     assert result.exit_code == 1
-    assert [one["place"] for one in first["failed"]] == [f"{source}:2", f"{source}:7"]
-    assert all(f"{source}:{number} skipped: " in result.stdout.replace("\n", "") for number in (2, 7))
+    assert [one["place"] for one in first["failed"]] == [f"{source}:2", f"{source}:6"]
+    assert all(f"{source}:{number} skipped: " in result.stdout.replace("\n", "") for number in (2, 6))
     assert (first["warmed"], first["skipped"]) == (5, 1)
     info = server_info(server.url)
     assert info.token_bytes is not None
     assert first["kv_bytes"] == round(first["tokens"] * info.token_bytes)
     assert info.slots == first["slots"] == POOL
-    assert server.ask([pages[3], pages[1], pages[4]])[0]["gap"] == 0
+    assert server.ask([pages[3], pages[1], pages[4]])[0]["gap"] < 32
 
     _, second = run()
     assert (second["warmed"], second["skipped"], second["computed"]) == (0, 6, 0)

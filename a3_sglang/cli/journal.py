@@ -50,7 +50,7 @@ class Journal:
         return len(self._tokens)
 
     def tokens(self, document: Document) -> int | None:
-        """Tokens of the request of a document that the server holds; None if it does not."""
+        """Tokens that the server holds for a document alone; None if it does not hold it."""
         return self._tokens.get(self.key(document))
 
     def add(self, document: Document, tokens: int) -> None:

@@ -131,13 +131,15 @@ class Run:
         if one.error is not None:
             self._fail(Wrong(one.document.name, one.error))
             return
-        self.journal.add(one.document, one.tokens)
+        # What was cached of a new document is the template, which all share; of an old one it is nearly everything.
+        tokens = one.tokens - min(one.cached, self._template)
+        self.journal.add(one.document, tokens)
         self.warmed += 1
         self.computed += one.tokens - one.cached
-        self._count(one.tokens)
+        self._count(tokens)
 
     def _count(self, tokens: int) -> None:
-        self.tokens += tokens - self._template
+        self.tokens += tokens
         if self.full or self.info.slots is None or self.tokens < FULL * self.info.slots:
             return
         self.full = True
