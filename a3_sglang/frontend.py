@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
 from a3_sglang.config import REQUEST_KEY, request_options
+from a3_sglang.documents import documents
+
+__all__ = ["OPTIONS", "Endpoint", "documents", "report"]
 
 OPTIONS = "a3"
 """Variable of a program that holds its options; forks inherit it."""
@@ -36,14 +38,6 @@ class Endpoint(RuntimeEndpoint):
         options = s.variables.get(OPTIONS, self._options)
         request_options(options)
         data["sampling_params"]["custom_params"] = {REQUEST_KEY: options}
-
-
-def documents(texts: Iterable[str]) -> str:
-    """Join documents for a prompt, so that each tokenizes the same way at any position and its KV can be reused.
-
-    A blank line follows each document; tokenizers do not merge it with the text before or after.
-    """
-    return "".join(f"{text.strip()}\n\n" for text in texts)
 
 
 def report(state: Any, name: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from a3_sglang.cli import analyze, bench, doctor, evaluate, verify
+from a3_sglang.cli import analyze, bench, doctor, evaluate, verify, warm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,4 +15,5 @@ app.command("doctor")(doctor.doctor)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
 app.command("analyze")(analyze.analyze_log)
+app.command("warm")(warm.warm_documents)
 app.add_typer(bench.app, name="bench")

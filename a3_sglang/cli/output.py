@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import warnings
@@ -36,26 +37,32 @@ Step = Callable[[], None]
 
 
 @contextmanager
-def steps(title: str, total: int, done: int = 0, console: Console | None = None) -> Iterator[Step]:
+def steps(
+    title: str, total: int | None, done: int = 0, console: Console | None = None, pause: float = 0.0
+) -> Iterator[Step]:
     """Progress of work in equal steps: a bar in a terminal, a line per step elsewhere.
 
     It is drawn in the calls only, never between them: drawing takes time from a CPU engine that is being measured.
 
     Args:
         title: what is done.
-        total: steps.
+        total: steps; None if that is not known.
         done: of them, those that were done before.
         console: where it is shown; stderr by default.
+        pause: seconds between lines, at least; that of the last step comes in any case.
     """
     console = console or progress_console
     if not console.is_terminal:
-        count, started = done, time.monotonic()
-        _say(console, f"{title}: {total - done} steps")
+        count, started, said = done, time.monotonic(), -math.inf
+        _say(console, f"{title} ..." if total is None else f"{title}: {total - done} steps")
 
         def line() -> None:
-            nonlocal count
+            nonlocal count, said
             count += 1
-            _say(console, f"{title}: {count}/{total} ({time.monotonic() - started:.0f} s)")
+            now = time.monotonic()
+            if now - said >= pause or count == total:
+                said = now
+                _say(console, f"{title}: {count}{'' if total is None else f'/{total}'} ({now - started:.0f} s)")
 
         yield line
         return
