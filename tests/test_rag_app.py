@@ -188,7 +188,7 @@ def running_app(url: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     started = time.monotonic()
-    arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", "32768"]
+    arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", "32768", "--context-length", "4096"]
     with local_server(model, tmp_path_factory.mktemp("rag") / "log", *arguments, variables=OPTIONS) as url:
         STARTS.add(time.monotonic() - started)
         yield url
@@ -257,6 +257,21 @@ def upload(page: Page, *files: Any) -> None:
         page.set_input_files("#files", list(files))
 
 
+def drop(page: Page, file: Path) -> None:
+    script = """([name, text]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([text], name));
+        return data;
+    }"""
+    data = page.evaluate_handle(script, [file.name, file.read_text()])
+    with listed(page):
+        page.dispatch_event("#drop", "drop", {"dataTransfer": data})
+
+
+def status(page: Page) -> str:
+    return str(page.locator("#upload-status").inner_text())
+
+
 def ask(page: Page, question: str) -> dict[str, Any]:
     """Ask with the keyboard; what the app sent for it, by event, and the pieces of the answer as one text."""
     page.fill("#question", question)
@@ -306,9 +321,14 @@ def check_card(page: Page, sent: dict[str, Any]) -> None:
 def test_questions_over_uploaded_documents(server: str, page: Page, problems: list[str]):
     with running_app(server) as url:
         page.goto(url)
-        upload(page, SAMPLES / "ferries.md", SAMPLES / "harbour.md")
+        upload(page, SAMPLES / "ferries.md")
+        drop(page, SAMPLES / "harbour.md")
         expect(page.locator("#documents span")).to_have_text(["ferries.md", "harbour.md"])
-        expect(page.locator("#upload-status")).to_contain_text("2 of 2 passages prefilled")
+        prefilled = re.fullmatch(r"harbour.md: 2 of 2 passages prefilled, (\d+) tokens computed", status(page))
+        assert prefilled
+        page.click("#prefill")
+        expect(page.locator("#upload-status")).to_have_text(re.compile(r"4 of 4 passages prefilled, \d+ tokens"))
+        assert number(status(page).split(",")[1]) < number(prefilled[1])
         assert not page.locator("#upload-error").is_visible()
 
         page.evaluate(WATCH)
@@ -348,6 +368,9 @@ def test_questions_over_uploaded_documents(server: str, page: Page, problems: li
 
         nothing = ask(page, "Xylophone?")
         expect(page.locator("article .error").first).to_have_text(nothing["error"]["message"])
+        long = ask(page, "ferry " + "\ua66e" * 1990)
+        assert "context length" in long["error"]["message"]
+        expect(page.locator("article .error").first).to_have_text(long["error"]["message"])
         page.uncheck("[name=compare]")
         after = ask(page, "What does a ticket to Norra cost?")
         check_card(page, after)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sqlite3
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -146,6 +147,12 @@ def main() -> int:
     parser.add_argument("--database", default=":memory:", help="file that keeps the documents; default: in memory")
     parser.add_argument("arguments", nargs="*", help="of the app's own server, after --")
     args = parser.parse_args()
+    if args.url and args.arguments:
+        parser.error("arguments after -- are for a server that --model starts")
+    try:
+        store = Store(args.database)
+    except sqlite3.Error as error:
+        parser.error(f"--database {args.database}: {error}")
     # So that the server below is stopped, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with ExitStack() as stack:
@@ -159,7 +166,7 @@ def main() -> int:
                 print(error, file=sys.stderr)
                 return 1
         # It prints the address of the page.
-        uvicorn.run(create_app(url.rstrip("/"), Store(args.database)), host=args.host, port=args.port, access_log=False)
+        uvicorn.run(create_app(url.rstrip("/"), store), host=args.host, port=args.port, access_log=False)
     return 0
 
 

@@ -83,8 +83,10 @@ async def _stream(client: openai.AsyncOpenAI, prompt: Any, tokens: int, extra: d
 
 def explain(error: Exception, url: str) -> str:
     """An error of a request, in words for the user."""
-    if isinstance(error, openai.APIStatusError):
-        return f"The model server refused the request: {error.message}"
     if isinstance(error, openai.APITimeoutError):
         return f"The model server at {url} took too long. Try again."
-    return f"The model server at {url} does not answer. Start it, or wait until it is up, and try again."
+    if isinstance(error, openai.APIConnectionError | httpx.HTTPError):
+        return f"The model server at {url} does not answer. Start it, or wait until it is up, and ask again."
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    return f"The model server could not answer: {message or error}"
