@@ -32,7 +32,7 @@ from a3_sglang.warm import Document, ServerError, warm
 LARGEST = 1_000_000
 """Bytes of an upload."""
 LONGEST_QUESTION = 2000
-FOUND = 4
+FOUND = 6
 """Passages in a prompt."""
 SERVER = ("--a3-report", "exact", "--max-total-tokens", "32768")
 """Arguments of a server that the app starts itself: exact counts, as the app is its only client, and a small pool."""

@@ -182,12 +182,12 @@ function reuse(card, a3, total) {
     + (a3.reason ? `; not fused: ${a3.reason}` : "");
   const shown = PARTS.filter(([part]) => a3[part]);
   $(".bar", card).ariaLabel = shown.map(([part, name]) => `${a3[part]} ${name}`).join(", ");
-  $(".bar", card).append(...shown.map(([part]) => {
-    const piece = element("i", { className: part });
+  $(".bar", card).append(...shown.map(([part, name]) => {
+    const piece = element("i", { className: part, title: `${name}: ${count(a3[part])}` });
     piece.style.flexGrow = a3[part];
     return piece;
   }));
-  $(".counts", card).append(...PARTS.map(([part, name]) => element("li", {},
+  $(".counts", card).append(...shown.map(([part, name]) => element("li", {},
     element("i", { className: part }), `${name} `, element("b", { className: `count-${part}`, textContent: count(a3[part]) }))));
 }
 
