@@ -72,7 +72,7 @@ class ServerInfo:
 
     Attributes:
         start: a value that is another one after the server was started again.
-        slots: tokens that the KV pool of one replica holds; None if it does not say.
+        slots: tokens that its KV pool holds, those of all replicas together; None if it does not say.
         token_bytes: of KV per token, computed from the pool's size, which the server rounds to MiB; None if the pool
             is too small for that.
     """
@@ -190,10 +190,11 @@ def server_info(url: str, api_key: str | None = None) -> ServerInfo:
     # Times of the start in nanoseconds, and a seed that is drawn unless it is given.
     start = json.dumps([info.get(key) for key in ("startup_time", "random_seed", "launch_command", "model_path")])
     memory = state.get("memory_usage") or {}
+    slots = info.get("max_total_num_tokens")
     gibibytes, capacity = memory.get("kvcache"), memory.get("token_capacity")
     return ServerInfo(
         start=hashlib.sha256(start.encode()).hexdigest()[:16],
-        slots=info.get("max_total_num_tokens"),
+        slots=None if slots is None else slots * (info.get("dp_size") or 1),
         token_bytes=gibibytes * 2**30 / capacity if gibibytes and capacity else None,
     )
 

@@ -69,6 +69,27 @@ def test_a_pipe_gets_a_line_per_step_at_once() -> None:
     assert "starting: done in" in pipe.getvalue()
 
 
+def test_many_steps_of_unknown_number_make_few_lines() -> None:
+    pipe = Pipe()
+    console = Console(file=pipe, force_terminal=False)
+    with steps("asking", None, console=console, pause=3600) as step:
+        for _ in range(100):
+            step()
+    assert [line.split(" (")[0] for line in pipe.getvalue().splitlines()] == ["asking ...", "asking: 1"]
+    with steps("asking", 100, console=console, pause=3600) as step:
+        for _ in range(100):
+            step()
+    assert [line.split(" (")[0] for line in pipe.getvalue().splitlines()[2:]] == [
+        "asking: 100 steps",
+        "asking: 1/100",
+        "asking: 100/100",
+    ]
+    terminal = io.StringIO()
+    with steps("asking", None, console=Console(file=terminal, force_terminal=True, width=100)) as step:
+        step()
+    assert "1/?" in terminal.getvalue()
+
+
 def test_a_terminal_gets_a_bar_that_is_drawn_at_steps_only() -> None:
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=100)

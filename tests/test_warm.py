@@ -16,12 +16,13 @@ from typing import Any
 
 import openai
 import pytest
-from engines import STARTS
+from engines import OPTIONS, STARTS
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from a3_sglang.cli.app import app
-from a3_sglang.cli.warm import STANDARD_INPUT, Journal, Wrong, count, files, read
+from a3_sglang.cli.journal import Journal
+from a3_sglang.cli.sources import STANDARD_INPUT, Wrong, count, files, read
 from a3_sglang.documents import documents
 from a3_sglang.local_server import free_port, local_server
 from a3_sglang.warm import Document, Pace, ServerError, Warmed, server_info, warm
@@ -156,6 +157,7 @@ class Server:
     """A server and documents that it does not know."""
 
     url: str
+    donors: str
     stack: ExitStack
     folder: Path
     tokenizer: Any
@@ -208,17 +210,17 @@ WORDS = ["river", "stone", "lamp", "garden", "winter", "letter", "music", "bridg
 def running(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("warm")
     arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", str(POOL), "--context-length", "3000"]
-    arguments += ["--a3-donors", request.param, "--a3-report", "exact"]
+    arguments += ["--a3-donors", request.param]
     if request.param == "compiled":
         template = folder / "trimming.jinja"
         template.write_text(TRIMMING)
         arguments += ["--chat-template", str(template)]
     with ExitStack() as stack:
         started = time.monotonic()
-        url = stack.enter_context(local_server(tiny, folder / "log", *arguments))
+        url = stack.enter_context(local_server(tiny, folder / "log", *arguments, variables=OPTIONS))
         STARTS.add(time.monotonic() - started)
         tokenizer = AutoTokenizer.from_pretrained(tiny)
-        yield Server(url, stack, folder, tokenizer, random.Random(random.randrange(1 << 30)))
+        yield Server(url, request.param, stack, folder, tokenizer, random.Random(random.randrange(1 << 30)))
 
 
 @pytest.fixture
@@ -240,9 +242,10 @@ def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Serve
     chosen = server.random.sample(pages, 4)
     report, tokens = server.ask(chosen)
     assert report["reason"] is None
-    assert report["gap"] == 0
+    # With compiled donors the exact prefix is whole blocks; what is left of the first document is a gap.
+    assert report["gap"] < (32 if server.donors == "compiled" else 1)
     found = sum(report[part] for part in ("prefix", "continued", "reused", "recomputed"))
-    assert found >= tokens
+    assert found + report["gap"] >= tokens
     assert report["recomputed"] < report["reused"]
     again = list(warm(server.url, pages, system=SYSTEM))
     assert [one.document for one in again] == pages
@@ -291,14 +294,14 @@ def test_the_command_names_wrong_lines_and_resumes(server: Server) -> None:
 
     result, first = run("--rate", 50)
     assert result.exit_code == 1
-    assert [one["place"] for one in first["failed"]] == [f"{source}:2", f"{source}:7"]
-    assert all(f"{source}:{number} skipped: " in result.stdout.replace("\n", "") for number in (2, 7))
+    assert [one["place"] for one in first["failed"]] == [f"{source}:2", f"{source}:6"]
+    assert all(f"{source}:{number} skipped: " in result.stdout.replace("\n", "") for number in (2, 6))
     assert (first["warmed"], first["skipped"]) == (5, 1)
     info = server_info(server.url)
     assert info.token_bytes is not None
     assert first["kv_bytes"] == round(first["tokens"] * info.token_bytes)
     assert info.slots == first["slots"] == POOL
-    assert server.ask([pages[3], pages[1], pages[4]])[0]["gap"] == 0
+    assert server.ask([pages[3], pages[1], pages[4]])[0]["gap"] < 32
 
     _, second = run()
     assert (second["warmed"], second["skipped"], second["computed"]) == (0, 6, 0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json as json_module
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,167 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.cli.common import JsonOption, console, print_table, write_json
+from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
+from a3_sglang.cli.journal import Journal
 from a3_sglang.cli.output import steps
+from a3_sglang.cli.sources import Wrong, count, files, read
 from a3_sglang.warm import Document, ServerError, ServerInfo, Warmed, server_info, warm
 
-LINES = (".jsonl", ".ndjson")
-TEXTS = (".txt", ".md", ".markdown")
-STANDARD_INPUT = Path("-")
 FULL = 0.9
 """Share of the KV pool that documents may fill; prompts and answers need room, too."""
 LINE_SECONDS = 2.0
 """Between lines of progress that go elsewhere than to a terminal."""
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """What is no document: where it is, and why."""
-
-    place: str
-    reason: str
-
-
-def files(sources: Iterable[Path]) -> list[Path]:
-    """The files of the sources, those of a folder sorted by name.
-
-    Raises:
-        ValueError: names the source that cannot be read.
-    """
-    found: list[Path] = []
-    for source in sources:
-        if source.is_dir():
-            below = sorted(path for path in source.rglob("*") if path.suffix in TEXTS and path.is_file())
-            if not below:
-                raise ValueError(f"{source}: no {' or '.join(TEXTS)} file below this folder")
-            found += below
-        elif source != STANDARD_INPUT and not source.is_file():
-            raise ValueError(f"{source}: no such file or folder")
-        elif source != STANDARD_INPUT and source.suffix not in LINES + TEXTS:
-            raise ValueError(f"{source}: the name has to end in {', '.join(LINES + TEXTS)}")
-        else:
-            found.append(source)
-    return found
-
-
-def read(paths: Iterable[Path]) -> Iterator[Document | Wrong]:
-    """The documents of files, one after the other: every line of a JSONL file, or a text file as a whole."""
-    for path in paths:
-        if path != STANDARD_INPUT and path.suffix in TEXTS:
-            try:
-                text = path.read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                yield Wrong(str(path), _why(error))
-            else:
-                yield Document(text, str(path)) if text.strip() else Wrong(str(path), "it is empty")
-            continue
-        with sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _document(line, f"{path}:{number}")
-
-
-def _document(line: bytes, place: str) -> Document | Wrong:
-    try:
-        record = json_module.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        return Wrong(place, _why(error))
-    if not isinstance(record, dict):
-        return Wrong(place, 'it is no object with "text"')
-    text = record.get("text")
-    if "messages" in record:
-        return Wrong(place, 'it has "messages"; a document is an object with "text"')
-    if not isinstance(text, str) or not text.strip():
-        return Wrong(place, '"text" is missing, empty or no string')
-    name = next((str(record[key]) for key in ("name", "title", "id") if record.get(key) is not None), place)
-    return Document(text, name)
-
-
-def _why(error: Exception) -> str:
-    match error:
-        case UnicodeDecodeError():
-            return f"it is not UTF-8 (byte {error.start + 1})"
-        case json_module.JSONDecodeError():
-            return f"it is no JSON ({error.msg}, column {error.colno})"
-        case _:
-            return str(error)
-
-
-def count(paths: Iterable[Path]) -> int | None:
-    """Documents and wrong lines of files; None if standard input is among them, which can be read only once."""
-    total = 0
-    for path in paths:
-        if path == STANDARD_INPUT:
-            return None
-        if path.suffix in TEXTS:
-            total += 1
-        else:
-            with path.open("rb") as lines:
-                total += sum(bool(line.strip()) for line in lines)
-    return total
-
-
-class Journal:
-    """Which documents a server holds, in memory and, to resume, in a file of JSON lines.
-
-    Args:
-        path: of the file; None: only in memory.
-        start: the server's, see :class:`a3_sglang.warm.ServerInfo`; lines of other starts do not count.
-        before: what precedes every document: the system message and the cache salt.
-
-    Raises:
-        ValueError: the file cannot be read or written, or holds something else.
-    """
-
-    def __init__(self, path: Path | None, start: str, before: tuple[str | None, ...]) -> None:
-        self._path, self._start, self._before = path, start, before
-        self._tokens: dict[str, int] = {}
-        if path is None:
-            return
-        try:
-            path.touch()
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(str(error)) from None
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json_module.loads(line)
-                if record["start"] != start:
-                    continue
-                if record["document"] is None:
-                    self._tokens.clear()
-                else:
-                    self._tokens[record["document"]] = record["tokens"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}:{number} was not written by this command") from None
-        if whole != text:  # The last line was cut off.
-            path.write_text(whole)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def tokens(self, document: Document) -> int | None:
-        """Tokens of the request of a document that the server holds; None if it does not."""
-        return self._tokens.get(self.key(document))
-
-    def add(self, document: Document, tokens: int) -> None:
-        self._tokens[self.key(document)] = tokens
-        self._write(self.key(document), tokens)
-
-    def forget(self) -> None:
-        """The server's cache was flushed: it holds no document any more."""
-        self._tokens.clear()
-        self._write(None, 0)
-
-    def _write(self, key: str | None, tokens: int) -> None:
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json_module.dumps({"start": self._start, "document": key, "tokens": tokens}) + "\n")
-
-    def key(self, document: Document) -> str:
-        """The same for the same text after the same beginning."""
-        return hashlib.sha256(json_module.dumps([*self._before, document.text.strip()]).encode()).hexdigest()[:32]
 
 
 @dataclass
@@ -270,9 +116,11 @@ class Run:
         if not self._checked:
             self._checked = True
             again = next(self.options.warm([document]))
-            if again.error is not None or 2 * (again.cached - self._template) < again.tokens - self._template:
+            lost = again.error is None and 2 * (again.cached - self._template) < again.tokens - self._template
+            if lost:
                 console.print("the server's cache was emptied since the last run; every document is warmed anew")
                 self.journal.forget()
+            if lost or again.error is not None:
                 self._take(again)
                 return True
         self.skipped += 1
@@ -283,13 +131,15 @@ class Run:
         if one.error is not None:
             self._fail(Wrong(one.document.name, one.error))
             return
-        self.journal.add(one.document, one.tokens)
+        # What was cached of a new document is the template, which all share; of an old one it is nearly everything.
+        tokens = one.tokens - min(one.cached, self._template)
+        self.journal.add(one.document, tokens)
         self.warmed += 1
         self.computed += one.tokens - one.cached
-        self._count(one.tokens)
+        self._count(tokens)
 
     def _count(self, tokens: int) -> None:
-        self.tokens += tokens - self._template
+        self.tokens += tokens
         if self.full or self.info.slots is None or self.tokens < FULL * self.info.slots:
             return
         self.full = True
@@ -324,6 +174,7 @@ def warm_documents(
     evict: Annotated[bool, typer.Option("--evict", help="Go on when the KV pool is full.")] = False,
     api_key: Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="Of the server.")] = None,
     cache_salt: Annotated[str | None, typer.Option(help="Namespace of the prompts to come.")] = None,
+    verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
     """Prefill documents on a running server, so that the first question over them finds their KV.
@@ -364,7 +215,7 @@ def _print(run: Run, seconds: float) -> None:
         ("known and skipped", f"{run.skipped:,}"),
         ("wrong or failed", f"{len(run.failed):,}"),
         ("tokens of documents", f"{run.tokens:,}"),
-        ("KV of documents", "unknown" if size is None else f"{size / 2**20:,.1f} MiB"),
+        ("KV of documents", "unknown" if size is None else f"about {size / 2**20:,.1f} MiB"),
         ("share of the KV pool", f"{run.tokens / run.info.slots:.1%}" if run.info.slots else "unknown"),
         ("tokens computed", f"{run.computed:,}"),
         ("time", f"{seconds:.1f} s"),
