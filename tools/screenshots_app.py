@@ -1,0 +1,101 @@
+"""Take the picture of the RAG app for its README: a real server, the app and a browser.
+
+python tools/screenshots_app.py --model MODEL --browser /usr/bin/chromium
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from a3_sglang.local_server import free_port, local_server
+
+ROOT = Path(__file__).parent.parent
+APP = ROOT / "examples" / "rag_app"
+QUESTIONS = ("Who built the harbour?", "When does the ferry leave in winter?", "Who built the harbour?")
+ARGUMENTS = ("--a3-report", "exact", "--max-total-tokens", "32768")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--browser", required=True, help="path of Chromium")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs")
+    parser.add_argument("--all", action="store_true", help="also in the dark and on a phone, to look at")
+    args = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        local_server(args.model, Path(folder) / "log", *ARGUMENTS) as url,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1160, "height": 800}, color_scheme="light")
+        rag_app(page, url, args.folder, args.all)
+        browser.close()
+
+
+def rag_app(page: Page, server: str, folder: Path, all_looks: bool) -> None:
+    """Ask over the sample documents and write ``rag_app.png``.
+
+    Args:
+        page: of a browser.
+        server: URL of a server with a3.
+        folder: for the picture.
+        all_looks: write other looks beside it.
+    """
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(APP / "app.py"), "--url", server, "--port", str(port)]
+    app = subprocess.Popen(command, env=environment)
+    try:
+        wait(f"http://127.0.0.1:{port}/documents")
+        page.goto(f"http://127.0.0.1:{port}")
+        page.set_input_files("#files", sorted((APP / "samples").glob("*.md")))
+        page.wait_for_selector("#documents li:nth-child(3)")
+        for question in QUESTIONS:
+            page.fill("#question", question)
+            page.press("#question", "Enter")
+            page.wait_for_selector("article:first-child .times .full:text('times as long')", timeout=120_000)
+        save(page, folder / "rag_app.png")
+        if all_looks:
+            page.locator("article summary").first.click()
+            page.set_viewport_size({"width": 390, "height": 800})
+            save(page, folder / "rag_app_phone.png")
+            page.set_viewport_size({"width": 1160, "height": 800})
+            page.emulate_media(color_scheme="dark")
+            page.locator("section > details summary").last.click()
+            save(page, folder / "rag_app_dark.png")
+    finally:
+        app.terminate()
+        app.wait(timeout=30)
+
+
+def wait(url: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except urllib.error.URLError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+def save(page: Page, path: Path) -> None:
+    """Write the whole page in 256 colours, which keeps the file small."""
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+    picture.convert("RGB").quantize(256).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
