@@ -8,6 +8,7 @@ other neighbours. Each is asked twice: with fusion off (what stock SGLang does, 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import tempfile
 import time
