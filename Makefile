@@ -22,7 +22,7 @@ PYTEST := -P -m pytest tests -ra --import-mode=append
 CHECKED := a3_sglang kernels tests examples benchmarks tools support
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint quality bin model clean-cache
+.PHONY: help demo test test-matrix lint docs quality bin model clean-cache
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: *##' $(firstword $(MAKEFILE_LIST)) | awk -F': *## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ lint:  ## check style (ruff) and types (mypy); changes nothing
 	"$$bin/python" -P -m ruff check $(CHECKED) && \
 	"$$bin/python" -P -m ruff format --check $(CHECKED) && \
 	"$$bin/python" -P -m mypy -p a3_sglang
+
+docs:  ## build the documentation as a site, in site/
+	@bin=$$($(ENVIRONMENT) bin) && "$$bin/python" -P -m mkdocs build --strict
 
 quality:  ## measure all selectors for docs/quality.md: make quality DATA=questions.json (takes hours on two cores)
 	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
