@@ -2,7 +2,7 @@
 
     python examples/engine.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-The options of the server are read from the environment: A3_RECOMPUTE_RATIO=0.2.
+The engine takes the options of a server as arguments: a3_recompute_ratio=0.2 here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     passages = TOWN["passages"]
     batches = [[prompt(passages, TOWN["questions"][0])]]
     batches += [[prompt(chooser.sample(passages, len(passages)), q) for q in TOWN["questions"][1 : 1 + args.batch]]]
-    with sglang.Engine(model_path=args.model, radix_cache_backend="a3", **device) as engine:
+    with sglang.Engine(model_path=args.model, radix_cache_backend="a3", a3_recompute_ratio=0.2, **device) as engine:
         for batch in batches:
             started = time.perf_counter()
             params = {"temperature": 0, "max_new_tokens": 16, "custom_params": {"a3": {"ratio": 0.2}}}

@@ -51,6 +51,8 @@ async def generate(original: Callable[..., Any], manager: Any, obj: Any, request
             if isinstance(one, dict):
                 resolve(options, one.get("custom_params"))
     except ValueError as error:
+        # SGLang aborts a streamed request that was refused, which takes a normalized one.
+        obj.normalize_batch_and_arguments()
         raise BadRequestError(str(error)) from None
     async for out in original(manager, obj, request):
         for index, single in enumerate(out if isinstance(out, list) else [out]):
