@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from a3_sglang.cli import analyze, bench, doctor, evaluate, verify
+from a3_sglang.cli import analyze, bench, doctor, evaluate, explain, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,5 +14,6 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
+app.command("explain")(explain.explain)
 app.command("analyze")(analyze.analyze_log)
 app.add_typer(bench.app, name="bench")
