@@ -132,6 +132,11 @@ class ServerOptions(BaseModel):
         description="Token counts in the report of each request: rounded to 64, or exact, which tells clients how much "
         "of a guessed text is in other clients' prompts.",
     )
+    explain: Literal["on", "off"] = Field(
+        "off",
+        description="on: requests may ask where each of their tokens came from, which tells clients what other "
+        "clients' prompts hold.",
+    )
 
     @field_validator("selector")
     @classmethod
@@ -163,6 +168,7 @@ class RequestOptions(BaseModel):
     donor: StrictBool = False
     keep: StrictBool = True
     question: tuple[StrictInt, StrictInt] | None = None
+    explain: StrictBool = False
 
     @field_validator("question")
     @classmethod
@@ -186,6 +192,7 @@ class Effective(BaseModel):
         donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
         keep: it continues approximate KV of earlier requests and leaves its own to later ones.
         question: which of its prompt's tokens are the question, ``(start, end)``; None: that is guessed.
+        explain: its report says where each token came from.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -199,6 +206,7 @@ class Effective(BaseModel):
     min_span: int
     min_saving: float
     question: tuple[int, int] | None = None
+    explain: bool = False
 
 
 def env_name(option: str) -> str:
@@ -259,6 +267,8 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
             f"custom_params.a3.min_span: must be at least {server.min_span}, the server's --a3-min-span "
             f"(shorter runs are not indexed), not {fields.min_span}"
         )
+    if fields.explain and server.explain == "off":
+        raise ValueError("custom_params.a3.explain: only a server with --a3-explain on takes it (docs/security.md)")
     ratio = server.recompute_ratio if fields.ratio is None else fields.ratio
     try:
         selector = suits(fields.selector or server.selector, ratio)
@@ -273,6 +283,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
         min_span=fields.min_span or server.min_span,
         min_saving=server.min_saving,
         question=fields.question,
+        explain=fields.explain,
     )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from a3_sglang.config import Effective, ServerOptions, env_name, resolve
+from a3_sglang.config import Effective, ServerOptions, env_name, resolve, resolve_leniently
 
 DEFAULT = Effective(enabled=True, donor=False, keep=True, ratio=0.15, selector="probe", min_span=32, min_saving=1 / 3)
 
@@ -24,6 +24,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_server_defaults():
     expected = {"recompute_ratio": 0.15, "selector": "probe", "min_span": 32, "min_saving": 1 / 3, "donors": "harvest"}
     expected |= {"mode": "fuse", "overhead": "auto", "row_attention": "auto", "allow": (), "report": "rounded"}
+    expected |= {"explain": "off"}
     assert ServerOptions.from_environment().model_dump() == expected
 
 
@@ -42,6 +43,7 @@ def test_server_defaults():
         ("overhead", "250", 250),
         ("donors", "harvest", "harvest"),
         ("donors", "compiled", "compiled"),
+        ("explain", "on", "on"),
     ],
 )
 def test_server_options_from_the_environment(monkeypatch, option, text, value):
@@ -61,6 +63,7 @@ def test_server_options_from_the_environment(monkeypatch, option, text, value):
         *[("overhead", text) for text in ("x", "-1", "1.5", "")],
         *[("selector", text) for text in ("", "Probe", "probe ", "a3\nx")],
         *[("donors", text) for text in ("", "Harvest", "nobody")],
+        *[("explain", text) for text in ("", "On", "true")],
     ],
 )
 def test_server_refusals_name_the_option(monkeypatch, option, text):
@@ -129,6 +132,7 @@ def test_a_request_overrides_single_options(ratio, selector, min_span):
         *[("selector", value) for value in ("", "Probe", "no such", 3, True, ["probe"], "x" * 10_000, "a\nb")],
         *[("min_span", value) for value in (31, 0, -1, True, 64.0, 64.5, "64", float("nan"), float("inf"), [64])],
         *[("donor", value) for value in (1, "true", None, [])],
+        *[("explain", value) for value in (1, "true", None, [], True)],
         *[("question", value) for value in ([5, 5], [-1, 4], [9, 3], [1], [1, 2, 3], [0.0, 4], "0-4", [True, 4], 7)],
         *[("min_saving", 1), ("recompute_ratio", 0.5), ("Ratio", 0.5), ("enabled", True)],
     ],
@@ -156,6 +160,17 @@ def test_a_request_can_be_a_donor():
 def test_a_request_can_say_where_its_question_is():
     options = resolve(ServerOptions(), {"a3": {"question": [3, 40]}})
     assert options == DEFAULT.model_copy(update={"question": (3, 40)})
+
+
+def test_what_is_explained_is_up_to_the_server():
+    asked = {"a3": {"explain": True}}
+    assert resolve(ServerOptions(explain="on"), asked) == DEFAULT.model_copy(update={"explain": True})
+    assert not resolve(ServerOptions(explain="on"), {"a3": {"ratio": 0.15}}).explain
+    with pytest.raises(ValueError, match=r"^custom_params\.a3\.explain: .*--a3-explain on"):
+        resolve(ServerOptions(), asked)
+    lenient = resolve_leniently(ServerOptions(), asked)
+    assert not lenient.valid
+    assert not lenient.explain
 
 
 def test_an_unknown_field_is_told_the_known_ones():

@@ -73,13 +73,13 @@ class Faulty:
 def faulty(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     faults = tmp_path_factory.mktemp("faults") / "stages"
     with (
-        environment(**STRICT, **{VARIABLE: str(faults)}, **OPTIONS),
+        environment(**STRICT, **{VARIABLE: str(faults)}, **OPTIONS, A3_EXPLAIN="on"),
         engine(tiny, "a3", **ARGUMENTS) as running,
     ):
         yield Faulty(Traffic(running, seed=3), faults)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "full recompute"])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("full recompute", "detail")])
 def test_a_stage_that_fails_is_a_full_prefill(faulty: Faulty, stage: str) -> None:
     faulty.donate()
     faulty.fail(stage)
@@ -109,6 +109,19 @@ def test_what_cannot_even_be_recomputed_is_an_error_for_that_request_alone(fault
     faulty.donate()
     assert all(out["meta_info"]["a3"]["reason"] is None for out in faulty.wave())
     flush(faulty.running, 60)
+
+
+def test_a_detail_that_fails_costs_nothing_else(faulty: Faulty) -> None:
+    faulty.donate()
+    faulty.fail("detail")
+    options = {"explain": True, "keep": False}
+    ids = faulty.traffic.prompt()
+    failed, again = (faulty.traffic.ask(ids, options) for _ in range(2))
+    assert faulty.pending == ""
+    assert answer(failed) == answer(again)
+    assert failed["meta_info"]["a3"] == again["meta_info"]["a3"] | {"detail": None}
+    assert again["meta_info"]["a3"]["detail"] is not None
+    assert again["meta_info"]["a3"]["reason"] is None
 
 
 def test_after_errors_in_a_row_the_server_goes_on_as_stock(faulty: Faulty) -> None:

@@ -24,8 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tolerance import distance, roundings
 from traffic import parts
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from a3_sglang.cache.report import PARTS
+from a3_sglang.cli.app import app
 from a3_sglang.local_server import local_server
 
 pytestmark = pytest.mark.engine
@@ -142,6 +144,7 @@ def test_native_route_reports_what_was_reused(server: Server) -> None:
         ({"selector": "best"}, "custom_params.a3.selector"),
         ({"min_span": 1}, "custom_params.a3.min_span"),
         ({"surprise": 1}, "custom_params.a3.surprise"),
+        ({"explain": True}, "custom_params.a3.explain"),
         (3, "custom_params.a3"),
     ],
 )
@@ -170,7 +173,7 @@ def test_the_report_is_in_the_usage_of_openai_answers(server: Server, route: str
         create, prompt = server.openai.chat.completions.create, {"messages": [{"role": "user", "content": text}]}
     else:
         create, prompt = server.openai.completions.create, {"prompt": text}
-    params = {"custom_params": {"a3": {"ratio": 0.2}}}
+    params = {"custom_params": {"a3": {"ratio": 0.2}}, "ignore_eos": True}
     answer = create(model="default", max_tokens=3, n=n, extra_body=params, **prompt, **more)
     if streamed:
         chunks = list(answer)
@@ -393,3 +396,13 @@ def test_frontend_programs_over_documents(server: Server) -> None:
     assert [one["reason"] for one in plain["reports"]] == ["off", "off"]
     with pytest.raises(ValueError, match="ratio"):
         Endpoint(server.url, a3={"ratio": 3})
+
+
+def test_a_prompt_is_explained_only_by_a_server_that_allows_it(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(server.text())
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["explain", str(tmp_path / "prompt.txt"), "--url", server.url, "-o", str(page)])
+    assert done.exit_code == 1
+    assert "custom_params.a3.explain: only a server with --a3-explain on" in done.output
+    assert "Traceback" not in done.output
+    assert not page.exists()

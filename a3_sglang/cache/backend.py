@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,13 +13,17 @@ import torch
 
 from a3_sglang import seams
 from a3_sglang.cache.account import Account
+from a3_sglang.cache.detail import make_detail
 from a3_sglang.cache.planning import PlanningTree, most
+from a3_sglang.cache.report import Outcome
 from a3_sglang.cache.request import Reason, RequestState, state_of
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.fusion.executor import Executor, Job, Part, Timings
 from a3_sglang.fusion.plan import QUESTION_TOKENS
 from a3_sglang.fusion.row_attention import RowGroup
 from a3_sglang.selectors import make_selector
+
+logger = logging.getLogger(__name__)
 
 _TIMED = os.environ.get("A3_TIMINGS") == "1"
 """Whether requests report how long the parts of their fusion took."""
@@ -194,7 +199,7 @@ class A3Tree(PlanningTree):
         if not fused:
             result = run()
         else:
-            timed = _TIMED or self.metrics.on
+            timed = _TIMED or self.metrics.on or any(self.options_of(req).explain for req in admitted)
             timings = Timings(self.device if timed else None)  # type: ignore[attr-defined]
             try:
                 for req in admitted:
@@ -212,7 +217,7 @@ class A3Tree(PlanningTree):
         for req in batch.reqs:
             self.begin(req)
         for req in admitted:
-            self._finish_fusion(req, jobs.get(id(req)))
+            self._finish_fusion(req, jobs.get(id(req)), timings)
         self._report(batch)
         if fused and _TIMED:
             taken = timings.milliseconds()
@@ -272,7 +277,7 @@ class A3Tree(PlanningTree):
                 pool[private] = 0
         seams.abort(req, "a3: the prompt's KV could not be computed; the server's log has the error")
 
-    def _finish_fusion(self, req: Any, job: Job | None) -> None:
+    def _finish_fusion(self, req: Any, job: Job | None, timings: Timings) -> None:
         state = state_of(req)
         state.waiting = False
         state.recomputed = job.recomputed if job is not None else None
@@ -281,6 +286,8 @@ class A3Tree(PlanningTree):
             assert self.executor is not None
             seams.count_as_computed(req, len(job.recomputed) + job.plan.gap)
             self.count(req, job.plan, len(job.recomputed), job.charged(self.executor.model.depth))
+            if self.options_of(req).explain:
+                state.explained.append((job, timings))
 
     def _groups(self, batch: Any) -> list[RowGroup]:
         """The rows of a batch's extend."""
@@ -317,10 +324,23 @@ class A3Tree(PlanningTree):
             if state.done.complete:
                 continue  # It decodes.
             outcome = self.outcome(req)
-            seams.attach(req, REQUEST_KEY, outcome.report(exact=self.options.report == "exact"))
             state.done.complete = prefix + length >= len(req.origin_input_ids)
+            report = outcome.report(exact=self.options.report == "exact")
+            if state.done.complete and self.options_of(req).explain:
+                report["detail"] = self._detail(state, outcome)
+            seams.attach(req, REQUEST_KEY, report)
             if state.done.complete and not state.accounted:
                 state.accounted = True
                 ended.append((req.rid, outcome))
         self.account.prefilled(ended)
         self.metrics.indexed(len(self.index), len(self.approximate))
+
+    @staticmethod
+    def _detail(state: RequestState, outcome: Outcome) -> dict[str, Any] | None:
+        """Where each token came from; None after an error, which must not cost the answer."""
+        fusions, state.explained = state.explained, []
+        try:
+            return make_detail(outcome, fusions)
+        except Exception:
+            logger.exception("a3: the detail of a report failed")
+            return None

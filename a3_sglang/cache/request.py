@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from a3_sglang.cache.branches import Branch
 from a3_sglang.cache.index import PromptSearch
 from a3_sglang.config import Effective
+from a3_sglang.fusion.executor import Job, Timings
 from a3_sglang.fusion.plan import Plan
 
 
@@ -83,6 +84,7 @@ class RequestState:
         recomputed: positions of the reused rows that the last fusion recomputed, int64.
         done: what the steps so far have done; None before the first.
         accounted: the prompt was logged and counted in the metrics.
+        explained: the fusions so far and their times, if the request wants to know where its tokens came from.
     """
 
     options: Effective | None = None
@@ -102,12 +104,13 @@ class RequestState:
     recomputed: torch.Tensor | None = None
     done: Done | None = None
     accounted: bool = False
+    explained: list[tuple[Job, Timings]] = field(default_factory=list)
 
     def renew(self) -> None:
         """Before the request is matched again: what was found then does not count any more."""
         self.branch = self.plan = self.stop = self.reason = self.private = self.sources = None
         self.recomputed = self.done = None
-        self.reusable, self.waiting = 0, False
+        self.reusable, self.waiting, self.explained = 0, False, []
 
 
 def state_of(req: Any) -> RequestState:

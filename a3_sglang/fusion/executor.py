@@ -104,6 +104,8 @@ class Job:
         selector, ratio: which reused rows are recomputed.
         question: positions of the prompt's question, ``(start, end)``; None: see :func:`question_ranges`.
         recomputed: int64, positions of the reused rows that were recomputed, ascending; set by :meth:`Executor.run`.
+        relevance: float32 (plan.end,), what the selector ranked the reused rows by, zero at other positions; None:
+            it measured nothing. Set by :meth:`Executor.choose`.
         probed_rows, probed_layers: size of the probe.
         fresh_layers: layers, from layer 0 on, that were computed for all rows.
     """
@@ -115,6 +117,7 @@ class Job:
     ratio: Ratio
     question: tuple[int, int] | None = None
     recomputed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    relevance: torch.Tensor | None = None
     probed_rows: int = 0
     probed_layers: int = 0
     fresh_layers: int = 0
@@ -263,7 +266,7 @@ class Executor:
                     scores[i] = self._compute_first_layers(job)
         with timings.add("select"):
             for job, score in zip(jobs, scores, strict=True):
-                job.recomputed = _select(job, score)
+                job.relevance, job.recomputed = score, _select(job, score)
 
     def recompute(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
         """Recompute what was chosen and the gaps, pass after pass; see :meth:`prepare`."""

@@ -22,6 +22,7 @@ STAGES = (
     "recompute",
     "extend",
     "full recompute",
+    "detail",
 )
 LAYER = 3
 """Attention of this layer fails in the stage ``extend``: when some layers have KV already and others have not."""
@@ -32,6 +33,7 @@ def register() -> None:
     if VARIABLE not in os.environ:
         return
     from a3_sglang import seams
+    from a3_sglang.cache import backend
     from a3_sglang.cache.backend import A3Tree
     from a3_sglang.cache.index import AnyPositionIndex, PromptSearch
     from a3_sglang.fusion import executor
@@ -39,7 +41,8 @@ def register() -> None:
     targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3Tree, "_sources"), (seams, "allocate")
     more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
     last = (executor.Executor, "recompute"), (executor.RowsAttention, "attend"), (executor.Executor, "recompute_all")
-    for stage, (owner, name) in zip(STAGES, (*targets, *more, *last), strict=True):
+    report = ((backend, "make_detail"),)
+    for stage, (owner, name) in zip(STAGES, (*targets, *more, *last, *report), strict=True):
         setattr(owner, name, _failing(stage, getattr(owner, name)))
 
 

@@ -1,0 +1,1 @@
+"""One prompt explained: where its tokens came from, what that saved, and what it changed."""
