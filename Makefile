@@ -22,7 +22,7 @@ PYTEST := -P -m pytest tests -ra --import-mode=append
 CHECKED := a3_sglang kernels tests examples benchmarks tools support
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint docs quality bin model clean-cache
+.PHONY: help demo pictures test test-matrix lint docs quality bin model clean-cache
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: *##' $(firstword $(MAKEFILE_LIST)) | awk -F': *## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,12 @@ bin:  ## print the folder with the environment's python
 
 model:  ## print the folder of the test model
 	@$(ENVIRONMENT) model
+
+pictures:  ## draw the pictures of the docs anew: explain, the RAG app, the dashboard (needs Chromium and Prometheus)
+	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \
+	for name in explain rag_app dashboard; do \
+		env $(RUN_SETTINGS) "$$bin/python" -P tools/pictures/$$name.py --model "$$model" -o docs/$$name.png || exit 1; \
+	done
 
 clean-cache:  ## remove the environments and the test model
 	@$(ENVIRONMENT) clean

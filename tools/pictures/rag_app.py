@@ -1,6 +1,6 @@
-"""Take the picture of the RAG app for its README: a real server, the app and a browser.
+"""The picture of the RAG app, for its README: a real server, the app and a browser.
 
-python tools/screenshots_app.py --model MODEL --browser /usr/bin/chromium
+python tools/pictures/rag_app.py --model MODEL -o docs/rag_app.png
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,18 +22,16 @@ from playwright.sync_api import Page, sync_playwright
 
 from a3_sglang.local_server import free_port, local_server
 
-ROOT = Path(__file__).parent.parent
-APP = ROOT / "examples" / "rag_app"
+APP = Path(__file__).resolve().parents[2] / "examples" / "rag_app"
 QUESTIONS = ("Who built the harbour?", "When does the ferry leave in winter?", "Who built the harbour?")
 ARGUMENTS = ("--a3-report", "exact", "--max-total-tokens", "32768")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--browser", required=True, help="path of Chromium")
-    parser.add_argument("--folder", type=Path, default=ROOT / "docs")
-    parser.add_argument("--all", action="store_true", help="also in the dark and on a phone, to look at")
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="PNG file")
+    parser.add_argument("--browser", default=shutil.which("chromium"), help="path of Chromium")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -41,19 +40,12 @@ def main() -> None:
     ):
         browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1160, "height": 800}, color_scheme="light")
-        rag_app(page, url, args.folder, args.all)
+        rag_app(page, url, args.out)
         browser.close()
 
 
-def rag_app(page: Page, server: str, folder: Path, all_looks: bool) -> None:
-    """Ask over the sample documents and write ``rag_app.png``.
-
-    Args:
-        page: of a browser.
-        server: URL of a server with a3.
-        folder: for the picture.
-        all_looks: write other looks beside it.
-    """
+def rag_app(page: Page, server: str, out: Path) -> None:
+    """Ask over the sample documents on a server with a3, and write the picture."""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, str(APP / "app.py"), "--url", server, "--port", str(port)]
@@ -67,15 +59,7 @@ def rag_app(page: Page, server: str, folder: Path, all_looks: bool) -> None:
             page.fill("#question", question)
             page.press("#question", "Enter")
             page.wait_for_selector("article:first-child .times .full:text('times as long')", timeout=120_000)
-        save(page, folder / "rag_app.png")
-        if all_looks:
-            page.locator("article summary").first.click()
-            page.set_viewport_size({"width": 390, "height": 800})
-            save(page, folder / "rag_app_phone.png")
-            page.set_viewport_size({"width": 1160, "height": 800})
-            page.emulate_media(color_scheme="dark")
-            page.locator("section > details summary").last.click()
-            save(page, folder / "rag_app_dark.png")
+        save(page, out)
     finally:
         app.terminate()
         app.wait(timeout=30)

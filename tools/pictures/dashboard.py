@@ -1,6 +1,6 @@
 """Draws docs/monitoring/a3-dashboard.json from a live server, without Grafana: for docs/operating.md.
 
-    python tools/dashboard_picture.py --model MODEL -o docs/dashboard.png
+    python tools/pictures/dashboard.py --model MODEL -o docs/dashboard.png
 
 A server is started and asked questions over shuffled passages for some minutes; a Prometheus of its own (Debian and
 Ubuntu: apt-get install prometheus) scrapes it and evaluates the queries of the panels.
@@ -27,7 +27,7 @@ from typing import Any
 
 from a3_sglang.local_server import free_port, local_server
 
-BOARD = Path(__file__).resolve().parent.parent / "docs" / "monitoring" / "a3-dashboard.json"
+BOARD = Path(__file__).resolve().parents[2] / "docs" / "monitoring" / "a3-dashboard.json"
 VARIABLES = {"$model_name": ".*", "$__rate_interval": "20s"}
 PASSAGES = ("assert", "del", "pass", "break", "continue", "global", "nonlocal", "return", "yield", "import")
 
