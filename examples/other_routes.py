@@ -38,8 +38,8 @@ def anthropic_messages(url: str, text: str) -> str:
 
 def openai_responses(url: str, text: str) -> str:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", default_headers=HEADERS)
-    # Without a model it is the one that is loaded; "default" is unknown to this route.
-    usage = client.responses.create(input=text, max_output_tokens=8).usage
+    served = client.models.list().data[0].id  # This route knows no model by the name "default".
+    usage = client.responses.create(model=served, input=text, max_output_tokens=8).usage
     return f"cached {usage.input_tokens_details.cached_tokens} of {usage.input_tokens}"
 
 
