@@ -182,25 +182,10 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_datasets(tmp_path: Path) -> Path:
-    """A folder for the import path.
-
-    SGLang's loaders import the package ``datasets`` for a dataset that is not used here, and this environment lacks it.
-    """
-    folder = tmp_path / "path"
-    folder.mkdir()
-    (folder / "datasets.py").write_text("def load_dataset(*_, **__):\n    raise RuntimeError('not installed')\n")
-    return folder
-
-
 @pytest.mark.parametrize("source", ["conversations", "folder"], indirect=True)
-def test_bench_serving_reads_the_dataset(
-    source: Path, model: str, tmp_path: Path, no_datasets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_serving_reads_the_dataset(source: Path, model: str, tmp_path: Path) -> None:
     data = tmp_path / "shuffled.jsonl"
     example("sharegpt_to_bench.py", str(source), str(data), "--prompts", "6", "--words", "100")
-    monkeypatch.syspath_prepend(str(no_datasets))
     from sglang.benchmark.datasets.custom import sample_custom_requests
 
     rows = sample_custom_requests(str(data), 6, AutoTokenizer.from_pretrained(model))
@@ -217,9 +202,7 @@ def test_bench_serving_reads_the_dataset(
 
 
 @pytest.mark.parametrize("source", ["conversations"], indirect=True)
-def test_bench_serving_runs(
-    url: str, server: Served, model: str, source: Path, tmp_path: Path, no_datasets: Path
-) -> None:
+def test_bench_serving_runs(url: str, server: Served, model: str, source: Path, tmp_path: Path) -> None:
     """The commands of the docstring; the second one, which adds a header to the first, is run."""
     example("sharegpt_to_bench.py", str(source), str(tmp_path / "shuffled.jsonl"), "--prompts", "4", "--words", "100")
     text = (EXAMPLES / "sharegpt_to_bench.py").read_text().replace("\\\n", " ")
@@ -228,7 +211,7 @@ def test_bench_serving_runs(
     replaced = {"http://127.0.0.1:30000": url, "MODEL": model, "shuffled.jsonl": str(tmp_path / "shuffled.jsonl")}
     replaced["64"] = "4"
     before = len(server.log.read_text())
-    printed = run(*(replaced.get(word, word) for word in full), folder=tmp_path, PYTHONPATH=str(no_datasets))
+    printed = run(*(replaced.get(word, word) for word in full), folder=tmp_path)
     assert re.search(r"Successful requests: +4 *$", printed, re.MULTILINE), printed
     batches = re.findall(r"A3 batch, #fused: (\d+), #continued: (\d+), .*off: (\d+)", server.log.read_text()[before:])
     assert batches
