@@ -39,9 +39,12 @@ def prometheus(target: str, folder: Path) -> Iterator[str]:
     if binary is None:
         raise SystemExit("error: there is no prometheus on the PATH; on Debian and Ubuntu: apt-get install prometheus")
     config, port = folder / "prometheus.yml", free_port()
+    # docs/operating.md says why SGLang's names are restored.
+    restored = "metric_relabel_configs: [{source_labels: [__name__], regex: 'sglang_(.*)', target_label: __name__, "
+    restored += "replacement: 'sglang:$1'}]"
     config.write_text(
         "global: {scrape_interval: 1s}\n"
-        f"scrape_configs: [{{job_name: sglang, static_configs: [{{targets: ['{target}']}}]}}]\n"
+        f"scrape_configs: [{{job_name: sglang, static_configs: [{{targets: ['{target}']}}], {restored}}}]\n"
     )
     command = [binary, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "prometheus.log").open("w") as log:
@@ -72,6 +75,14 @@ def load(url: str, seconds: float) -> None:
             max_tokens=8,
             extra_body={"custom_params": {"a3": chooser.random() > 0.1}},
         )
+
+
+def check(url: str) -> None:
+    """Raises SystemExit with Prometheus' own words if it could not scrape the server."""
+    with urllib.request.urlopen(f"{url}/api/v1/targets", timeout=60) as answer:
+        (target,) = json.loads(answer.read())["data"]["activeTargets"]
+    if target["health"] != "up":
+        raise SystemExit(f"error: Prometheus could not scrape the server: {target['lastError']}")
 
 
 def series(url: str, expression: str, begin: float, end: float) -> list[tuple[dict[str, str], list[list[Any]]]]:
@@ -133,6 +144,7 @@ def main() -> None:
         ):
             begin = time.time()
             load(server, args.seconds)
+            check(url)
             draw(url, begin, time.time(), args.out)
 
 
