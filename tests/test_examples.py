@@ -133,6 +133,19 @@ def test_chat_over_documents(url: str) -> None:
     assert all(times(printed))
 
 
+def test_warm_on_upload(url: str, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.txt" for number in range(2)]
+    for file, passage in zip(files, TOWN["passages"], strict=False):
+        file.write_text(passage["text"])
+    for known in (False, True):
+        printed = example("warm_on_upload.py", *map(str, files), "--url", url)
+        found = re.findall(r"(\d)\.txt: (\d+) tokens, of them (\d+) known before", printed)
+        assert [name for name, _, _ in found] == ["0", "1"]
+        for _, tokens, cached in found:
+            assert int(tokens) > 100
+            assert (int(cached) == int(tokens) - 1) == known
+
+
 def test_frontend_program(url: str) -> None:
     printed = example("frontend_program.py", "--url", url)
     reports = [ast.literal_eval(found) for found in re.findall(r"(\{.*\})$", printed, re.MULTILINE)]
