@@ -45,8 +45,11 @@ def register() -> None:
 # ---- options
 
 
-class _ToEnvironment(argparse.Action):
-    """Options travel in the environment, which the spawned processes inherit."""
+class _ToEnvironment(argparse._StoreAction):
+    """Options travel in the environment, which the spawned processes inherit.
+
+    Before 0.5.21, SGLang reads from its ``--config`` file only options with this base class.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         os.environ[env_name(self.dest.removeprefix("a3_"))] = str(values)
