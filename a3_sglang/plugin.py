@@ -48,7 +48,7 @@ def register() -> None:
 class _ToEnvironment(argparse._StoreAction):
     """Options travel in the environment, which the spawned processes inherit.
 
-    Before 0.5.21, SGLang reads from its ``--config`` file only options with this base class.
+    SGLang before 0.5.23 reads from its ``--config`` file only options with this base class.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
