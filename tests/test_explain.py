@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from engines import OPTIONS as EXACT
 from playwright.sync_api import Page, sync_playwright
-from traffic import Traffic, answer
+from traffic import WORDS, Traffic, answer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -206,21 +206,7 @@ class Explained:
 def shown(model: str, tmp_path_factory: pytest.TempPathFactory) -> Explained:
     """The command on a server of its own, over documents that two donors hold."""
     folder = tmp_path_factory.mktemp("explain")
-    words = [
-        "river",
-        "stone",
-        "lamp",
-        "garden",
-        "winter",
-        "letter",
-        "music",
-        "bridge",
-        "silver",
-        "harbor",
-        "window",
-        "candle",
-    ]
-    documents = [" ".join(random.choices(words, k=70)) + "." for _ in range(4)]
+    documents = [" ".join(random.choices(WORDS[:12], k=70)) + "." for _ in range(4)]
     beginning = "Read the passages."
     texts = {
         "first.txt": "\n\n".join([beginning, *documents[:2]]),

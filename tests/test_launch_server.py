@@ -23,29 +23,24 @@ def test_what_is_given_wins():
     assert on_gpu[2:] == ["--radix-cache-backend", "a3", "--enable-cache-report"]
 
 
-def test_a_bad_option_is_one_line(tiny: str):
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        (["-m", "a3_sglang.launch_server"], "--a3-min-span", "3"),
+        (["-c", "from sglang.cli.main import main; main()", "serve"], "--a3-donors", "bought"),
+    ],
+    ids=["a3_sglang.launch_server", "sglang serve"],
+)
+def test_a_bad_option_is_one_line(tiny: str, command: list[str], option: str, value: str):
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "a3_sglang.launch_server", "--model-path", tiny, "--a3-min-span", "3"],
+        [sys.executable, "-P", *command, "--model-path", tiny, option, value],
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"SGLANG_USE_CPU_ENGINE": "1"},
     )
     assert done.returncode == 2
-    assert "error: --a3-min-span: " in done.stderr
-
-
-def test_sglang_serve_takes_the_options(tiny: str):
-    script = "from sglang.cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script, "serve", "--model-path", tiny, "--a3-donors", "bought"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"SGLANG_USE_CPU_ENGINE": "1"},
-    )
-    assert done.returncode == 2
-    assert "error: --a3-donors: " in done.stderr
+    assert f"error: {option}: " in done.stderr
 
 
 def test_options_of_an_engine(tiny: str, monkeypatch: pytest.MonkeyPatch):

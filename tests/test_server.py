@@ -22,7 +22,7 @@ import torch
 from engines import OPTIONS, STARTS
 from prometheus_client.parser import text_string_to_metric_families
 from tolerance import distance, roundings
-from traffic import parts
+from traffic import WORDS, parts
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -40,23 +40,7 @@ class Server:
         self.tokenizer, self.folder, self.log = AutoTokenizer.from_pretrained(model), folder, log
         self.url, self.random = url, random.Random(random.randrange(1 << 30))
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        words = [
-            "river",
-            "stone",
-            "lamp",
-            "garden",
-            "winter",
-            "letter",
-            "music",
-            "bridge",
-            "silver",
-            "harbor",
-            "window",
-            "candle",
-            "forest",
-            "market",
-        ]
-        self.documents = [" ".join(self.random.choices(words, k=80)) + "." for _ in range(6)]
+        self.documents = [" ".join(self.random.choices(WORDS, k=80)) + "." for _ in range(6)]
 
     def text(self, order: list[int] | None = None) -> str:
         chosen = order or self.random.sample(range(6), 4)

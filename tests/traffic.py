@@ -11,6 +11,24 @@ import torch
 from a3_sglang.cache.report import PARTS
 from a3_sglang.cli.common import generate
 
+WORDS = (
+    "river",
+    "stone",
+    "lamp",
+    "garden",
+    "winter",
+    "letter",
+    "music",
+    "bridge",
+    "silver",
+    "harbor",
+    "window",
+    "candle",
+    "forest",
+    "market",
+)
+"""For texts that mean nothing."""
+
 
 class Traffic:
     """Prompts over a fixed set of documents, and requests to one engine.
