@@ -97,7 +97,7 @@ def _has(path: str) -> bool:
     return True
 
 
-# ---- the tree
+# ---- options
 
 
 def take_engine_arguments(take: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -105,6 +105,9 @@ def take_engine_arguments(take: Callable[[dict[str, Any]], dict[str, Any]]) -> N
     engine = lookup("sglang.srt.entrypoints.engine.Engine")
     create = engine.server_args_class
     engine.server_args_class = staticmethod(lambda **given: create(**take(given)))
+
+
+# ---- the tree
 
 
 def create_tree(context: Any, mixin: type) -> Any:

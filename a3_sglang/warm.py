@@ -26,8 +26,8 @@ TIMEOUT_SECONDS = 600
 _REFUSES_ALL = (401, 403, 404, 405)
 """HTTP statuses that do not depend on the document."""
 _NEXT = "-"
-"""Stands for the text that follows a document in a prompt. Without it a chat template may strip the blank line after
-the document, and many tokenizers write a blank line at the end of a text as another token than one before text."""
+"""Placeholder for the text that follows a document in a prompt. Without it, a chat template may strip the blank line
+after the document, and many tokenizers encode a blank line differently at the end of a text."""
 
 
 class ServerError(RuntimeError):
@@ -39,7 +39,7 @@ class Document:
     """A text as prompts will contain it.
 
     Attributes:
-        text: without what stands before and after it in prompts; white space around it does not count.
+        text: without the text around it in prompts; leading and trailing white space is ignored.
         name: for messages.
     """
 

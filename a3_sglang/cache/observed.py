@@ -16,7 +16,7 @@ from a3_sglang.config import REQUEST_KEY
 
 
 class Observed:
-    """Stands in for a request in the shadow: reads come from the request, writes stay here.
+    """A request as the shadow sees it: attributes are read from the request and written only here.
 
     Args:
         req: SGLang's request.

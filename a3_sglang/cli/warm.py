@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,32 +22,11 @@ LINE_SECONDS = 2.0
 """Between lines of progress that go elsewhere than to a terminal."""
 
 
-@dataclass
-class Options:
-    """How documents are sent; see :func:`a3_sglang.warm.warm`."""
-
-    url: str
-    system: str | None
-    api_key: str | None
-    cache_salt: str | None
-
-    def warm(self, documents: Iterable[Document], concurrency: int = 1, rate: float | None = None) -> Iterator[Warmed]:
-        return warm(
-            self.url,
-            documents,
-            system=self.system,
-            concurrency=concurrency,
-            rate=rate,
-            api_key=self.api_key,
-            cache_salt=self.cache_salt,
-        )
-
-
 class Run:
     """Warms documents and counts.
 
     Args:
-        options: how they are sent.
+        send: :func:`a3_sglang.warm.warm` for one server and one beginning of prompts.
         info: of the server.
         journal: of what it holds.
         evict: whether to go on when the KV pool is full.
@@ -56,8 +35,8 @@ class Run:
         ServerError: the server cannot be warmed.
     """
 
-    def __init__(self, options: Options, info: ServerInfo, journal: Journal, evict: bool) -> None:
-        self.options, self.info, self.journal, self.evict = options, info, journal, evict
+    def __init__(self, send: Callable[..., Iterator[Warmed]], info: ServerInfo, journal: Journal, evict: bool) -> None:
+        self.send, self.info, self.journal, self.evict = send, info, journal, evict
         self.warmed = self.skipped = self.computed = self.tokens = 0
         self.failed: list[Wrong] = []
         self.full = self.left_out = False
@@ -65,7 +44,7 @@ class Run:
         self._seen: set[str] = set()
         self._checked = not len(journal)
         """Whether the server still holds what the journal says."""
-        template = next(options.warm([Document("-")]))
+        template = next(send([Document("-")]))
         if template.error is not None:
             raise ServerError(template.error)
         self._template = template.tokens
@@ -97,7 +76,7 @@ class Run:
                     step()
 
             try:
-                for one in self.options.warm(missing(), concurrency, rate):
+                for one in self.send(missing(), concurrency=concurrency, rate=rate):
                     self._take(one)
                     step()
             except ServerError as error:
@@ -115,7 +94,7 @@ class Run:
             return False
         if not self._checked:
             self._checked = True
-            again = next(self.options.warm([document]))
+            again = next(self.send([document]))
             lost = again.error is None and 2 * (again.cached - self._template) < again.tokens - self._template
             if lost:
                 console.print("the server's cache was emptied since the last run; every document is warmed anew")
@@ -193,7 +172,8 @@ def warm_documents(
             journal = Journal(resume, info.start, (system, cache_salt))
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--resume") from None
-        run = Run(Options(url, system, api_key, cache_salt), info, journal, evict)
+        send = partial(warm, url, system=system, api_key=api_key, cache_salt=cache_salt)
+        run = Run(send, info, journal, evict)
     except ServerError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

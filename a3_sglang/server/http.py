@@ -100,7 +100,7 @@ async def respond(original: Callable[..., Awaitable[Any]], serving: Any, request
     if serving.tokenizer_manager.server_args.radix_cache_backend != BACKEND:
         return await original(serving, request, raw_request)
     reports: dict[int, Any] = {}
-    # It need not be reset: a request is answered in a task, and so in a context, of its own.
+    # No reset is needed: each request is answered in its own task, and so in its own context.
     _by_choice.set(reports)
     answer = await original(serving, request, raw_request)
     if isinstance(answer, StreamingResponse):
