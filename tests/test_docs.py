@@ -62,7 +62,7 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
 
 
 def test_recipes_include_the_programs_as_they_are(site: Path) -> None:
-    """Each example is on a page of its own or beside others, and no page shows code that is not a file."""
+    """Every example is included in some page, and every Python block of a page is included from a file."""
     shown = {name for page in PAGES for name in re.findall(r'--8<-- "examples/([^"]+)"', page.read_text())}
     demo = {"demo.py"}  # `make demo`
     assert shown == {file.name for file in (ROOT / "examples").glob("*.*") if file.suffix in (".py", ".yaml")} - demo

@@ -55,7 +55,7 @@ def example(name: str, *arguments: str) -> str:
 
 
 def counts(printed: str) -> list[Counts]:
-    """The counts that were printed, one for each prompt; beside each stands a time that was measured."""
+    """The printed counts, one per prompt, each next to a measured time."""
     return [Counts(*map(int, found)) for found in COUNTS.findall(printed)]
 
 

@@ -46,7 +46,7 @@ async def answer(
         async for event in _stream(client, prompt, ANSWER_TOKENS, {}):
             yield event
         if compare:
-            # A key of its own makes the request find nothing in the cache, and nobody finds what it leaves there.
+            # With a fresh key the request finds nothing in the cache, and no other request finds its KV.
             salt = {"custom_params": {"a3": False}, "extra_key": f"compare {uuid.uuid4()}"}
             async for event in _stream(client, prompt, 1, salt):
                 if event["type"] == "done":
