@@ -125,7 +125,13 @@ def test_random_requests(small, stock, configuration):
             await asyncio.gather(*(one(i) for i in range(begin, begin + 20)))
 
     small.running.loop.run_until_complete(traffic())
-    assert min(seen.values()) >= 2, seen
+    assert min(seen[kind] for kind in KINDS) >= 2, seen
+    # How many retries find their first request's KV under traffic depends on evictions: one by itself always does.
+    for ids in small.documents:
+        small.ask(small.system + ids, False, 1)
+    kinds.append("again")
+    small.running.loop.run_until_complete(one(len(kinds) - 1))
+    assert seen["continued"] > 0, seen
     assert checked > 500
     assert written > 3 * SMALL["max_total_tokens"]
     flush(small.running, 60)
