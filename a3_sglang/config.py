@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from a3_sglang import seams
+from a3_sglang.integration import compat
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
@@ -76,7 +76,7 @@ def _read_arguments(value: Any) -> tuple[str, ...]:
     """
     names = value.split(",") if isinstance(value, str) else list(value)
     names = [str(name).strip().removeprefix("--").replace("-", "_") for name in names]
-    if unknown := [name for name in names if name not in seams.argument_defaults()]:
+    if unknown := [name for name in names if name not in compat.argument_defaults()]:
         raise ValueError(f"SGLang has no server option {reprlib.repr(unknown[0])}")
     return tuple(dict.fromkeys(names))
 

@@ -1,51 +1,5 @@
-"""SGLang's frontend language with a3: per-program options, documents and reports."""
+"""SGLang's frontend language with a3; see :mod:`a3_sglang.integration.frontend`."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
-
-from a3_sglang.config import REQUEST_KEY, request_options
-from a3_sglang.documents import documents
+from a3_sglang.integration.frontend import OPTIONS, Endpoint, documents, report
 
 __all__ = ["OPTIONS", "Endpoint", "documents", "report"]
-
-OPTIONS = "a3"
-"""Variable of a program that holds its options; forks inherit it."""
-
-
-class Endpoint(RuntimeEndpoint):
-    """SGLang's ``RuntimeEndpoint`` whose requests carry options of a3: ``sgl.set_default_backend(Endpoint(url))``.
-
-    A program sets its own with ``s["a3"] = {"ratio": 0.3}`` (or ``False``, for a full prefill) before it generates;
-    forks inherit them. They hold for ``gen``, ``gen(choices=...)`` and the prefill before a fork.
-
-    Args:
-        base_url: of the server.
-        a3: options of programs that set none, see :class:`a3_sglang.config.RequestOptions`.
-        more: arguments of ``RuntimeEndpoint``.
-    """
-
-    def __init__(self, base_url: str, a3: bool | dict[str, Any] = True, **more: Any) -> None:
-        super().__init__(base_url, **more)
-        request_options(a3)
-        self._options = a3
-
-    # RuntimeEndpoint passes the body of every request through this method.
-    def _add_images(self, s: Any, data: dict[str, Any]) -> None:
-        super()._add_images(s, data)
-        options = s.variables.get(OPTIONS, self._options)
-        request_options(options)
-        data["sampling_params"]["custom_params"] = {REQUEST_KEY: options}
-
-
-def report(state: Any, name: str) -> dict[str, Any] | None:
-    """What was reused for a generated variable; None for a choice, whose scores carry no report.
-
-    Args:
-        state: of a program that ran, or one of its forks.
-        name: of the variable.
-    """
-    found: dict[str, Any] | None = (state.get_meta_info(name) or {}).get(REQUEST_KEY)
-    return found

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from a3_sglang import seams
 from a3_sglang.config import BACKEND, ServerOptions, env_name
-from a3_sglang.server import http
-from a3_sglang.server.debug import dump_kv, dump_logits
-from a3_sglang.server.support import RefusedError, refusal
+from a3_sglang.integration import compat, http
+from a3_sglang.integration.debug import dump_kv, dump_logits
+from a3_sglang.integration.support import RefusedError, refusal
 
 _tree: Any = None
 """The tree of this process's scheduler, where the backend is selected."""
@@ -26,20 +25,20 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    seams.check()
+    compat.check()
     register_radix_cache_backend(BACKEND, _create_tree)
-    HookRegistry.register(seams.HOOKS["cli"], _add_options, HookType.AFTER)
-    HookRegistry.register(seams.HOOKS["generate"], http.generate, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["respond"], http.respond, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["forward"], _forward, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["admit"], _admit, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["go_on"], _go_on, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["rank"], _rank, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["launch"], _launch, HookType.AROUND)
-    HookRegistry.register(seams.HOOKS["serve"], _serve, HookType.AROUND)
-    seams.take_engine_arguments(_take_options)
-    if seams.overwrites_arguments():
-        HookRegistry.register(seams.ARGUMENTS_HOOK, seams.remember_arguments, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["cli"], _add_options, HookType.AFTER)
+    HookRegistry.register(compat.HOOKS["generate"], http.generate, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["respond"], http.respond, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["forward"], _forward, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["admit"], _admit, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["go_on"], _go_on, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["rank"], _rank, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["launch"], _launch, HookType.AROUND)
+    HookRegistry.register(compat.HOOKS["serve"], _serve, HookType.AROUND)
+    compat.take_engine_arguments(_take_options)
+    if compat.overwrites_arguments():
+        HookRegistry.register(compat.ARGUMENTS_HOOK, compat.remember_arguments, HookType.AROUND)
 
 
 # ---- options
@@ -104,8 +103,8 @@ def _launch(original: Callable[..., Any], engine: Any, server_args: Any, *args: 
     """Refuse what cannot be served before any process is spawned."""
     if server_args.radix_cache_backend == BACKEND:
         options = ServerOptions.from_environment()
-        seams.resolve_arguments(server_args)
-        reason = refusal(server_args, seams.model_config(server_args), options)
+        compat.resolve_arguments(server_args)
+        reason = refusal(server_args, compat.model_config(server_args), options)
         if reason is not None:
             raise RefusedError(f"--radix-cache-backend a3: {reason}")
     return original(engine, server_args, *args, **kwargs)
@@ -125,8 +124,8 @@ def _serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _create_tree(context: Any) -> Any:
     """Build the tree of the backend ``a3``, or stop with one readable line."""
     global _tree
-    from a3_sglang.cache.backend import A3Tree
-    from a3_sglang.server.build import build_tree
+    from a3_sglang.integration.radix_cache import A3Tree
+    from a3_sglang.integration.startup import build_tree
 
     tree = build_tree(context)
     # In observe mode, batches and admissions are not touched.
@@ -162,10 +161,10 @@ def _go_on(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """Add the next step of a chunked prefill, which may reuse more tokens."""
     if _tree is None or adder.rem_chunk_tokens is None:
         return original(adder, req)
-    seams.keep_computed(_tree, req)
+    compat.keep_computed(_tree, req)
     _tree.plan_next(req, _tree.rows_in(adder.rem_chunk_tokens))
     result = _add(adder, req, partial(original, adder, req), _tree.after_next)
-    seams.log_as_cached(adder, _tree.planned_of(req))
+    compat.log_as_cached(adder, _tree.planned_of(req))
     return result
 
 
@@ -177,18 +176,18 @@ def _add(adder: Any, req: Any, add: Callable[[], Any], after: Callable[[Any, boo
     """
     assert _tree is not None
     rows, admitted, result = _tree.rows_of(req), False, None
-    seams.reserve(adder, rows)
-    held = seams.hold_back(adder, _tree.tail_of(req))
+    compat.reserve(adder, rows)
+    held = compat.hold_back(adder, _tree.tail_of(req))
     try:
         result = add()
         admitted = any(other is req for other in adder.can_run_list)
     finally:
         after(req, admitted)
-        seams.reserve(adder, (_tree.rows_of(req) if admitted else 0) - rows)
+        compat.reserve(adder, (_tree.rows_of(req) if admitted else 0) - rows)
         if not admitted or (adder.new_chunked_req is not req and result is not req):
-            seams.give_back(adder, held)
+            compat.give_back(adder, held)
     if admitted:
-        seams.log_as_computed(adder, req, _tree.context_rows_of(req))
+        compat.log_as_computed(adder, req, _tree.context_rows_of(req))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Drift as it is, beside the model of it in ``a3_sglang/drift.py``.
+"""Drift as it is, beside the model of it in ``a3_sglang/drift/model.py``.
 
     python benchmarks/drift.py --model DIR --data questions.json [--limit 10]
 
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from a3_sglang.cache.index import AnyPositionIndex
 from a3_sglang.config import DONOR_MODES
-from a3_sglang.drift import KEYS, VALUES
+from a3_sglang.drift.model import KEYS, VALUES
 from a3_sglang.evaluation.prompts import Case, Writer
 from a3_sglang.evaluation.questions import load
+from a3_sglang.matching.index import AnyPositionIndex
 
 OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

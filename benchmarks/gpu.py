@@ -32,15 +32,15 @@ from typing import Any
 
 import torch
 
-from a3_sglang.drift import Blocks, Drift, in_play
-from a3_sglang.fusion.device import TritonDevice
+from a3_sglang.attention.flashinfer import FlashInferRowAttention
+from a3_sglang.attention.question_attention import Question
+from a3_sglang.attention.row_attention import RowGroup
+from a3_sglang.drift.correction import Spread, spread_rows
+from a3_sglang.drift.model import Blocks, Drift, in_play
 from a3_sglang.fusion.executor import Timings
-from a3_sglang.fusion.flashinfer_rows import FlashInferRowAttention
-from a3_sglang.fusion.question_attention import Question
-from a3_sglang.fusion.rotation import RopeTable, rotate
-from a3_sglang.fusion.row_attention import RowGroup
-from a3_sglang.fusion.spread import Spread, spread_rows
+from a3_sglang.fusion.ops import TritonDevice
 from a3_sglang.kernels.row_attention import Shape, make_tiles, row_attention
+from a3_sglang.rope import RopeTable, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -52,7 +52,7 @@ SHAPES_OF_ROWS = [
 ]
 """Other ways to cut row attention than its default."""
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "kernels"
 TESTED = ("copy", "question_attention", "row_attention", "row_attention_choice", "spread")
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -338,7 +338,7 @@ def shape(name: str, small: bool):
 def first_tokens(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time to first token of one shape: stock SGLang first, then a3, each with one engine for all cases."""
     from a3_sglang.cli.bench import full_prefills, fused_prefills, summary
-    from a3_sglang.cli.common import Prompts, engine, environment, vocabulary_of
+    from a3_sglang.client import Prompts, engine, environment, vocabulary_of
 
     cases = [(c, 1) for c in args.contexts] + [(args.contexts[0], batch) for batch in args.batches if batch > 1]
     # A prompt is prefilled in one chunk, which is stock's best setting; a batch may take several.

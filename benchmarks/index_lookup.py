@@ -17,7 +17,7 @@ import tracemalloc
 
 import numpy as np
 
-from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.matching.index import AnyPositionIndex
 
 
 def main() -> None:

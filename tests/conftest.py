@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-KERNELS = ("copy", "question", "row_attention", "spread")
+KERNELS = ("copy_rotated", "drift_correction", "probe_attention", "row_attention")
 """Modules that have Triton kernels."""
 
 # TorchInductor's on-disk cache ignores ATEN_CPU_CAPABILITY: code compiled for AVX-512 and loaded by a process that
@@ -35,10 +35,10 @@ DTYPE_GIVEN = os.environ.get("A3_TEST_DTYPE")
 DTYPE, WHY = (DTYPE_GIVEN, "A3_TEST_DTYPE") if DTYPE_GIVEN else serving_dtype()
 os.environ["A3_TEST_DTYPE"] = DTYPE
 
-import forking
-from engines import ENGINES, STARTS, Engines, prepare
-from tiny import save_random_model, tiny_llama
-from traffic import Traffic
+from helpers import forking
+from helpers.engines import ENGINES, STARTS, Engines, prepare
+from helpers.tiny import save_random_model, tiny_llama
+from helpers.traffic import Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 

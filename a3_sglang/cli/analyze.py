@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.analysis import Analysis, Document, Logged, Skipped, Sums, analyze, read
-from a3_sglang.cache.report import PARTS
-from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
+from a3_sglang.client import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.config import ServerOptions
+from a3_sglang.evaluation.analysis import Analysis, Document, Logged, Skipped, Sums, analyze, read
+from a3_sglang.reporting.report import PARTS
 
 TOP = 10
 
@@ -38,7 +38,7 @@ def analyze_log(
     """
     from transformers import AutoTokenizer
 
-    from a3_sglang.server.build import line_ends
+    from a3_sglang.integration.startup import line_ends
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = list(read(log, tokenizer))

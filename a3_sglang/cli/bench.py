@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.cli.common import (
+from a3_sglang.cli.output import Step, steps
+from a3_sglang.cli.workloads import workloads
+from a3_sglang.client import (
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -26,8 +28,6 @@ from a3_sglang.cli.common import (
     vocabulary_of,
     write_json,
 )
-from a3_sglang.cli.output import Step, steps
-from a3_sglang.cli.workloads import workloads
 
 SETTLE_SECONDS = 0.3
 PARTS = ("copy", "probe", "select", "recompute", "tail")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from a3_sglang.cli.common import JsonOption, VerboseOption, print_table, write_json
+from a3_sglang.client import JsonOption, VerboseOption, print_table, write_json
 
 
 class Check(NamedTuple):
@@ -53,7 +53,7 @@ def _version(name: str) -> str | None:
 
 
 def _sglang() -> Check:
-    from a3_sglang.seams import SUPPORTED
+    from a3_sglang.integration.compat import SUPPORTED
 
     found = _version("sglang")
     if found is None:
@@ -74,9 +74,9 @@ def _plugin() -> Check:
 
 def _seams() -> Check:
     try:
-        from a3_sglang import seams
+        from a3_sglang.integration import compat
 
-        seams.check()
+        compat.check()
     except Exception as error:
         return Check("SGLang's seams", False, str(error))
     return Check("SGLang's seams", True, "all there")
@@ -96,7 +96,7 @@ def _device() -> Check:
 
 
 def _model(model: str) -> list[Check]:
-    from a3_sglang.server.support import model_refusal, rope_type
+    from a3_sglang.integration.support import model_refusal, rope_type
 
     name = f"model {Path(model).name}"
     try:
@@ -124,10 +124,10 @@ def _server(model: str, given: list[str]) -> Check:
     """Whether SGLang's and a3's options are accepted with this model."""
     import torch
 
-    from a3_sglang import seams
     from a3_sglang.config import ServerOptions
+    from a3_sglang.integration import compat
+    from a3_sglang.integration.support import refusal
     from a3_sglang.launch_server import arguments
-    from a3_sglang.server.support import refusal
 
     try:
         from sglang.srt.plugins import load_plugins
@@ -135,8 +135,8 @@ def _server(model: str, given: list[str]) -> Check:
 
         load_plugins()
         server_args = prepare_server_args(arguments(["--model-path", model, *given], torch.cuda.is_available()))
-        seams.resolve_arguments(server_args)
-        reason = refusal(server_args, seams.model_config(server_args), ServerOptions.from_environment())
+        compat.resolve_arguments(server_args)
+        reason = refusal(server_args, compat.model_config(server_args), ServerOptions.from_environment())
     except SystemExit:
         reason = "SGLang does not take these options; it says why above"
     except Exception as error:

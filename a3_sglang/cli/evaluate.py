@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from a3_sglang.cli.common import (
+from a3_sglang.cli.output import steps
+from a3_sglang.client import (
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -29,13 +30,12 @@ from a3_sglang.cli.common import (
     resolve_dtype,
     write_json,
 )
-from a3_sglang.cli.output import steps
 from a3_sglang.config import AUTO, DONOR_MODES, known_ratio, known_selector, suits
 from a3_sglang.evaluation import scores
 from a3_sglang.evaluation.prompts import SHAPES, Case, Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
+from a3_sglang.integration.debug import ANSWER_KEY, LOGITS_VARIABLE
 from a3_sglang.selectors import Ratio, make_selector
-from a3_sglang.server.debug import ANSWER_KEY, LOGITS_VARIABLE
 
 ANSWER_TOKENS = 12
 NOISE = "noise"

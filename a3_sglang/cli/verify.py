@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from a3_sglang.cache.report import PARTS
-from a3_sglang.cli.common import (
+from a3_sglang.cli.output import working
+from a3_sglang.client import (
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -29,9 +29,9 @@ from a3_sglang.cli.common import (
     vocabulary_of,
     write_json,
 )
-from a3_sglang.cli.output import working
-from a3_sglang.server.debug import DUMP_VARIABLE
-from a3_sglang.server.support import RefusedError
+from a3_sglang.integration.debug import DUMP_VARIABLE
+from a3_sglang.integration.support import RefusedError
+from a3_sglang.reporting.report import PARTS
 
 ANSWER = 8
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
-from a3_sglang.cli.journal import Journal
 from a3_sglang.cli.output import steps
-from a3_sglang.cli.sources import Wrong, count, files, read
+from a3_sglang.client import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.warm import Document, ServerError, ServerInfo, Warmed, server_info, warm
+from a3_sglang.warm.journal import Journal
+from a3_sglang.warm.sources import Wrong, count, files, read
 
 FULL = 0.9
 """Share of the KV pool that documents may fill; prompts and answers need room, too."""

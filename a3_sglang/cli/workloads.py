@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.cli.common import (
+from a3_sglang.cli.output import Step, steps
+from a3_sglang.client import (
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -26,7 +27,6 @@ from a3_sglang.cli.common import (
     vocabulary_of,
     write_json,
 )
-from a3_sglang.cli.output import Step, steps
 
 CHUNK = 512
 """Rows of a prefill step, in both engines."""

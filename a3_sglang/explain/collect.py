@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from a3_sglang.cache.report import PARTS
 from a3_sglang.explain.client import Answer, Candidate, Client, ExplainError
 from a3_sglang.explain.text import common_prefix, find, pieces
+from a3_sglang.reporting.report import PARTS
 
 _SETTLE_SECONDS = 0.3
 _BEGINNING = 80

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from a3_sglang.drift import Blocks, Drift, in_play
-from a3_sglang.fusion.device import Device
-from a3_sglang.fusion.plan import Plan, question_ranges
-from a3_sglang.fusion.question_attention import Asking, Question
-from a3_sglang.fusion.rotation import RopeTable
-from a3_sglang.fusion.row_attention import Attention, RowGroup
-from a3_sglang.fusion.spread import Spread
+from a3_sglang.attention.question_attention import Asking, Question
+from a3_sglang.attention.row_attention import Attention, RowGroup
+from a3_sglang.drift.correction import Spread
+from a3_sglang.drift.model import Blocks, Drift, in_play
+from a3_sglang.fusion.ops import Device
+from a3_sglang.matching.plan import Plan, question_ranges
+from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
 
 SLICE_ROWS = 8192

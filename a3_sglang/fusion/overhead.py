@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from a3_sglang.fusion.clock import seconds
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.warm_up import Rehearsal
 from a3_sglang.selectors import Selector
+from a3_sglang.timing import seconds
 
 REPEATS = 3
 LONGER = 2

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from a3_sglang.cache.index import AnyPositionIndex
+from a3_sglang.attention.row_attention import RowGroup
 from a3_sglang.fusion.executor import Executor, Job, Timings
-from a3_sglang.fusion.model import UnsupportedModelError
-from a3_sglang.fusion.plan import QUESTION_TOKENS, make_plan
-from a3_sglang.fusion.rotation import rotate
-from a3_sglang.fusion.row_attention import RowGroup
+from a3_sglang.integration.model import UnsupportedModelError
+from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
+from a3_sglang.rope import rotate
 from a3_sglang.selectors import Full, Selector
 
 DONOR, GAP, RATIO = 160, 5, 0.15

@@ -68,7 +68,7 @@ class Selector:
     """Whether scores are shares of the question's attention, which ``ratio="auto"`` needs."""
 
     spreads: ClassVar[bool] = False
-    """Whether what the recompute changes is also taken off the rows between; then it chooses by ``drift.py`` too."""
+    """Whether the rows between recomputed ones are corrected, too; see :mod:`a3_sglang.drift`."""
 
     def probe_layers(self, depth: int) -> range:
         """Layers whose question attention is wanted (contiguous; empty, the default: the probe is not run).

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift import Blocks, informative
+from a3_sglang.drift.model import Blocks, informative
 from a3_sglang.selectors.base import Rows, Selector
 
 
@@ -17,9 +17,9 @@ class Probe(Selector):
 
     What a row's drift matters is the question's attention to it over the reused KV at true positions, summed over
     layers: its root mean square over the question's rows, times the size of the value it reads
-    (``kernels/relevance.py``). With these weights the budget makes the most of the model of ``drift.py``: rows near
-    the beginning of a span are stale most, and rows whose neighbours tell about them already can wait, as their drift
-    will be taken off without a recompute.
+    (``attention/relevance.py``). With these weights the budget makes the most of the model of ``drift/model.py``: rows
+    near the beginning of a span are stale most, and rows whose neighbours tell about them already can wait, as their
+    drift will be taken off without a recompute.
 
     Related: ProphetKV (arXiv 2602.02579) takes the mean over all layers, InfoFlow KV (arXiv 2603.05353) late ones;
     A3 (arXiv 2511.17560, Section 4) scores fresh keys of layer 1 only.

@@ -1,0 +1,135 @@
+"""What the executor does differently on a CPU and on CUDA."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from a3_sglang.attention.autotune import fastest
+from a3_sglang.attention.flashinfer import FlashInferRowAttention
+from a3_sglang.attention.question_attention import (
+    KV,
+    QuestionAttention,
+    TorchQuestionAttention,
+    TritonQuestionAttention,
+)
+from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
+from a3_sglang.drift.correction import Spread, spread_rows
+from a3_sglang.rope import RopeTable, Turn, copy_rotated
+
+
+class Device(ABC):
+    """The heavy parts of a fused prefill on one kind of device."""
+
+    rows: RowAttention
+    questions: QuestionAttention
+
+    @abstractmethod
+    def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+        """What :meth:`copy` needs to know of layers that share a rotary table.
+
+        Args:
+            keys: (slots, heads, head_dim) of each layer; they stay where they are.
+            values: like ``keys``.
+        """
+
+    @abstractmethod
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+        """Copy KV rows between slots in all these layers, turning the keys.
+
+        Args:
+            pools: what :meth:`pools` returned.
+            source: int64 (n,), slots to copy from.
+            target: int64 (n,), slots to copy to; none of ``source``.
+            turn: what :meth:`a3_sglang.rope.RopeTable.turn` returned for these rows.
+            neox: pairing of the dimensions.
+        """
+
+    @abstractmethod
+    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+        """See :func:`a3_sglang.drift.correction.spread_rows`."""
+
+
+class TorchDevice(Device):
+    """PyTorch's own operations; meant for a CPU."""
+
+    def __init__(self) -> None:
+        self.rows, self.questions = TorchRowAttention(), TorchQuestionAttention()
+
+    def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+        return list(zip(keys, values, strict=True))
+
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+        for keys, values in pools:
+            copy_rotated(keys, values, source, target, turn, neox)
+
+    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+        spread_rows(pools, fresh, spread, rope)
+
+
+class TritonDevice(Device):
+    """The kernels in ``kernels/``, on CUDA.
+
+    Args:
+        rows: takes the place of the kernel for row attention.
+    """
+
+    def __init__(self, rows: RowAttention | None = None) -> None:
+        self.rows, self.questions = rows or TritonRowAttention(), TritonQuestionAttention()
+
+    def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+        # Imported here: a machine without a GPU need not have Triton.
+        from a3_sglang.kernels.copy_rotated import Pools
+
+        return Pools.of(keys, values)
+
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+        from a3_sglang.kernels.copy_rotated import copy_rotated_layers
+
+        copy_rotated_layers(pools, source, target, turn, neox)
+
+    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+        from a3_sglang.kernels.drift_correction import spread_rows
+
+        spread_rows(
+            pools,
+            fresh,
+            (spread.rows, spread.known, spread.real),
+            spread.slots,
+            (spread.drift.keys, spread.drift.values),
+            (spread.drift.source, spread.drift.number),
+            spread.turns(rope),
+            rope.neox,
+        )
+
+
+ROW_ATTENTION: dict[str, Callable[[Any], RowAttention]] = {
+    "flashinfer": FlashInferRowAttention,
+    "triton": lambda _device: TritonRowAttention(),
+}
+"""Row attention on CUDA, by the names of ``--a3-row-attention``."""
+
+
+def device_for(pool: torch.Tensor, heads: int, layers: int, row_attention: str) -> Device:
+    """How fusions run where the KV lies.
+
+    Args:
+        pool: (slots, kv_heads, head_dim), a layer's keys.
+        heads: query heads of a layer.
+        layers: of the model.
+        row_attention: a name in :data:`ROW_ATTENTION`, or "auto" for the fastest that is right.
+
+    Raises:
+        ValueError: there is no such row attention here, or it gives wrong results.
+    """
+    if not pool.is_cuda:
+        if row_attention != "auto":
+            raise ValueError(f"row_attention={row_attention} needs a CUDA device; leave it at auto")
+        return TorchDevice()
+    names = ROW_ATTENTION if row_attention == "auto" else [row_attention]
+    candidates = {name: partial(ROW_ATTENTION[name], pool.device) for name in names}
+    return TritonDevice(fastest(candidates, heads, pool, layers))

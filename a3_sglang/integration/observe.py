@@ -1,0 +1,88 @@
+"""``--a3-mode observe``: SGLang's own tree serves all requests, and a shadow predicts what a3 would reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from a3_sglang.config import REQUEST_KEY
+from a3_sglang.integration import compat
+from a3_sglang.integration.inserting import InsertingTree
+from a3_sglang.integration.request import RequestState
+from a3_sglang.integration.shadow import Shadow
+from a3_sglang.reporting.account import Account
+from a3_sglang.reporting.report import Outcome
+
+
+class Observed:
+    """A request as the shadow sees it: attributes are read from the request and written only here.
+
+    Args:
+        req: SGLang's request.
+        limit: tokens that may come from a cache.
+    """
+
+    def __init__(self, req: Any, limit: int) -> None:
+        self._req, self.limit, self.prefix_len = req, limit, 0
+        self.skip_radix_cache_insert = False
+        self.a3 = RequestState()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._req, name)
+
+
+class ObservedTree(InsertingTree):
+    """Mixin in front of SGLang's tree class that does not change what it does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._shadow: Shadow | None = None
+        super().__init__(*args, **kwargs)
+
+    def observe(self, shadow: Shadow, log_each: bool) -> None:
+        """Begin to ask the shadow."""
+        self._shadow, self._exact = shadow, shadow.tree.options.report == "exact"
+        self._breaker, self._metrics = shadow.tree.breaker, shadow.tree.metrics
+        self._account = Account(self._metrics, log_each, "A3 would reuse")
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        if self._shadow is not None:
+            self._shadow.tree.reset()
+
+    def match_prefix(self, params: Any) -> Any:
+        result = super().match_prefix(params)  # type: ignore[misc]
+        req = getattr(params, "req", None)
+        if req is not None and self._inserting is None and self._on and not hasattr(req, "a3_observed"):
+            with self._guarded("search"):
+                self._ask(req, len(params.key))
+        return result
+
+    def _ask(self, req: Any, limit: int) -> None:
+        assert self._shadow is not None
+        seen = Observed(req, limit)
+        outcome: Outcome = self._shadow.ask(seen)
+        req.a3_observed = seen
+        compat.attach(req, REQUEST_KEY, {**outcome.report(self._exact), "mode": "observe"})
+        self._account.prefilled([(req.rid, outcome)])
+
+    def insert(self, params: Any) -> Any:
+        result = super().insert(params)  # type: ignore[misc]
+        seen = getattr(self._inserting, "a3_observed", None)
+        if seen is not None and self._on:
+            with self._guarded("indexing"):
+                assert self._shadow is not None
+                self._shadow.keep(seen, compat.key_tokens(params.key))
+                self._metrics.indexed(*map(len, (self._shadow.tree.index, self._shadow.tree.approximate)))
+        return result
+
+    @property
+    def _on(self) -> bool:
+        return self._shadow is not None and not self._breaker.open
+
+    @contextmanager
+    def _guarded(self, stage: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._breaker.failed(stage)

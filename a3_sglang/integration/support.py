@@ -1,0 +1,147 @@
+"""What is refused at start, from the server's arguments and the model's configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from a3_sglang.config import AUTO, ServerOptions
+from a3_sglang.integration import compat
+from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
+
+
+class RefusedError(ValueError):
+    """The backend cannot serve this configuration; the message is one line that says why."""
+
+
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+"""RoPE types whose angle depends on the position alone, by their names in a model's config.json."""
+
+_OFF = (None, False, "", "null", "none")
+
+# Fields that are called differently on the command line; those of allowed fields are never shown.
+_CLI_NAMES = {"ep_join_mode": "elastic_ep_join_mode", "ep_join_rank_offset": "elastic_ep_join_rank_offset"}
+
+# Allowed, or refused before the unknown ones are looked for.
+_DECIDED = ALLOWED | CHECKED | {name for feature in REFUSED for name in (*feature.switches, *feature.details)}
+
+
+def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str | None:
+    """One line that says why this configuration is refused; None if nothing speaks against it.
+
+    Args:
+        server_args: SGLang's ServerArgs, resolved.
+        model_config: SGLang's ModelConfig.
+        options: a3's own options.
+    """
+    if options.mode == "observe":
+        return _known_wrong(server_args)
+    return (
+        _known_wrong(server_args)
+        or _wrong_kv_dtype(server_args, model_config)
+        or _depends_on_traffic(server_args, options)
+        or model_refusal(model_config)
+        or _unknown(server_args, options)
+    )
+
+
+def _known_wrong(server_args: Any) -> str | None:
+    """A feature that a3 cannot run with, whatever ``--a3-allow`` says."""
+    if compat.rust_server():
+        return "SGLANG_RUST_SERVER: SGLang's server in Rust loads no plugins, so custom_params would not be checked"
+    given, known = compat.given_arguments(server_args), compat.argument_defaults()
+    for feature in REFUSED:
+        for name in filter(known.__contains__, feature.switches):
+            off = (*_OFF, known[name])
+            if given[name] not in off:
+                return f"{_flag(name)}: {feature.reason}"
+            if compat.resolved_argument(server_args, name) not in off:
+                return f"{_flag(name)} (set by SGLang for this configuration): {feature.reason}"
+        for name in filter(known.__contains__, feature.details):
+            if given[name] != known[name]:
+                return f"{_flag(name)}: {feature.reason}"
+    return None
+
+
+def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
+    kept = compat.resolved_argument(server_args, "kv_cache_dtype")
+    computed = str(model_config.dtype).removeprefix("torch.")
+    if kept in ("auto", computed) or (kept, computed) == ("bf16", "bfloat16"):
+        return None
+    return f"--kv-cache-dtype: KV in {kept} of a model in {computed} is not supported yet (use auto)"
+
+
+def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
+    """Options that make answers depend on other requests although it was asked that they do not."""
+    name = "enable_mixed_chunk"
+    if options.donors == "compiled" and compat.resolved_argument(server_args, name) not in _OFF:
+        return (
+            f"{_flag(name)}: requests that decode would take room of a fusion's step, so with compiled donors answers "
+            "would depend on them; leave one of the two out"
+        )
+    name = "enable_deterministic_inference"
+    if compat.resolved_argument(server_args, name) in _OFF:
+        return None
+    if options.donors != "compiled":
+        return f"{_flag(name)}: with harvested donors answers depend on other requests; add --a3-donors compiled"
+    if options.min_saving and options.overhead == AUTO:
+        return (
+            f"{_flag(name)}: what a fusion costs is measured at start, so that which prompts are fused may differ from "
+            "start to start; add a number of rows, say --a3-overhead 100"
+        )
+    if compat.resolved_argument(server_args, "device") != "cpu" and options.row_attention == AUTO:
+        return (
+            f"{_flag(name)}: row attention chosen by timing may differ from start to start; add "
+            "--a3-row-attention flashinfer or triton"
+        )
+    return None
+
+
+def _unknown(server_args: Any, options: ServerOptions) -> str | None:
+    """Options whose effect on a3 is not known and that were not allowed by name."""
+    given = compat.given_arguments(server_args)
+    names = [
+        name
+        for name, default in compat.argument_defaults().items()
+        if given[name] != default and name not in options.allow and not _known_right(name, given[name])
+    ]
+    if not names:
+        return None
+    allow = ",".join((*options.allow, *names))
+    return (
+        f"{', '.join(map(_flag, names))}: not known to work with a3; to use "
+        f"{'it' if len(names) == 1 else 'them'} all the same, add --a3-allow {allow}"
+    )
+
+
+def _known_right(name: str, value: Any) -> bool:
+    return name in _DECIDED or (name in ALLOWED_VALUES and ALLOWED_VALUES[name](value))
+
+
+def _flag(name: str) -> str:
+    """The option as it is written on the command line."""
+    return "--" + _CLI_NAMES.get(name, name).strip("_").replace("_", "-")
+
+
+def rope_type(text_config: Any) -> str:
+    """The model's RoPE type, by its name in config.json."""
+    rope = getattr(text_config, "rope_scaling", None) or getattr(text_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    return str(kind)
+
+
+def model_refusal(model_config: Any) -> str | None:
+    """The part of :func:`refusal` that concerns the model."""
+    text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
+    if getattr(model_config, "is_multimodal", False):
+        return "multimodal models are not supported (their positions are not one number per token)"
+    if getattr(getattr(model_config, "attention_arch", None), "name", "") == "MLA":
+        return "multi-head latent attention (MLA) is not supported"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True):
+        return f"sliding-window attention is not supported (sliding_window={window})"
+    kind = rope_type(text)
+    if kind not in SUPPORTED_ROPE:
+        return f"RoPE of type {kind!r} is not supported (only {', '.join(SUPPORTED_ROPE)})"
+    if not getattr(model_config, "is_generation", True):
+        return "embedding and reward models are not supported"
+    return None

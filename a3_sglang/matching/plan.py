@@ -1,0 +1,191 @@
+"""Which part of a prompt comes from where: prefix, spans, gaps, tail."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from a3_sglang.matching.index import Run
+
+MIN_TAIL = 32
+"""Tokens at a prompt's end that are always computed: the probe needs a question, even one that was asked before."""
+QUESTION_TOKENS = 64
+"""Tokens whose attention the probe reads, at most."""
+SHORTEST_QUESTION, LONGEST_QUESTION = 16, 256
+"""Tokens of a gap that may be the question: shorter ones are what matching in blocks cuts off, longer ones are text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Prompt tokens ``[start, start + length)`` that a donor holds from its position ``offset`` on."""
+
+    start: int
+    length: int
+    offset: int
+    run: Run
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``prefix`` exact tokens, then spans and gaps up to ``end``, then the tail."""
+
+    prefix: int
+    end: int
+    spans: tuple[Span, ...]
+
+    @property
+    def reused(self) -> int:
+        """Tokens covered by spans."""
+        return sum(span.length for span in self.spans)
+
+    @property
+    def gap(self) -> int:
+        """Tokens between prefix and tail that no span covers."""
+        return self.end - self.prefix - self.reused
+
+    def rows(self, ratio: float) -> int:
+        """Rows between prefix and tail that are computed if this share of the reused tokens is recomputed."""
+        return self.gap + math.ceil(ratio * self.reused)
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` of each gap."""
+        at = self.prefix
+        for span in self.spans:
+            if at < span.start:
+                yield at, span.start
+            at = span.end
+        if at < self.end:
+            yield at, self.end
+
+    def seams(self, block: int) -> int:
+        """Gap tokens within a block of a span: matching in whole blocks may have cut them off what a donor holds.
+
+        Args:
+            block: tokens per block of the index.
+        """
+        starts, ends = {span.start for span in self.spans}, {span.end for span in self.spans}
+        return sum(min(end - start, (block - 1) * ((start in ends) + (end in starts))) for start, end in self.gaps())
+
+    def ratio(self, nominal: float, block: int) -> float:
+        """The share of the reused tokens to recompute, if the tokens of :meth:`seams` count towards ``nominal``.
+
+        They are computed in any case, so counting them keeps the work at what the ratio says. At least half of the
+        nominal ratio is left for the rows that the selector picks.
+        """
+        beside = self.seams(block) / self.reused
+        return max(nominal / 2, nominal - (1 - nominal) * beside)
+
+
+def make_plan(
+    runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
+) -> Plan | None:
+    """Turn runs into a plan; None if nothing is left of them.
+
+    Args:
+        runs: disjoint runs by their place in the prompt, all after ``prefix``.
+        prefix: tokens of the exact prefix; a multiple of ``page_size``.
+        prompt: tokens of the prompt.
+        limit: prompt tokens that may come from a cache (the scheduler keeps some back for logprobs).
+        page_size: the tail starts at a multiple of it, as slots are allocated by the page.
+        end: where the tail has to start, if that is settled; None: after the last span.
+    """
+    furthest = min(limit, prompt - MIN_TAIL)
+    furthest -= furthest % page_size
+    if end is not None:
+        furthest = min(furthest, end)
+    spans = tuple(Span(run.start, run.length, run.offset, run) for run in runs)
+    return _cut(prefix, spans, furthest, page_size, end)
+
+
+def _cut(prefix: int, spans: Sequence[Span], furthest: int, page_size: int, end: int | None = None) -> Plan | None:
+    """A plan of these spans up to a position; None if none begins before it."""
+    kept = tuple(replace(span, length=min(span.end, furthest) - span.start) for span in spans if span.start < furthest)
+    if not kept:
+        return None
+    if end is None:
+        end = kept[-1].end
+        end += -end % page_size
+    return Plan(prefix, end, kept)
+
+
+def first_step(
+    plan: Plan, ratio: float, most_rows: int, page_size: int, min_span: int
+) -> tuple[Plan | None, int | None]:
+    """Cut a plan to what one step of a chunked prefill can fuse.
+
+    Args:
+        plan: of the whole prompt.
+        ratio: share of the reused tokens that is recomputed.
+        most_rows: rows that may be computed between prefix and tail.
+        page_size: each part ends at a multiple of it.
+        min_span: shortest rest of a span that a later step reuses.
+
+    Returns:
+        The plan up to the position where ``most_rows`` are computed, or None if no span begins before it; and the
+        position at which the next step can reuse tokens, or None.
+    """
+    reach = _reach(plan, ratio, most_rows)
+    if reach >= plan.end:
+        return plan, None
+    first = _cut(plan.prefix, plan.spans, reach // page_size * page_size, page_size)
+    at = first.end if first is not None else plan.prefix
+    left = (max(span.start, at) for span in plan.spans if span.end - max(span.start, at) >= min_span)
+    return first, next(left, None)
+
+
+def _reach(plan: Plan, ratio: float, most_rows: int) -> int:
+    """The furthest position up to which :meth:`Plan.rows` is at most ``most_rows``, or the end of the span before."""
+    at, gap, reused = plan.prefix, 0, 0
+    for span in plan.spans:
+        gap += span.start - at
+        fits = _fitting(span.length, reused, ratio, most_rows - gap)
+        if fits < span.length:
+            return at if fits < 0 else span.start + fits
+        at, reused = span.end, reused + span.length
+    return plan.end
+
+
+def _fitting(length: int, reused: int, ratio: float, room: int) -> int:
+    """How many of ``length`` more reused tokens leave the recomputed ones within ``room``; -1 if not even none does."""
+    return bisect_right(range(length + 1), room, key=lambda more: math.ceil(ratio * (reused + more))) - 1
+
+
+def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    """Positions of a prompt's question: ascending ranges ``(start, end)`` of at most :data:`QUESTION_TOKENS` in all.
+
+    Unless a range is given, these are the tail and the short gaps, since a question may come before or between the
+    passages and may be followed by instructions. If they are too long, every gap keeps its beginning, and the tail (or
+    the given range) its beginning and its end.
+
+    Args:
+        plan: of the prompt.
+        prompt: tokens of the prompt.
+        given: the range that the client says is the question.
+    """
+    ranges = []
+    if given is None:
+        given = plan.end, prompt
+        ranges = [(start, end) for start, end in plan.gaps() if SHORTEST_QUESTION <= end - start <= LONGEST_QUESTION]
+    start, end = given
+    if end - start <= LONGEST_QUESTION:
+        middle = (start + end) // 2
+        ranges.append((start, middle))
+        start = middle
+    lengths = _shares([*(stop - begin for begin, stop in ranges), end - start], QUESTION_TOKENS)
+    cut = [(begin, begin + length) for (begin, _), length in zip(ranges, lengths[:-1], strict=True)]
+    return [*cut, (end - lengths[-1], end)]
+
+
+def _shares(wanted: Sequence[int], total: int) -> list[int]:
+    """Divide a total so that the smallest share is as large as can be, and none larger than wanted."""
+    shares = [0] * len(wanted)
+    for done, i in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
+        shares[i] = min(wanted[i], total // (len(wanted) - done))
+        total -= shares[i]
+    return shares

@@ -1,0 +1,63 @@
+"""A plugin for SGLang that makes stages of the fusion fail, for tests/engine/test_faults.py.
+
+The file that ``A3_TEST_FAULTS`` names holds the stages that are to fail, one per line; each fails once, in that order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "A3_TEST_FAULTS"
+STAGES = (
+    "indexing",
+    "search",
+    "admission",
+    "slots",
+    "copy",
+    "probe",
+    "select",
+    "recompute",
+    "extend",
+    "full recompute",
+    "detail",
+)
+LAYER = 3
+"""Attention of this layer fails in the stage ``extend``: when some layers have KV already and others have not."""
+
+
+def register() -> None:
+    """Called by SGLang in every process it starts."""
+    if VARIABLE not in os.environ:
+        return
+    from a3_sglang.fusion import executor
+    from a3_sglang.integration import compat, radix_cache
+    from a3_sglang.integration.radix_cache import A3Tree
+    from a3_sglang.matching.index import AnyPositionIndex, PromptSearch
+
+    targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3Tree, "_sources"), (compat, "allocate")
+    more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
+    last = (executor.Executor, "recompute"), (executor.RowsAttention, "attend"), (executor.Executor, "recompute_all")
+    report = ((radix_cache, "make_detail"),)
+    for stage, (owner, name) in zip(STAGES, (*targets, *more, *last, *report), strict=True):
+        setattr(owner, name, _failing(stage, getattr(owner, name)))
+
+
+def _failing(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (stage != "extend" or args[1] == LAYER) and _due(stage):
+            raise RuntimeError(f"injected into {stage}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _due(stage: str) -> bool:
+    path = Path(os.environ[VARIABLE])
+    left = path.read_text().splitlines() if path.exists() else []
+    if not left or left[0] != stage:
+        return False
+    path.write_text("\n".join(left[1:]))
+    return True

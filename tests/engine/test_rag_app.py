@@ -1,0 +1,419 @@
+"""The example app: its passages and search, and all of it in a browser over a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from a3_sglang.local_server import free_port, local_server
+from a3_sglang.reporting.report import PARTS
+from helpers.engines import OPTIONS, STARTS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+FOLDER = Path(__file__).parents[2] / "examples" / "rag_app"
+SAMPLES = FOLDER / "samples"
+COMPUTED = ("recomputed", "gap", "tail")
+MILLISECONDS = 60_000
+"""Longest wait for something on the page."""
+
+
+def load_store() -> Any:
+    spec = importlib.util.spec_from_file_location("rag_app_store", FOLDER / "store.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+store = load_store()
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def test_passages_hold_all_words_in_order_and_are_cut_at_blank_lines():
+    paragraphs = [f"Paragraph {i} speaks of {'many ' * (7 * i % 60)}things." for i in range(80)]
+    passages = store.cut("\r\n\r\n".join(paragraphs))
+    assert words(" ".join(passages)) == words(" ".join(paragraphs))
+    assert all(len(passage) <= store.LONGEST for passage in passages)
+    for passage, following in itertools.pairwise(passages):
+        assert set(passage.split("\n\n")) <= set(paragraphs)
+        assert len(passage) + len("\n\n") + len(following.split("\n\n")[0]) > store.LONGEST
+
+
+def test_a_heading_begins_a_passage():
+    section = "One sentence of a section.\n\n" * 30
+    passages = store.cut("".join(f"# Section {i}\n\n{section}" for i in range(4)))
+    assert [passage.split("\n")[0] for passage in passages] == [f"# Section {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "end"), [("A sentence has five words. ", "."), ("word ", "d"), ("字", "字"), ("これは文です。", "。")]
+)
+def test_a_long_paragraph_is_cut_at_sentences_or_words(unit: str, end: str):
+    text = unit * 1000
+    passages = store.cut(text)
+    assert "".join("".join(passages).split()) == "".join(text.split())
+    assert all(len(passage) <= store.LONGEST and passage.endswith(end) for passage in passages)
+    assert all(len(passage) > store.LONGEST - 30 for passage in passages[:-1])
+
+
+@pytest.mark.parametrize("text", ["", "  \n\n \t\n", "\r\n\r\n"])
+def test_nothing_is_cut_into_nothing(text: str):
+    assert store.cut(text) == []
+
+
+@pytest.fixture
+def animals() -> Any:
+    animals = store.Store()
+    animals.add("birds", ["The heron catches fish at dawn.", "Swallows leave in autumn: they fly south."])
+    animals.add("misc", ["A café by the old harbour sells ferry tickets.", "日本語 の テキスト"])
+    return animals
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("What does a heron catch?", "The heron"),
+        ("who is CATCHING fishes", "The heron"),
+        ('Is it "harbour" or harbor?', "A café"),
+        ("cafe", "A café"),
+        ("tickets AND NOT (NEAR ferry)", "A café"),
+        ("col:tickets* ^ferry -{x}", "A café"),
+        ("swallows' autumn; DROP TABLE passages --", "Swallows"),
+        ("テキスト?", "日本語"),
+    ],
+)
+def test_a_question_finds_the_passage_that_shares_its_words(animals: Any, question: str, found: str):
+    assert animals.search(question, 3)[0].text.startswith(found)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "",
+        "   ",
+        '"',
+        '"""',
+        "*",
+        "(((",
+        ")",
+        "AND",
+        "OR NOT",
+        "NEAR(",
+        "'",
+        "^",
+        ":",
+        "{x y}:",
+        "_ __",
+        "\0",
+        "\ud800",
+        "🙂",
+    ],
+)
+def test_a_question_that_shares_no_word_finds_nothing(animals: Any, question: str):
+    assert animals.search(question, 3) == []
+
+
+def test_a_question_may_have_thousands_of_words(animals: Any):
+    question = " ".join(f"word{i}" for i in range(5000)) + " heron"
+    assert [passage.document for passage in animals.search(question, 3)] == ["birds"]
+
+
+def test_the_best_passage_comes_first_and_no_more_than_asked_for():
+    texts = [f"The lamp number {i} stands in a room." for i in range(9)] + ["The lamp and the lens: a lens for a lamp."]
+    many = store.Store()
+    many.add("lamps", texts)
+    found = many.search("Which lamp has a lens?", 4)
+    assert len(found) == 4
+    assert found[0].text == texts[-1]
+
+
+def test_a_document_is_replaced_and_removed(animals: Any, tmp_path: Path):
+    assert animals.documents() == [("birds", 2), ("misc", 2)]
+    animals.add("birds", ["Only owls are left."])
+    assert animals.search("heron", 3) == []
+    animals.remove("misc")
+    assert animals.documents() == [("birds", 1)]
+    assert [passage.text for passage in animals.passages()] == ["Only owls are left."]
+    file = str(tmp_path / "kept.sqlite3")
+    store.Store(file).add("kept", ["A text that stays."])
+    assert store.Store(file).documents() == [("kept", 1)]
+
+
+@contextmanager
+def running_app(url: str) -> Iterator[str]:
+    """The app as users start it, over a server, on a free port."""
+    port = free_port()
+    # A script's own folder is on its path unless this is set.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(FOLDER / "app.py"), "--url", url, "--port", str(port)]
+    app = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/documents", timeout=5).close()
+                break
+            except urllib.error.URLError:
+                assert app.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        app.terminate()
+        app.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    started = time.monotonic()
+    arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", "32768", "--context-length", "4096"]
+    with local_server(model, tmp_path_factory.mktemp("rag") / "log", *arguments, variables=OPTIONS) as url:
+        STARTS.add(time.monotonic() - started)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    switches += ["--disable-component-update", "--disable-sync"]
+    path = os.environ.get("A3_TEST_BROWSER")
+    if not path:
+        pytest.fail("A3_TEST_BROWSER names no browser: run `make test`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=switches)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def problems() -> list[str]:
+    """What the browser's console says is wrong."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Browser, problems: list[str]) -> Iterator[Page]:
+    page = browser.new_page()
+    page.set_default_timeout(MILLISECONDS)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
+    yield page
+    page.close()
+
+
+HARBOUR = "Who built the harbour, and what does the breakwater consist of?"
+CARS = "How many cars does the ferry carry?"
+WATCH = """() => {
+    window.seen = [];
+    const look = () => {
+        const card = document.querySelector("article");
+        if (card && card.querySelector(".measured").hidden) seen.push(card.querySelector(".text").textContent.length);
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
+"""Notes with each frame how long the answer is that still grows."""
+
+
+def expect(target: Any) -> Any:
+    """Playwright's; imported here, as the environments of older releases of SGLang do without it."""
+    from playwright import sync_api
+
+    sync_api.expect.set_options(timeout=MILLISECONDS)
+    return sync_api.expect(target)
+
+
+def listed(page: Page) -> Any:
+    """What is done in it ends with a new list of documents."""
+    return page.expect_response(lambda got: got.url.endswith("/documents") and got.request.method == "GET")
+
+
+def upload(page: Page, *files: Any) -> None:
+    with listed(page):
+        page.set_input_files("#files", list(files))
+
+
+def drop(page: Page, file: Path) -> None:
+    script = """([name, text]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([text], name));
+        return data;
+    }"""
+    data = page.evaluate_handle(script, [file.name, file.read_text()])
+    with listed(page):
+        page.dispatch_event("#drop", "drop", {"dataTransfer": data})
+
+
+def status(page: Page) -> str:
+    return str(page.locator("#upload-status").inner_text())
+
+
+def ask(page: Page, question: str) -> dict[str, Any]:
+    """Ask with the keyboard; what the app sent for it, by event, and the pieces of the answer as one text."""
+    page.fill("#question", question)
+    with page.expect_response("**/ask") as response:
+        page.press("#question", "Enter")
+    return events(page, response.value.text())
+
+
+def events(page: Page, lines: str) -> dict[str, Any]:
+    found = [json.loads(line) for line in lines.splitlines()]
+    expect(page.locator("#ask button")).to_be_enabled()
+    return {event["type"]: event for event in found} | {
+        "answer": "".join(event["text"] for event in found if event["type"] == "text")
+    }
+
+
+def number(text: str) -> int:
+    return int(re.sub(r"\D", "", text))
+
+
+def computed(sent: dict[str, Any]) -> int:
+    return sum(sent["done"]["a3"][part] for part in COMPUTED)
+
+
+def check_card(page: Page, sent: dict[str, Any]) -> None:
+    """The newest card shows what was sent."""
+    card, report, total = page.locator("article").first, sent["done"]["a3"], sent["done"]["prompt_tokens"]
+    assert sum(report[part] for part in PARTS) == total
+    shown = {part: report[part] for part in PARTS if report[part]}
+    for part, tokens in shown.items():
+        assert number(card.locator(f".counts .count-{part}").inner_text()) == tokens
+    assert card.locator(".bar i").count() == card.locator(".counts li").count() == len(shown)
+    label = card.locator(".bar").get_attribute("aria-label") or ""
+    assert [number(piece) for piece in label.split(", ")] == list(shown.values())
+    width = card.locator(".bar").evaluate("bar => bar.clientWidth")
+    for part, tokens in shown.items():
+        piece = card.locator(f".bar .{part}").evaluate("piece => piece.getBoundingClientRect().width")
+        assert piece == pytest.approx(width * tokens / total, abs=10)
+    assert f"Computed {computed(sent):,} of the prompt's {total:,} tokens" in card.locator(".summary").inner_text()
+    assert card.locator(".text").inner_text().strip() == sent["answer"].strip()
+    documents = [one["document"] for one in sent["sources"]["sources"]]
+    assert card.locator("figcaption").all_text_contents() == documents
+    assert number(card.locator(".times .a3").inner_text()) == round(sent["done"]["ttft_ms"])
+
+
+@pytest.mark.engine
+def test_questions_over_uploaded_documents(server: str, page: Page, problems: list[str]):
+    with running_app(server) as url:
+        page.goto(url)
+        upload(page, SAMPLES / "ferries.md")
+        drop(page, SAMPLES / "harbour.md")
+        expect(page.locator("#documents span")).to_have_text(["ferries.md", "harbour.md"])
+        prefilled = re.fullmatch(r"harbour.md: 2 of 2 passages prefilled, (\d+) tokens computed", status(page))
+        assert prefilled
+        page.click("#prefill")
+        expect(page.locator("#upload-status")).to_have_text(re.compile(r"4 of 4 passages prefilled, \d+ tokens"))
+        assert number(status(page).split(",")[1]) < number(prefilled[1])
+        assert not page.locator("#upload-error").is_visible()
+
+        page.evaluate(WATCH)
+        first = ask(page, HARBOUR)
+        lengths = set(page.evaluate("seen"))
+        assert 0 in lengths
+        assert len(lengths) >= 3
+        assert first["done"]["a3"]["reason"] is None
+        assert first["done"]["a3"]["reused"] > 0
+        check_card(page, first)
+        # The full prefill found nothing, although all of it is cached.
+        assert first["full"]["a3"]["tail"] == first["full"]["prompt_tokens"] == first["done"]["prompt_tokens"]
+        expect(page.locator(".times .full")).to_contain_text("times as long")
+
+        second = ask(page, CARS)
+        check_card(page, second)
+        assert second["done"]["a3"]["reused"] > 0
+        sources = [[one["text"] for one in sent["sources"]["sources"]] for sent in (first, second)]
+        assert sources[0] != sources[1]
+        assert set(sources[0]) & set(sources[1])
+
+        with page.expect_response("**/ask") as response:
+            page.locator("article").last.get_by_role("button", name="Ask again").click()
+        again = events(page, response.value.text())
+        check_card(page, again)
+        assert again["sources"] == first["sources"]
+        assert again["done"]["a3"]["continued"] > 0
+        assert computed(again) < computed(first)
+        asked = [again, second, first]
+        expect(page.locator("h3")).to_have_text([HARBOUR, CARS, HARBOUR])
+        shown = [number(text.split(" of ")[0]) for text in page.locator(".summary").all_inner_texts()]
+        assert shown == [computed(sent) for sent in asked]
+        assert problems == []
+
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+        nothing = ask(page, "Xylophone?")
+        expect(page.locator("article .error").first).to_have_text(nothing["error"]["message"])
+        long = ask(page, "ferry " + "\ua66e" * 1990)
+        assert "context length" in long["error"]["message"]
+        expect(page.locator("article .error").first).to_have_text(long["error"]["message"])
+        page.uncheck("[name=compare]")
+        after = ask(page, "What does a ticket to Norra cost?")
+        check_card(page, after)
+        assert "full" not in after
+        assert problems == []
+
+
+@pytest.mark.engine
+def test_errors_are_shown_and_the_app_lives_on(page: Page, problems: list[str]):
+    name = "<img src=x onerror=alert(1)> & 100%.md"
+    with running_app(f"http://127.0.0.1:{free_port()}") as url:
+        page.goto(url)
+        error = page.locator("#upload-error")
+        for file, content, message in (
+            ("photo.png", b"\x89PNG\r\n\x1a\n\0\xff", "“photo.png” is not a text file"),
+            ("blank.txt", b" \n\n ", "“blank.txt” is empty."),
+            ("large.txt", b"a word " * 150_000, "“large.txt” is larger than 1 MB."),
+        ):
+            upload(page, {"name": file, "mimeType": "text/plain", "buffer": content})
+            expect(error).to_contain_text(message)
+            assert page.locator("#documents li").count() == 0
+        assert len(problems) == 3
+        assert all("the server responded with a status of" in problem for problem in problems)
+
+        page.click("#paste summary")
+        page.fill("#paste [name=name]", name)
+        page.fill("#paste [name=text]", "<script>document.title = 'changed'</script> The heron & the owl.")
+        page.click("#paste button")
+        expect(error).to_contain_text("is not all prefilled")
+        expect(page.locator("#documents span")).to_have_text([name])
+        for _ in range(2):
+            sent = ask(page, "Where is the heron?")
+            expect(page.locator("article .error").first).to_contain_text("does not answer")
+            assert sent["error"]["message"].startswith("The model server at")
+        page.locator(".sources summary").first.click()
+        expect(page.locator("figcaption").first).to_have_text(name)
+        expect(page.locator("blockquote").first).to_contain_text("<script>")
+        assert page.locator("main img, main script").count() == 0
+        assert page.title() == "Ask your documents"
+        page.get_by_role("button", name=f"Remove {name}").click()
+        expect(page.locator("#documents li")).to_have_count(0)
+        assert len(problems) == 3
+    expect(page.locator("#ask button")).to_be_enabled()
+    page.fill("#question", "Is anybody there?")
+    page.press("#question", "Enter")
+    expect(page.locator("article .error").first).to_have_text("The app does not answer. Is it still running?")

@@ -1,0 +1,406 @@
+"""What goes wrong between match and copy, on SGLang's own tree, allocator, pool and requests; no engine around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from a3_sglang.config import ServerOptions
+from a3_sglang.fusion import executor as executor_module
+from a3_sglang.integration import compat
+from a3_sglang.integration.breaker import LIMIT
+from a3_sglang.integration.request import Reason, state_of
+from a3_sglang.reporting.report import PARTS
+from helpers.tree import SLOTS, Cache, text, tokens
+
+# Their constructors are those of the newest SGLang.
+pytestmark = pytest.mark.engine
+
+
+def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
+    cache = Cache()
+    donor = text(generator, 120)
+    cache.donate(donor)
+    req = cache.request(tokens(generator, 10) + donor[40:] + tokens(generator, 40))
+    assert cache.match(req) == 90
+    cache.evict(SLOTS)
+    assert cache.load(req) == 0
+    assert state_of(req).reason == Reason.EVICTED
+    assert cache.match(req) == 0
+    assert cache.all_slots_back()
+
+
+def test_the_copy_itself_cannot_evict_its_donors(generator):
+    """Room for the private slots is made of what else there is, and where that is too little, there is no fusion."""
+    cache = Cache()
+    donor, other = text(generator, 200), tokens(generator, 300)
+    cache.donate(donor)
+    cache.donate(other)
+    req = cache.request(donor[40:] + tokens(generator, 40))
+    assert cache.match(req) == 160
+    written = [keys.clone() for keys in cache.model.keys]
+    assert cache.load(req) == 160
+    cache.fuse(req)
+    private = state_of(req).private
+    assert len(cache.slots_of(donor)) == 200
+    assert not torch.isin(private, cache.slots_of(donor)).any()
+    for keys, before in zip(cache.model.keys, written, strict=True):
+        untouched = torch.ones(len(keys), dtype=torch.bool)
+        untouched[private] = False
+        assert torch.equal(keys[untouched], before[untouched])
+    cache.allocator.free(private)
+    assert cache.all_slots_back()
+
+
+def test_no_room_is_a_full_prefill(generator):
+    cache = Cache()
+    donor = text(generator, 300)
+    cache.donate(donor)
+    req = cache.request(tokens(generator, 8) + donor + tokens(generator, 40))
+    assert cache.match(req) > 0
+    assert cache.load(req) == 0
+    assert state_of(req).reason == Reason.NO_ROOM
+    assert cache.match(cache.request(donor + tokens(generator, 4))) == 0
+    assert cache.all_slots_back()
+
+
+def admitted(cache: Cache, generator: torch.Generator, **options: Any) -> tuple[Any, list[int]]:
+    """A request over 100 tokens of a new donor, ready to be fused, and its prompt."""
+    donor = text(generator, 120)
+    cache.donate(donor)
+    prompt = donor[20:] + tokens(generator, 40)
+    req = cache.request(prompt, **options)
+    assert (cache.match(req), cache.load(req)) == (100, 100)
+    return req, prompt
+
+
+def assert_full_prefill(cache: Cache, req: Any, prompt: list[int]) -> None:
+    assert state_of(req).branch is None
+    exact = cache.model.prefill64(torch.tensor(prompt))
+    for found, expected in zip((cache.model.keys, cache.model.values), exact, strict=False):
+        for layer in range(cache.model.depth):
+            assert_close(found[layer][state_of(req).private].double(), expected[layer][:100], rtol=1e-4, atol=1e-4)
+
+
+def fails(*_args: Any, **_kwargs: Any) -> Any:
+    raise RuntimeError("injected")
+
+
+def fails_once(function: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
+    """``function``, whose call after ``before`` good ones fails."""
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return fails() if calls == before + 1 else function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("selector", ["probe", "reuse", "epic", "a3"])
+@pytest.mark.parametrize("stage", ["copy", "probe", "select", "recompute", "extend"])
+def test_an_error_in_any_stage_is_a_full_prefill(stage, selector, generator, monkeypatch, caplog):
+    """And no other request pays for it: the batch runs once more, as in stock SGLang."""
+    cache = Cache()
+    req, prompt = admitted(cache, generator, selector=selector)
+    executor, run = cache.executor, lambda: "result"
+    if stage == "copy":
+        monkeypatch.setattr(executor, "copy", fails)
+    elif stage == "probe":
+        monkeypatch.setattr(executor, "_probe", fails)
+    elif stage == "select":
+        monkeypatch.setattr(executor_module, "_select", fails)
+    elif stage == "recompute":
+        monkeypatch.setattr(executor, "recompute", fails_once(executor.recompute))
+    else:
+        run = fails_once(run)
+    assert cache.fuse(req, run=run) == "result"
+    assert "injected" in caplog.text
+    assert_full_prefill(cache, req, prompt)
+    (report,) = req.customized_info["a3"]
+    assert report["reason"] == Reason.ERROR
+    assert (report["reused"], report["recomputed"]) == (0, 100)
+    assert not cache.tree.breaker.open
+    cache.allocator.free(state_of(req).private)
+    assert cache.all_slots_back()
+
+
+def test_what_cannot_be_recomputed_is_aborted_alone(generator, monkeypatch):
+    """Two requests in a batch; the KV of one of them cannot be made."""
+    cache = Cache()
+    (req, prompt), (other, _) = (admitted(cache, generator) for _ in "ab")
+    for pool in (*cache.model.keys, *cache.model.values):
+        pool[state_of(other).private] = torch.nan
+    real = cache.executor.recompute_all
+    monkeypatch.setattr(cache.executor, "prepare", fails)
+    monkeypatch.setattr(
+        cache.executor, "recompute_all", lambda job: fails() if job.tokens.tolist() != prompt else real(job)
+    )
+    assert cache.fuse(req, other, run=lambda: "result") == "result"
+    assert_full_prefill(cache, req, prompt)
+    assert req.to_finish is None
+    assert other.to_finish.status_code == 500
+    for pool in (*cache.model.keys, *cache.model.values):
+        assert torch.equal(pool[state_of(other).private], torch.zeros_like(pool[state_of(other).private]))
+
+
+def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, caplog):
+    cache = Cache()
+    failing = [*range(LIMIT - 1), *range(LIMIT + 1, 2 * LIMIT)]
+    for number in range(2 * LIMIT + 1):
+        with monkeypatch.context() as patch:
+            if number in failing:
+                patch.setattr(cache.executor, "prepare", fails)
+            assert not cache.tree.breaker.open
+            req, _ = admitted(cache, generator)
+            cache.fuse(req)
+            cache.allocator.free(state_of(req).private)
+        cache.evict(SLOTS)
+        if number == failing[-1]:
+            # Two in a row, then a good one, so the count began anew.
+            assert not cache.tree.breaker.open
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.executor, "prepare", fails)
+        for _ in range(LIMIT):
+            assert not cache.tree.breaker.open
+            req, _ = admitted(cache, generator)
+            cache.fuse(req)
+            cache.allocator.free(state_of(req).private)
+            cache.evict(SLOTS)
+    assert cache.tree.breaker.open
+    assert "fusion is off" in caplog.text
+    donor = text(generator, 120)
+    cache.donate(donor)
+    req = cache.request(donor[20:] + tokens(generator, 40))
+    assert cache.match(req) == 0
+    assert state_of(req).reason == Reason.DISABLED
+    assert cache.all_slots_back()
+
+
+def test_errors_of_the_extend_itself_are_those_of_stock(generator):
+    cache = Cache()
+    req, _ = admitted(cache, generator)
+    with pytest.raises(RuntimeError, match="injected"):
+        cache.fuse(req, run=fails)
+
+
+def test_an_error_after_admission_began_leaks_nothing(generator, monkeypatch):
+    for name in ("allocate", "locked", "matched_slots", "loaded"):
+        cache = Cache()
+        donor = text(generator, 120)
+        cache.donate(donor)
+        req = cache.request(donor[20:] + tokens(generator, 40))
+        assert cache.match(req) == 100
+        with monkeypatch.context() as patch:
+            patch.setattr(compat, name, fails_once(getattr(compat, name)))
+            if name == "loaded":
+                with pytest.raises(RuntimeError, match="injected"):
+                    cache.load(req)
+                cache.tree.after_admission(req, admitted=False)
+            else:
+                assert cache.load(req) == 0
+                assert state_of(req).reason == Reason.ERROR
+        assert cache.all_slots_back()
+
+
+def test_options_that_a_front_end_let_through_are_a_full_prefill(generator):
+    """Not every front end loads plugins; what it does not check must not raise in the scheduler."""
+    cache = Cache()
+    donor = text(generator, 120)
+    cache.donate(donor)
+    req = cache.request(donor[20:] + tokens(generator, 40), ratio=2)
+    assert cache.match(req) == 0
+    assert state_of(req).reason == Reason.INVALID
+    with cache.tree.inserting(req):
+        cache.donate(tokens(generator, 40))
+
+
+def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
+    """Admitted first, copied first: the second one's private slots are those that the first one copies from."""
+    cache = Cache()
+    donors = [text(generator, 150) for _ in "ab"]
+    for donor in donors:
+        cache.donate(donor)
+    for pool in (*cache.model.keys, *cache.model.values):
+        pool.normal_(generator=generator)
+    held = [cache.slots_of(donor) for donor in donors]
+    values = [[layer[slots].clone() for layer in cache.model.values] for slots in held]
+    first, second = (
+        cache.request(donor[4:] + tokens(generator, 40), rid, ratio=0.0)
+        for donor, rid in zip(donors, "ab", strict=True)
+    )
+    assert (cache.match(first), cache.load(first)) == (146, 146)
+    # Used last, so what has to go is the first one's donor.
+    assert (cache.match(second), cache.load(second)) == (146, 146)
+    assert torch.isin(state_of(second).private, held[0]).any()
+    cache.fuse(first, second)
+    for req, copied in zip((first, second), values, strict=True):
+        for layer in range(cache.model.depth):
+            assert torch.equal(cache.model.values[layer][state_of(req).private], copied[layer][4:])
+
+
+def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
+    cache = Cache()
+    donor = text(generator, 120)
+    cache.donate(donor)
+
+    monkeypatch.setattr(cache.tree.index, "search", fails)
+    req = cache.request(donor[20:] + tokens(generator, 40))
+    assert cache.match(req) == 0
+    assert state_of(req).reason == Reason.ERROR
+
+
+def test_an_admission_that_came_to_nothing_gives_its_slots_back(generator):
+    """Loaded, but not admitted by the scheduler, or matched again before its batch ran."""
+    cache = Cache()
+    donor = text(generator, 152)
+    cache.donate(donor)
+    req = cache.request(donor[20:] + tokens(generator, 40))
+    for number in range(6):
+        assert cache.match(req) == 132
+        free = cache.allocator.available_size()
+        assert cache.load(req) == 132
+        assert cache.allocator.available_size() == free - 132
+        if number % 2:
+            cache.tree.after_admission(req, admitted=False)
+            assert cache.allocator.available_size() == free
+    assert cache.all_slots_back()
+
+
+def test_a_donor_evicted_after_the_match_is_replaced_by_another(generator):
+    """The scheduler was promised where the tail starts; what no donor holds any more is a gap."""
+    cache = Cache()
+    known, more = tokens(generator, 60), tokens(generator, 40)
+    older = [0, *tokens(generator, 19), *known]
+    cache.donate(older)
+    cache.donate([1, *tokens(generator, 15), *known, *more])
+    req = cache.request([2, *tokens(generator, 6), *known, *more, *tokens(generator, 40)])
+    assert cache.match(req) == 107
+    cache.slots_of(older)
+    cache.evict(116)
+    assert cache.load(req) == 107
+    plan = state_of(req).plan
+    assert plan.end == 107
+    assert plan.reused == 60
+    assert plan.gap == 47
+    cache.fuse(req)
+    assert sum(req.customized_info["a3"][0][part] for part in PARTS) == len(req.origin_input_ids)
+
+
+def test_a_living_donor_is_found_past_stale_ones(generator):
+    cache = Cache()
+    known = tokens(generator, 32)
+    first = [0, *tokens(generator, 19), *known]
+    cache.donate(first)
+    for number in range(1, 7):
+        cache.donate([100 + number, *tokens(generator, 19), *known])
+    cache.slots_of(first)
+    cache.evict(6 * 52)
+    assert len(cache.slots_of(first)) == 52
+    req = cache.request([1, *tokens(generator, 8), *known, *tokens(generator, 40)])
+    assert cache.match(req) == 41
+
+
+def test_searching_does_not_split_the_tree(generator, capfd):
+    """A donor is matched by its whole path; matching a part of it would leave a node for every request."""
+    cache = Cache()
+    donor = text(generator, 400)
+    cache.donate(donor)
+
+    def nodes() -> int:
+        capfd.readouterr()
+        cache.tree.pretty_print()
+        return len(capfd.readouterr().out.splitlines())
+
+    before = nodes()
+    assert before >= 2
+    for _ in range(20):
+        begin = int(torch.randint(1, 300, (1,), generator=generator))
+        req = cache.request([1, 2, 3, *donor[begin : begin + 50], *tokens(generator, 33)])
+        assert cache.match(req) > 0
+    assert nodes() == before
+
+
+def test_a_request_is_searched_once_while_it_waits(generator, monkeypatch):
+    """Whatever the policy asks every round, and whatever unrelated requests leave in the tree meanwhile."""
+    cache = Cache()
+    donor = text(generator, 200)
+    cache.donate(donor)
+    req = cache.request([0, 1, 2, 3, 4, *donor[40:], *tokens(generator, 40)])
+    offered = cache.match(req)
+    for _ in range(5):
+        cache.donate(tokens(generator, 30))
+        for _ in range(3):
+            assert cache.match(req) == offered
+    assert state_of(req).search.searches == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.sampled_from([1, 16]))
+def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
+    """Random donors and evictions: what is obtained holds the donor's values at every covered position."""
+    cache = Cache(page_size)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+    whole = page_size * data.draw(st.integers(64 // page_size, 128 // page_size))
+    donors = [tokens(generator, whole) for _ in range(3)]
+    for donor in donors:
+        cache.donate(donor)
+    for keys, values in zip(cache.model.keys, cache.model.values, strict=True):
+        keys.normal_(generator=generator)
+        values.normal_(generator=generator)
+    chosen = data.draw(st.permutations(range(3)))[:2]
+    cut = data.draw(st.integers(1, 24))
+    prompt = [t for i in chosen for t in [*tokens(generator, cut), *donors[i][cut:]]] + tokens(generator, 40)
+    req = cache.request(prompt, ratio=0.0)
+    offered = cache.match(req)
+    cache.evict(data.draw(st.sampled_from([0, 0, whole, 2 * whole])))
+    obtained = cache.load(req)
+    assert obtained in (0, offered)
+    if not obtained:
+        assert state_of(req).reason is not None
+        return
+    cache.fuse(req)
+    plan, private = state_of(req).plan, state_of(req).private
+    assert plan.prefix % page_size == 0
+    assert len(private) == plan.end - plan.prefix
+    for span in plan.spans:
+        path = prompt[span.start : span.end]
+        donor = next(d for d in donors if d[span.offset : span.offset + span.length] == path)
+        slots = cache.slots_of(donor)[span.offset : span.offset + span.length]
+        mine = private[span.start - plan.prefix : span.end - plan.prefix]
+        for values in cache.model.values:
+            assert torch.equal(values[mine], values[slots])
+
+
+def test_counts_do_not_depend_on_guesses_of_another_clients_secret(generator):
+    """The attack of a client who knows the text before a secret, and asks with many guesses at once.
+
+    Blocks have 16 tokens. The secret is within one, which ends after it, so that no guess completes it.
+    """
+    cache = Cache(options=ServerOptions(report="exact", min_saving=0), slots=4000)
+    digits = list(range(1000, 1010))
+    form, secret = tokens(generator, 60), [digits[int(torch.randint(10, (1,), generator=generator))] for _ in range(6)]
+    before = 100 + int(torch.randint(10, (1,), generator=generator))
+    assert (before + 60) % 16 + len(secret) < 16
+    cache.donate([0, *tokens(generator, before - 1), *form, *secret, *tokens(generator, 300)])
+    mine = [1, *tokens(generator, 299)]
+    cache.donate(mine)
+    seen = set()
+    for number in range(1000):
+        known = secret[: number % len(secret)]
+        guesses = [digit for digit in digits if torch.rand(1, generator=generator) < 0.5]
+        prompt = [2, *mine[1:]]
+        for guess in [*guesses, *[3] * (10 - len(guesses))]:
+            prompt += [4, *(form + known)[-45:], guess]
+        req = cache.request([*prompt, 5, *tokens(generator, 60)])
+        cache.match(req)
+        seen.add((len(known), state_of(req).plan.reused))
+    # As many tokens, whatever was guessed.
+    assert len(seen) == len(secret)

@@ -1,0 +1,358 @@
+"""Documents that are prefilled ahead of time: on a real server with each kind of donors, and what is read for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from a3_sglang.cli.app import app
+from a3_sglang.documents import documents
+from a3_sglang.local_server import free_port, local_server
+from a3_sglang.warm import Document, Pace, ServerError, Warmed, server_info, warm
+from a3_sglang.warm.journal import Journal
+from a3_sglang.warm.sources import STANDARD_INPUT, Wrong, count, files, read
+from helpers.engines import OPTIONS, STARTS
+
+SYSTEM = "Answer in one word."
+POOL = 4096
+TRIMMING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""A chat template that strips messages, as those of several model families do."""
+
+
+# ---- what is read
+
+
+def test_every_line_is_a_document_or_named(tmp_path: Path) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"text": "One.", "id": 7}',
+        b'{"text": "Two.", "title": "second", "id": 8}',
+        b"",
+        b'{"text": "  "}',
+        b'{"messages": [], "text": "no"}',
+        b'["Three."]',
+        b"{broken",
+        b'{"text": "\xff"}',
+        b'{"text": 4}',
+        b'{"text": "Last."}',
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    found = list(read([path]))
+    good = [one for one in found if isinstance(one, Document)]
+    wrong = {one.place.rpartition(":")[2]: one.reason for one in found if isinstance(one, Wrong)}
+    assert good == [Document("One.", "7"), Document("Two.", "second"), Document("Last.", f"{path}:10")]
+    assert list(wrong) == ["4", "5", "6", "7", "8", "9"]
+    assert '"text"' in wrong["4"]
+    assert '"messages"' in wrong["5"]
+    assert "JSON" in wrong["7"]
+    assert "UTF-8" in wrong["8"]
+    assert count([path]) == len(found)
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.md", "sub/c.txt", "picture.png", "lines.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"Text of {name}.")
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    found = list(read(files([tmp_path])))
+    assert [Path(one.name if isinstance(one, Document) else one.place).name for one in found] == [
+        "a.md",
+        "b.txt",
+        "latin.txt",
+        "c.txt",
+    ]
+    assert found[2] == Wrong(str(tmp_path / "latin.txt"), "it is not UTF-8 (byte 2)")
+    assert found[3] == Document("Text of sub/c.txt.", str(tmp_path / "sub" / "c.txt"))
+
+
+@pytest.mark.parametrize(("name", "said"), [("gone.jsonl", "no such file"), ("a.pdf", ".jsonl"), ("empty", "no .txt")])
+def test_a_source_that_cannot_be_read_is_an_error_at_once(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "a.pdf").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=said) as raised:
+        files([tmp_path / name])
+    assert name in str(raised.value)
+    assert files([STANDARD_INPUT]) == [STANDARD_INPUT]
+
+
+def test_starts_are_apart_and_lost_time_is_not_made_up_for() -> None:
+    pace = Pace(4)
+    assert [pace.delay(now) for now in (10.0, 10.0, 10.1, 10.75, 20.0, 20.0)] == pytest.approx(
+        [0, 0.25, 0.4, 0, 0, 0.25]
+    )
+    free = Pace(None)
+    assert [free.delay(now) for now in (1.0, 1.0)] == [0, 0]
+
+
+@pytest.mark.parametrize("bad", [{"concurrency": 0}, {"rate": 0}, {"rate": float("nan")}])
+def test_bad_arguments_are_errors_of_the_call(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        warm("http://127.0.0.1:1", [], **bad)
+
+
+def test_a_journal_knows_the_documents_of_this_start_and_beginning(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "done.jsonl", Document("One."), Document("Other.")
+    journal = Journal(path, "start", (SYSTEM, None))
+    assert journal.tokens(one) is None
+    journal.add(one, 40)
+    journal.add(other, 50)
+    again = Journal(path, "start", (SYSTEM, None))
+    assert (len(again), again.tokens(Document(" One.\n", "renamed")), again.tokens(other)) == (2, 40, 50)
+    assert Journal(path, "later", (SYSTEM, None)).tokens(one) is None
+    assert Journal(path, "start", ("Another system message.", None)).tokens(one) is None
+    assert Journal(path, "start", (SYSTEM, "tenant")).tokens(one) is None
+    again.forget()
+    again.add(other, 50)
+    with path.open("a") as file:
+        file.write('{"start": "start", "docu')
+    last = Journal(path, "start", (SYSTEM, None))
+    assert (last.tokens(one), last.tokens(other)) == (None, 50)
+    last.add(one, 40)
+    assert len(Journal(path, "start", (SYSTEM, None))) == 2
+
+
+def test_a_journal_does_not_touch_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "One."}\n{"text": "Two."}')
+    with pytest.raises(ValueError, match=r"documents\.jsonl:1"):
+        Journal(path, "start", ())
+    assert path.read_text() == '{"text": "One."}\n{"text": "Two."}'
+
+
+def test_no_server_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("Text.")
+    for url in (f"http://127.0.0.1:{free_port()}", "localhost:30000"):
+        with pytest.raises(ServerError, match=url):
+            next(warm(url, [Document("Text.")]))
+        done = invoke(path, "--url", url)
+        assert done.exit_code == 1
+        assert done.stderr.startswith("error: ")
+        assert url in done.stderr
+
+
+# ---- on a server
+
+
+@dataclass
+class Server:
+    """A server and documents that it does not know."""
+
+    url: str
+    donors: str
+    stack: ExitStack
+    folder: Path
+    tokenizer: Any
+    random: random.Random
+
+    def documents(self, number: int, words: int = 120) -> list[Document]:
+        texts = [" ".join(self.random.choices(WORDS, k=words)) for _ in range(number)]
+        # Half of them end in a full stop: some tokenizers merge it with a blank line.
+        return [Document(f"Page {i}: {text}{'.' * (i % 2)}", f"page {i}") for i, text in enumerate(texts)]
+
+    def file(self, *lines: Document | str) -> Path:
+        path = self.folder / f"{self.random.randrange(1 << 40)}.jsonl"
+        records = [
+            line if isinstance(line, str) else json.dumps({"text": line.text, "name": line.name}) for line in lines
+        ]
+        path.write_text("\n".join(records) + "\n")
+        return path
+
+    def ask(self, chosen: list[Document]) -> tuple[dict[str, int], int]:
+        """The report of a question over documents, and the tokens of their texts."""
+        text = documents(one.text for one in chosen)
+        question = (
+            f"Question {self.random.randrange(1 << 20)}: which of these pages is the last one, and which the first?"
+        )
+        answer = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0).chat.completions.create(
+            model="default",
+            messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text + question}],
+            max_tokens=2,
+        )
+        assert answer.usage is not None
+        report: dict[str, int] = answer.usage.a3  # type: ignore[attr-defined]
+        return report, len(self.tokenizer.encode(text))
+
+    def flush(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            request = urllib.request.Request(f"{self.url}/flush_cache?timeout=30", data=b"")
+            try:
+                with urllib.request.urlopen(request, timeout=60):
+                    return
+            except urllib.error.HTTPError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+
+WORDS = ["river", "stone", "lamp", "garden", "winter", "letter", "music", "bridge", "silver", "harbor", "window"]
+
+
+@pytest.fixture(scope="module", params=["harvest", "compiled"])
+def running(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("warm")
+    arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", str(POOL), "--context-length", "3000"]
+    arguments += ["--a3-donors", request.param]
+    if request.param == "compiled":
+        template = folder / "trimming.jinja"
+        template.write_text(TRIMMING)
+        arguments += ["--chat-template", str(template)]
+    with ExitStack() as stack:
+        started = time.monotonic()
+        url = stack.enter_context(local_server(tiny, folder / "log", *arguments, variables=OPTIONS))
+        STARTS.add(time.monotonic() - started)
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        yield Server(url, request.param, stack, folder, tokenizer, random.Random(random.randrange(1 << 30)))
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    running.flush()
+    return running
+
+
+def invoke(*arguments: Any, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(app, ["warm", *map(str, arguments)], input=stdin)
+
+
+@pytest.mark.engine
+def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Server) -> None:
+    pages = server.documents(6)
+    results = list(warm(server.url, pages, system=SYSTEM, concurrency=3))
+    assert {one.document.name for one in results} == {one.name for one in pages}
+    assert all(one.error is None and one.cached < 64 < one.tokens for one in results)
+    chosen = server.random.sample(pages, 4)
+    report, tokens = server.ask(chosen)
+    assert report["reason"] is None
+    # With compiled donors the exact prefix is whole blocks; what is left of the first document is a gap.
+    assert report["gap"] < (32 if server.donors == "compiled" else 1)
+    found = sum(report[part] for part in ("prefix", "continued", "reused", "recomputed"))
+    assert found + report["gap"] >= tokens
+    assert report["recomputed"] < report["reused"]
+    again = list(warm(server.url, pages, system=SYSTEM))
+    assert [one.document for one in again] == pages
+    assert all(one.cached == one.tokens - 1 for one in again)
+
+
+@pytest.mark.engine
+def test_a_document_that_cannot_be_prefilled_is_a_result(server: Server) -> None:
+    good = server.documents(1)[0]
+    given = [Document(" \n", "empty"), Document("word " * 3100, "long"), good]
+    empty, long, last = warm(server.url, given, system=SYSTEM)
+    assert empty == Warmed(given[0], 0, 0, "the document is empty")
+    assert long.error is not None
+    assert "3000" in long.error
+    assert (last.document, last.error) == (good, None)
+
+
+@pytest.mark.engine
+def test_documents_are_taken_as_they_are_sent(server: Server) -> None:
+    taken: list[str] = []
+
+    def endless() -> Iterator[Document]:
+        for page in server.documents(50, words=20):
+            taken.append(page.name)
+            yield page
+
+    results = warm(server.url, endless(), concurrency=2)
+    next(results)
+    assert len(taken) == 2
+    next(results)
+    assert len(taken) <= 4
+    results.close()  # type: ignore[attr-defined]
+    assert len(taken) <= 4
+
+
+@pytest.mark.engine
+def test_the_command_names_wrong_lines_and_resumes(server: Server) -> None:
+    pages = server.documents(5)
+    source = server.file(pages[0], "{broken", *pages[1:4], '{"messages": []}', pages[4], pages[0])
+    figures, done = server.folder / "figures.json", server.folder / f"{source.stem}-done.jsonl"
+    arguments = (source, "--url", server.url, "--system", SYSTEM, "--resume", done, "--json", figures)
+
+    def run(*more: Any) -> tuple[Result, dict[str, Any]]:
+        result = invoke(*arguments, *more)
+        return result, json.loads(figures.read_text())
+
+    result, first = run("--rate", 50)
+    assert result.exit_code == 1
+    assert [one["place"] for one in first["failed"]] == [f"{source}:2", f"{source}:6"]
+    assert all(f"{source}:{number} skipped: " in result.stdout.replace("\n", "") for number in (2, 6))
+    assert (first["warmed"], first["skipped"]) == (5, 1)
+    info = server_info(server.url)
+    assert info.token_bytes is not None
+    assert first["kv_bytes"] == round(first["tokens"] * info.token_bytes)
+    assert info.slots == first["slots"] == POOL
+    assert server.ask([pages[3], pages[1], pages[4]])[0]["gap"] < 32
+
+    _, second = run()
+    assert (second["warmed"], second["skipped"], second["computed"]) == (0, 6, 0)
+    assert second["tokens"] == first["tokens"]
+    server.flush()
+    result, third = run()
+    assert "emptied" in result.stdout
+    assert (third["warmed"], third["skipped"]) == (5, 1)
+    assert abs(third["computed"] - first["computed"]) < 64
+    clean = server.file(*pages)
+    assert invoke(clean, "--url", server.url, "--system", SYSTEM, "--resume", done).exit_code == 0
+    elsewhere = invoke(clean, "--url", server.url, "--resume", done, "--json", figures)
+    assert elsewhere.exit_code == 0
+    assert json.loads(figures.read_text())["warmed"] == 5
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_full_pool_ends_the_run_before_anything_is_evicted(server: Server, concurrency: int) -> None:
+    pages = server.documents(40)
+    lines = server.file(*pages).read_bytes()
+    figures = server.folder / "figures.json"
+    arguments = ("-", "--url", server.url, "--system", SYSTEM, "--concurrency", concurrency, "--json", figures)
+    result = invoke(*arguments, stdin=lines)
+    assert result.exit_code == 1
+    assert result.stdout.count("of the KV pool (") == 1
+    stopped = json.loads(figures.read_text())
+    assert stopped["full"]
+    assert stopped["left_out"]
+    assert 0.9 * POOL <= stopped["tokens"] <= POOL
+    warmed = pages[: stopped["warmed"]]
+    assert 0 < len(warmed) < len(pages)
+    assert all(one.cached == one.tokens - 1 for one in warm(server.url, warmed, system=SYSTEM))
+    result = invoke(*arguments, "--evict", stdin=lines)
+    assert result.exit_code == 0
+    assert result.stdout.count("of the KV pool (") == 1
+    assert json.loads(figures.read_text())["warmed"] == len(pages)
+
+
+@pytest.mark.engine
+def test_a_server_that_goes_away_ends_the_iteration(running: Server) -> None:
+    """Comes last, as it stops the server."""
+    pages = running.documents(5)
+
+    def until_stopped() -> Iterator[Document]:
+        for number, page in enumerate(pages):
+            if number == 2:
+                running.stack.close()
+            yield page
+
+    results = warm(running.url, until_stopped(), system=SYSTEM)
+    assert [next(results).error, next(results).error] == [None, None]
+    with pytest.raises(ServerError, match="does not answer"):
+        next(results)

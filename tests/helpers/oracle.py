@@ -1,0 +1,115 @@
+"""A fused request on the engine, and what a Llama in float64 makes of the same donor and rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from a3_sglang.client import flush
+from a3_sglang.drift.model import BLOCK
+from a3_sglang.integration.startup import line_ends
+from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.plan import Plan, make_plan
+from a3_sglang.selectors import Probe, Rows
+from helpers.reference import Llama, backwards, gaps, reused, rope64, spread64
+from helpers.tolerance import distance, roundings, turned
+from helpers.traffic import Traffic
+
+SPREAD = {"ratio": 0.25}
+"""The option with which the rows between the recomputed ones are corrected."""
+
+INDEX_BLOCK = 16
+"""Tokens per block of the index at the default min_span."""
+
+
+class Fused:
+    """One fused request: the engine's KV, and the oracle's of the same donor, moved.
+
+    Attributes:
+        engine: KV of the engine, ``{"k", "v"}`` of (layers, tokens, kv_heads, head_dim) each.
+        copied: keys and values of each layer, float64; the spans' as they are copied, the rest the prompt's own.
+        rows: positions that the engine computed: recomputed ones and gaps.
+    """
+
+    def __init__(self, traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
+        traffic.renew()
+        flush(traffic.running)
+        order = list(range(documents))
+        donor = traffic.prompt(order)
+        traffic.ask(donor, False, tokens=1)
+        prompt = traffic.prompt(order[::-1])
+        out = traffic.ask(prompt, option, tokens=1)
+        self.engine, self.report = traffic.kv(out), out["meta_info"]["a3"]
+        self.tokens, self.oracle = torch.tensor(prompt), oracle
+        self.plan = self._plan(donor, prompt, line_ends(traffic.running.tokenizer_manager.tokenizer))
+        self.reused = reused(self.plan)
+        assert self.plan.prefix == self.report["prefix"]
+        assert len(self.reused) == self.report["reused"] + self.report["recomputed"]
+        self.recomputed = self.engine["recomputed"]
+        self.rows = torch.cat([self.recomputed, gaps(self.plan)]).sort().values
+        # The oracle's own KV of the donor, moved; of the prefix it is the prompt's own.
+        self.copied = [[layer.clone() for layer in part] for part in oracle.prefill64(self.tokens)[:2]]
+        of_donor = oracle.prefill64(torch.tensor(donor))[:2]
+        table = oracle.ropes[0].cos_sin.double()
+        for span in self.plan.spans:
+            new, old = slice(span.start, span.end), slice(span.offset, span.offset + span.length)
+            for layer in range(oracle.depth):
+                raw = rope64(of_donor[0][layer][old], backwards(table[old]), oracle.neox)
+                self.copied[0][layer][new] = rope64(raw, table[new], oracle.neox)
+                self.copied[1][layer][new] = of_donor[1][layer][old]
+
+    @staticmethod
+    def _plan(donor: list[int], prompt: list[int], ends: Any) -> Plan:
+        index = AnyPositionIndex(32, line_ends=ends)
+        index.add("", donor)
+        prefix = next(i for i, (a, b) in enumerate(zip(donor, prompt, strict=False)) if a != b)
+        plan = make_plan(index.find("", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)
+        assert plan is not None
+        return plan
+
+    def error(self, part: int, layer: int, expected: torch.Tensor, rows: torch.Tensor) -> float:
+        """Relative distance of the engine's keys (0) or values (1) from what is expected."""
+        return distance(self.engine["kv"[part]][layer][rows], expected[rows])
+
+
+def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
+    """Copied, rotated, recomputed and corrected KV, layer by layer."""
+    fused = Fused(traffic, oracle, option, documents)
+    spread = option == SPREAD
+    correct = spread64(oracle, fused.plan, fused.recomputed, BLOCK) if spread else None
+    expected = oracle.rows64(fused.tokens, fused.rows, *fused.copied, correct)[:2]
+    context = torch.arange(fused.plan.end)
+    kept = fused.reused[~torch.isin(fused.reused, fused.recomputed)]
+    errors = [
+        [fused.error(part, layer, expected[part][layer], context) for layer in range(oracle.depth)] for part in (0, 1)
+    ]
+    # A deep layer of the engine is some tens of roundings away from float64.
+    assert max(map(max, errors)) < roundings(12) + turned(len(fused.tokens))
+    if spread:
+        # In the middle of the model the correction is larger than rounding, so that its absence would show.
+        middle = range(oracle.depth // 4, oracle.depth * 4 // 5)
+        for part in (0, 1):
+            here = [fused.error(part, layer, expected[part][layer], kept) for layer in middle]
+            without = [fused.error(part, layer, fused.copied[part][layer], kept) for layer in middle]
+            assert sum(without) > 1.5 * sum(here)
+
+
+def probe_agreement(traffic: Traffic, oracle: Llama, documents: int = 4) -> float:
+    """The share of the rows that the probe picks by the oracle's attention that the engine recomputed too."""
+    fused = Fused(traffic, oracle, {"ratio": 0.25}, documents)
+    end, total = fused.plan.end, len(fused.tokens)
+    keys, values = ([layer.clone() for layer in part] for part in fused.copied)
+    unknown = torch.tensor(sorted(set(range(total)) - set(fused.reused.tolist()) - set(range(fused.plan.prefix))))
+    for layer in (*keys, *values):
+        layer[unknown] = torch.nan
+    attention = oracle.question64(fused.plan, fused.tokens, keys, values)
+    probe, group = Probe(), oracle.shape.heads // oracle.shape.kv_heads
+    score = torch.zeros(end, dtype=torch.float64)
+    for layer in probe.probe_layers(oracle.depth):
+        sizes = values[layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
+        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, :end]).sum(0)
+    rows = Rows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")
+    picked = probe.pick(score, rows, probe.budget(fused.plan.ratio(0.25, INDEX_BLOCK), len(fused.reused)))
+    return len(set(picked.tolist()) & set(fused.recomputed.tolist())) / len(picked)

@@ -1,0 +1,378 @@
+"""What the tests compare with: plain float64 arithmetic and a small Llama without SGLang."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from a3_sglang.drift.model import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
+from a3_sglang.fusion.executor import Attend, Model, PassOver
+from a3_sglang.matching.plan import Plan, question_ranges
+from a3_sglang.rope import RopeTable
+
+# The tensors of these tests are tiny: threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+LAYOUTS: dict[str, st.SearchStrategy[Any]] = {
+    "heads": st.integers(1, 3),
+    "dims": st.sampled_from([(8, 8), (16, 16), (16, 8), (12, 6), (20, 12)]),
+    "neox": st.booleans(),
+    "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+}
+"""Of pools: heads, (head_dim, rotary_dim), how rotated dimensions are paired, dtype."""
+
+
+def random_tensor(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Standard normal, float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ---- RoPE
+
+
+def inverse_frequencies(rotary_dim: int, base: float = 10_000.0) -> torch.Tensor:
+    """Angle per position of each pair, float64 (rotary_dim / 2,)."""
+    return base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+
+
+def llama3_frequencies(rotary_dim: int, base: float = 500_000.0) -> torch.Tensor:
+    """Llama 3.1's stretched angles: low frequencies slowed eightfold, a ramp between, high ones kept."""
+    factor, low, high, original = 8.0, 1.0, 4.0, 8192
+    freq = inverse_frequencies(rotary_dim, base)
+    ramp = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return freq * (ramp + (1 - ramp) / factor)
+
+
+def cos_sin(freq: torch.Tensor, positions: int, scale: float = 1.0) -> torch.Tensor:
+    """Cosines, then sines, of every position, times ``scale``; float64 (positions, rotary_dim)."""
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], -1) * scale
+
+
+def rope64(x: torch.Tensor, cos_sin_rows: torch.Tensor, neox: bool) -> torch.Tensor:
+    """Multiply each pair of (n, heads, head_dim) by its complex number; one row of ``cos_sin_rows`` a token."""
+    half = cos_sin_rows.shape[1] // 2
+    factor = torch.complex(*cos_sin_rows.double().split(half, -1)).unsqueeze(1)
+    part, rest = x.double().split([2 * half, x.shape[-1] - 2 * half], -1)
+    if neox:
+        turned = torch.complex(part[..., :half].contiguous(), part[..., half:].contiguous()) * factor
+        return torch.cat([turned.real, turned.imag, rest], -1)
+    turned = torch.view_as_complex(part.unflatten(-1, (half, 2)).contiguous()) * factor
+    return torch.cat([torch.view_as_real(turned).flatten(-2), rest], -1)
+
+
+def backwards(cos_sin_rows: torch.Tensor) -> torch.Tensor:
+    """The rows that undo these in :func:`rope64`."""
+    cos, sin = cos_sin_rows.chunk(2, -1)
+    return torch.cat([cos, -sin], -1)
+
+
+# ---- attention
+
+
+def weights64(query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention of (rows, heads, d) over the first ``visible`` of (n, kv_heads, d), float64 (rows, heads, n)."""
+    rows, heads, _ = query.shape
+    weights = torch.zeros(rows, heads, len(keys), dtype=torch.float64)
+    for row in range(rows):
+        seen = int(visible[row])
+        for head in range(heads):
+            k = keys[:seen, head * keys.shape[1] // heads].double()
+            weights[row, head, :seen] = torch.softmax(k @ query[row, head].double() * scaling, -1)
+    return weights
+
+
+def attention64(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of (rows, heads, d) over the first ``visible`` of (n, kv_heads, d), float64 like ``query``.
+
+    Only the visible ones are read, so what lies behind them may be NaN.
+    """
+    rows, heads, _ = query.shape
+    group = heads // keys.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for row in range(rows):
+        seen = int(visible[row])
+        k, v = (x[:seen].double().repeat_interleave(group, 1) for x in (keys, values))
+        weights = torch.softmax(torch.einsum("hd,nhd->hn", query[row].double(), k) * scaling, -1)
+        out[row] = torch.einsum("hn,nhd->hd", weights, v)
+    return out
+
+
+# ---- a model
+
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the small Llama."""
+
+    depth: int = 4
+    hidden: int = 32
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    inner: int = 48
+    vocabulary: int = 101
+    positions: int = 512
+    base: float = 10_000.0
+
+
+class Llama(Model):
+    """RMSNorm, RoPE, GQA and SwiGLU over a pool of KV slots, in float32 with random weights or those of a folder.
+
+    Every slot starts as NaN, so whatever reads a slot that nothing wrote shows. ``computed`` counts rows whose QKV
+    was computed, summed over layers.
+    """
+
+    def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape()) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.shape, self.depth, self.computed = shape, shape.depth, 0
+        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.weights: dict[str, torch.Tensor] = {"embed": random_tensor(generator, shape.vocabulary, shape.hidden)}
+        for layer in range(shape.depth):
+            for name, out, into in (
+                ("q", width, shape.hidden),
+                ("k", kv_width, shape.hidden),
+                ("v", kv_width, shape.hidden),
+                ("o", shape.hidden, width),
+                ("gate", shape.inner, shape.hidden),
+                ("up", shape.inner, shape.hidden),
+                ("down", shape.hidden, shape.inner),
+            ):
+                # Sharp enough attention that a wrong key or position shows in everything behind it.
+                gain = 1.5 if name in "qk" else 1.0
+                self.weights[f"{name}{layer}"] = gain * random_tensor(generator, out, into) / into**0.5
+            for norm in ("attention", "mlp"):
+                self.weights[f"{norm}{layer}"] = 1 + 0.1 * random_tensor(generator, shape.hidden)
+        self.weights = {name: weight.float() for name, weight in self.weights.items()}
+        self.neox, self.scaling = True, shape.head_dim**-0.5
+        table = RopeTable(cos_sin(inverse_frequencies(shape.head_dim, shape.base), shape.positions).float(), self.neox)
+        self.ropes = dict.fromkeys(range(shape.depth), table)
+        pool = (slots, shape.kv_heads, shape.head_dim)
+        self.keys = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
+        self.values = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
+        self._override: tuple[torch.Tensor, torch.Tensor, Attend] | None = None
+
+    @classmethod
+    def load(cls, folder: Path, positions: int = 2048) -> Llama:
+        """A model that transformers saved, with room for no KV."""
+        config = json.loads((folder / "config.json").read_text())
+        shape = Shape(
+            depth=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_dim=config["hidden_size"] // config["num_attention_heads"],
+            inner=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            positions=positions,
+            base=config["rope_parameters"]["rope_theta"],
+        )
+        assert math.isclose(config["rms_norm_eps"], EPSILON, rel_tol=1e-3)
+        model = cls(slots=0, shape=shape)
+        stored = load_file(folder / "model.safetensors")
+        names = {"embed": "embed_tokens"}
+        for layer in range(shape.depth):
+            names |= {f"{n}{layer}": f"layers.{layer}.self_attn.{n}_proj" for n in "qkvo"}
+            names |= {f"{n}{layer}": f"layers.{layer}.mlp.{n}_proj" for n in ("gate", "up", "down")}
+            names[f"attention{layer}"] = f"layers.{layer}.input_layernorm"
+            names[f"mlp{layer}"] = f"layers.{layer}.post_attention_layernorm"
+        for name, long in names.items():
+            weight = stored[f"model.{long}.weight"].float()
+            assert weight.shape == model.weights[name].shape
+            model.weights[name] = weight
+        return model
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        with suppress(PassOver):
+            self.hidden(tokens, positions, attend)
+
+    @contextmanager
+    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> Iterator[None]:
+        self._override = tokens, positions, attend
+        yield
+        self._override = None
+
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The ordinary pass of an engine over a tail, within :meth:`extended`; the last hidden states."""
+        assert self._override is not None
+        first, at, attend = self._override
+        return self.hidden(torch.cat([first, tokens]), torch.cat([at, positions]), attend)[len(first) :]
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        shape, w = self.shape, self.weights
+        x = w["embed"][tokens]
+        rope = self.ropes[0].cos_sin[positions]
+        for layer in range(shape.depth):
+            h = _norm(x, w[f"attention{layer}"])
+            q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
+            q, k = (rope64(part, rope, self.neox).float() for part in (q, k))
+            self.computed += len(tokens)
+            out = attend.attend(layer, q, k, v, self.scaling)
+            x = x + out.flatten(1) @ w[f"o{layer}"].T
+            x = x + _mlp(x, w, layer)
+        return x
+
+    # ---- in float64, from the definition
+
+    def rows64(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        correct: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Compute ``rows`` of a prompt over given KV of the other positions.
+
+        Args:
+            tokens: int64 (prompt,).
+            rows: int64, ascending positions.
+            keys: (prompt, kv_heads, head_dim) a layer; NaN where a position has no KV, which then is not seen.
+            values: like ``keys``.
+            correct: called with each layer's number, its given keys and values, and the same with those of ``rows``
+                in place, which it may change before anything attends.
+            positions: int64 (rows,), where RoPE places the rows; None: where they are.
+
+        Returns:
+            Keys and values with those of ``rows`` in place, the rows' last hidden states, and of every layer the
+            attention weights, (rows, heads, prompt), and the queries, (rows, heads, head_dim).
+        """
+        shape, w = self.shape, {name: weight.double() for name, weight in self.weights.items()}
+        keys, values = [k.double().clone() for k in keys], [v.double().clone() for v in values]
+        x, attention, queries = w["embed"][tokens[rows]], [], []
+        rope = self.ropes[0].cos_sin[rows if positions is None else positions]
+        for layer in range(shape.depth):
+            h = _norm(x, w[f"attention{layer}"])
+            q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
+            given = keys[layer].clone(), values[layer].clone()
+            q, keys[layer][rows], values[layer][rows] = rope64(q, rope, self.neox), rope64(k, rope, self.neox), v
+            if correct is not None:
+                correct(layer, *given, keys[layer], values[layer])
+            queries.append(q)
+            group = shape.heads // shape.kv_heads
+            logits = torch.einsum("rhd,nhd->rhn", q, keys[layer].repeat_interleave(group, 1)) * self.scaling
+            # A position without KV is not there: it counts neither as key nor as value.
+            absent = keys[layer].isnan().flatten(1).any(1) | values[layer].isnan().flatten(1).any(1)
+            hidden = (torch.arange(len(tokens)) > rows[:, None]) | absent
+            attention.append(torch.softmax(logits.masked_fill(hidden[:, None], -math.inf), -1))
+            out = torch.einsum("rhn,nhd->rhd", attention[-1], values[layer].nan_to_num().repeat_interleave(group, 1))
+            x = x + out.flatten(1) @ w[f"o{layer}"].T
+            x = x + _mlp(x, w, layer)
+        return keys, values, x, attention, queries
+
+    def question64(
+        self, plan: Plan, tokens: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Attention of a prompt's question, asked after all that is known of the prompt.
+
+        Args:
+            plan: of the prompt.
+            tokens: int64 (prompt,).
+            keys: (prompt, kv_heads, head_dim) per layer; NaN at positions that have no KV.
+            values: like ``keys``.
+
+        Returns:
+            Of every layer, float64 (rows, heads, plan.end).
+        """
+        asked = torch.cat([tokens[start:end] for start, end in question_ranges(plan, len(tokens))])
+        unknown = torch.full((len(asked), *keys[0].shape[1:]), torch.nan, dtype=keys[0].dtype)
+        keys, values = ([torch.cat([layer[: plan.end], unknown]) for layer in part] for part in (keys, values))
+        rows = plan.end + torch.arange(len(asked))
+        positions = torch.arange(len(tokens) - len(asked), len(tokens))
+        attention = self.rows64(torch.cat([tokens[: plan.end], asked]), rows, keys, values, positions=positions)[3]
+        return [layer[..., : plan.end] for layer in attention]
+
+    def prefill64(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """KV of every layer and the last hidden states of a whole prompt."""
+        shape = (self.depth, len(tokens), self.shape.kv_heads, self.shape.head_dim)
+        empty = list(torch.full(shape, torch.nan, dtype=torch.float64))
+        return self.rows64(tokens, torch.arange(len(tokens)), empty, empty)[:3]
+
+
+def reused(plan: Plan) -> torch.Tensor:
+    """Positions of a plan's reused rows."""
+    return torch.cat([torch.arange(span.start, span.end) for span in plan.spans])
+
+
+def gaps(plan: Plan) -> torch.Tensor:
+    """Positions of a plan's gaps."""
+    return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
+
+
+def spread64(
+    model: Llama, plan: Plan, chosen: torch.Tensor, block: int, wanted: tuple[int, int] | None = None
+) -> Callable[..., None]:
+    """How recomputed rows correct the rows between them, row by row from the definition; for :meth:`Llama.rows64`.
+
+    ``wanted``: only rows in it are corrected.
+    """
+    first, last = wanted or (plan.prefix, plan.end)
+    table = model.ropes[0].cos_sin.double()
+    back = backwards(table)
+    recomputed = set(chosen.tolist())
+
+    begins = {p: span.start for span in plan.spans for p in range(span.start, span.end)}
+
+    def scale(kind: Covariance, p: int) -> float:
+        variance = AT_BEGINNING / (1 + p - begins[p]) ** FALL
+        return math.sqrt(max(DEEP, (variance - kind.common) / (1 - kind.common)))
+
+    def covariance(kind: Covariance, a: int, b: int) -> float:
+        d = abs(a - b)
+        local = kind.near * math.exp(-d / kind.close) + (1 - kind.common - kind.near) * (a == b)
+        return kind.common * math.exp(-d / kind.reach) + scale(kind, a) * scale(kind, b) * local
+
+    def blocks() -> Iterator[tuple[list[int], list[int]]]:
+        for span in plan.spans:
+            for start in range(span.start, span.end, block):
+                rows = range(start, min(start + block, span.end))
+                others = [p for p in rows if p not in recomputed and first <= p < last]
+                yield [p for p in rows if p in recomputed], others
+
+    def weights(kind: Covariance, known: list[int], wanted: list[int]) -> torch.Tensor:
+        among = [[covariance(kind, a, b) for b in known] for a in known]
+        toward = [[covariance(kind, p, a) for a in known] for p in wanted]
+        return kind.trust * torch.tensor(toward, dtype=torch.float64) @ torch.linalg.inv(torch.tensor(among).double())
+
+    plans = [
+        (known, wanted, *(weights(kind, known, wanted) for kind in (KEYS, VALUES)))
+        for known, wanted in blocks()
+        if known and wanted
+    ]
+
+    def correct(
+        layer: int, given_keys: torch.Tensor, given_values: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        if not layer:
+            return
+        for known, wanted, key_weights, value_weights in plans:
+            drift = rope64(keys[known] - given_keys[known], back[known], model.neox)
+            keys[wanted] += rope64(torch.einsum("wk,khd->whd", key_weights, drift), table[wanted], model.neox)
+            drift = values[known] - given_values[known]
+            values[wanted] += torch.einsum("wk,khd->whd", value_weights, drift)
+
+    return correct
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPSILON) * weight
+
+
+def _mlp(x: torch.Tensor, w: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
+    h = _norm(x, w[f"mlp{layer}"])
+    return (torch.nn.functional.silu(h @ w[f"gate{layer}"].T) * (h @ w[f"up{layer}"].T)) @ w[f"down{layer}"].T

@@ -1,0 +1,59 @@
+"""The question's attention to its context against float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from a3_sglang.attention.relevance import attention_weights, hidden_columns, key_columns, query_rows, relevance
+from helpers.reference import random_tensor, weights64
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    context=st.integers(1, 120),
+    kv_heads=st.integers(1, 4),
+    group=st.sampled_from([1, 3, 4]),
+    scaling=st.floats(0.05, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**32),
+)
+def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query = random_tensor(generator, rows, kv_heads * group, 16).to(dtype)
+    keys = random_tensor(generator, context, kv_heads, 16).to(dtype)
+    visible = torch.randint(1, context + 1, (rows,), generator=generator)
+    keys = keys[: int(visible.max())]
+    asked, columns, hidden = query_rows(query, kv_heads), key_columns(keys), hidden_columns(visible)
+    weights = torch.stack(
+        [attention_weights(*head, hidden, scaling, dtype) for head in zip(asked, columns, strict=True)]
+    )
+    values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
+    taken = sum(relevance(weights[head].clone(), rows, values[:, head]) for head in range(kv_heads))
+    exact = weights64(query, keys, visible, scaling)
+    grouped = exact.unflatten(1, (kv_heads, group)).movedim(1, 0).flatten(1, 2)
+    assert weights.dtype == taken.dtype == torch.float32
+    assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
+    sizes = values.double().norm(dim=-1).repeat_interleave(group, 1)
+    expected = (exact.pow(2).mean(0).sqrt() * sizes.T).sum(0)
+    assert_close(taken.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_few_rows_see_counts_little_and_large_logits_stay_finite():
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    query, keys = random_tensor(generator, 5, 4, 16) * 100, random_tensor(generator, 30, 2, 16) * 100
+    hidden, asked = hidden_columns(torch.arange(26, 31)), query_rows(query.float(), 2)
+    columns, values = key_columns(keys), torch.nn.functional.normalize(keys.float(), dim=-1)
+    weights = torch.stack(
+        [attention_weights(*head, hidden, 1.0, torch.float32) for head in zip(asked, columns, strict=True)]
+    )
+    taken = sum(relevance(weights[head].clone(), 5, values[:, head]) for head in range(2))
+    assert torch.isfinite(weights).all()
+    # The last position is seen by one row of five, in 4 heads.
+    assert taken[29] <= 4 * (1 / 5) ** 0.5
+    assert (weights.view(2, 5, 2, 30)[:, :4, :, 29] == 0).all()
+    # Each of the 4 heads gives every row exactly one.
+    assert_close(weights.sum(), torch.tensor(20.0))

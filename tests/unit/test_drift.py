@@ -1,0 +1,128 @@
+"""The choice of rows by the model of drift."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from a3_sglang.drift import model as drift
+from a3_sglang.drift.model import BLOCK, KEYS, Blocks, informative
+
+lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
+
+
+def offsets_of(spans: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in spans])
+
+
+def drawn_weights(seed: int, count: int) -> torch.Tensor:
+    """As uneven as attention."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
+
+
+def covariance64(offsets: torch.Tensor, block: int) -> torch.Tensor:
+    """Of all rows' drift of keys, own part included."""
+    number = (offsets % block == 0).cumsum(0)
+    together = number[:, None] == number
+    return KEYS(offsets, offsets).double() * together + KEYS.own(offsets).double().diag()
+
+
+def left(covariance: torch.Tensor, weight: torch.Tensor, known: torch.Tensor) -> float:
+    """Share of the weighted variance that stays unknown."""
+    toward = covariance[:, known]
+    told = (toward @ torch.linalg.inv(toward[known]) * toward).sum(1)
+    return float(weight.double() @ (covariance.diagonal() - told) / (weight.double() @ covariance.diagonal()))
+
+
+def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
+    """In rounds, each row by the variance that knowing it alone would take away."""
+    chosen: list[int] = []
+    for part in torch.arange(count).tensor_split(drift.ROUNDS):
+        if chosen:
+            toward = covariance[:, chosen]
+            given_chosen = covariance - toward @ torch.linalg.inv(toward[chosen]) @ toward.T
+        else:
+            given_chosen = covariance
+        open_weight = weight.double().clone()
+        open_weight[chosen] = 0
+        gain = (given_chosen.square() @ open_weight) / given_chosen.diagonal()
+        gain[chosen] = -1
+        chosen += gain.argsort(descending=True, stable=True)[: len(part)].tolist()
+    return chosen
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), lengths, st.floats(0.02, 1), st.sampled_from([7, BLOCK]))
+def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: float, block: int):
+    offsets = offsets_of(spans)
+    weight, count = drawn_weights(seed, len(offsets)), max(1, int(share * len(offsets)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drift, "BLOCK", block)
+        patch.setattr(drift, "IN_PLAY", float("1e9"))
+        chosen = informative(weight, Blocks(spans, "cpu"), count)
+    assert chosen.dtype == torch.int64
+    assert len(chosen) == len(set(chosen.tolist())) == count
+    covariance = covariance64(offsets, block)
+    expected = greedy64(covariance, weight, count)
+    # Rows of nearly the same gain may change places.
+    assert left(covariance, weight, chosen) <= left(covariance, weight, torch.tensor(expected)) + 0.005
+    assert len(set(chosen.tolist()) & set(expected)) >= 0.9 * count - 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), lengths, st.floats(0, 1))
+def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
+    offsets = offsets_of(spans)
+    count = round(share * len(offsets))
+    chosen = informative(drawn_weights(seed, len(offsets)), Blocks(spans, "cpu"), count)
+    assert len(chosen) == count
+    assert len(set(chosen.tolist())) == count
+    assert set(chosen.tolist()) <= set(range(len(offsets)))
+
+
+def test_less_drift_is_left_than_after_the_heaviest_rows():
+    """Not in every case, as rows of one round do not know of each other, but in all together."""
+    spans = [300, 40, 600]
+    offsets = offsets_of(spans)
+    covariance = covariance64(offsets, BLOCK)
+    less = []
+    for seed in range(20):
+        # Attention comes in runs of tokens.
+        noise = torch.randn(1, len(offsets), generator=torch.Generator().manual_seed(seed))
+        weight = (4 * torch.nn.functional.avg_pool1d(noise, 5, 1, 2)[0]).exp()
+        chosen, heaviest = informative(weight, Blocks(spans, "cpu"), 140), weight.argsort(descending=True)[:140]
+        less.append(left(covariance, weight, heaviest) - left(covariance, weight, chosen))
+    assert sum(less) > 0
+    assert sum(x > 0 for x in less) > 15
+
+
+def test_a_row_beside_a_known_one_can_wait():
+    weight = torch.zeros(800)
+    weight[[600, 601, 700]] = torch.tensor([1.0, 0.95, 0.9])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drift, "ROUNDS", 2)
+        assert sorted(informative(weight, Blocks([800], "cpu"), 2).tolist()) == [600, 700]
+
+
+def test_of_rows_that_matter_alike_those_at_the_beginning_of_a_span_come_first():
+    weight = torch.zeros(500)
+    weight[[0, 150, 499]] = 1.0
+    assert informative(weight, Blocks([500], "cpu"), 3)[0] == 0
+    assert KEYS.variance(torch.arange(500)).diff().max() <= 0
+
+
+def test_the_largest_numbers_do_not_overflow():
+    weight = torch.ones(50)
+    weight[7] = torch.finfo(torch.float32).max
+    chosen = informative(weight, Blocks([50], "cpu"), 8)
+    assert chosen[0] == 7
+    assert len(set(chosen.tolist())) == 8
+
+
+def test_weights_that_are_all_zero_still_give_rows():
+    chosen = informative(torch.zeros(50), Blocks([50], "cpu"), 8)
+    assert_close(chosen.sort().values.unique(), chosen.sort().values)
+    assert len(chosen) == 8
