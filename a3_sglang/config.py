@@ -34,7 +34,7 @@ DONOR_MODES = ("harvest", "compiled")
 """Where reusable KV may come from: what any earlier request left, or what was prefilled to be reused."""
 
 
-def known_ratio(value: Any) -> Ratio:
+def check_ratio(value: Any) -> Ratio:
     """A share or ``"auto"``.
 
     Raises:
@@ -51,7 +51,7 @@ def _read_ratio(value: Any) -> Ratio:
     """The same from the text of an option."""
     with suppress(TypeError, ValueError):
         value = value if value == AUTO else float(value)
-    return known_ratio(value)
+    return check_ratio(value)
 
 
 def _read_rows(value: Any) -> int | Literal["auto"]:
@@ -141,7 +141,7 @@ class ServerOptions(BaseModel):
     @field_validator("selector")
     @classmethod
     def _known_selector(cls, name: str, others: ValidationInfo) -> str:
-        return suits(known_selector(name), others.data.get("recompute_ratio"))
+        return check_combination(check_selector(name), others.data.get("recompute_ratio"))
 
     @classmethod
     def from_environment(cls) -> ServerOptions:
@@ -162,7 +162,7 @@ class RequestOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ratio: Annotated[Ratio | None, BeforeValidator(lambda value: None if value is None else known_ratio(value))] = None
+    ratio: Annotated[Ratio | None, BeforeValidator(lambda value: None if value is None else check_ratio(value))] = None
     selector: str | None = None
     min_span: StrictInt | None = None
     donor: StrictBool = False
@@ -180,10 +180,10 @@ class RequestOptions(BaseModel):
     @field_validator("selector")
     @classmethod
     def _known_selector(cls, name: str | None) -> str | None:
-        return None if name is None else known_selector(name)
+        return None if name is None else check_selector(name)
 
 
-class Effective(BaseModel):
+class ResolvedOptions(BaseModel):
     """The options one request runs with.
 
     Attributes:
@@ -213,13 +213,13 @@ def env_name(option: str) -> str:
     return ENV_PREFIX + option.upper()
 
 
-def known_selector(name: str) -> str:
+def check_selector(name: str) -> str:
     if name not in selector_names():
         raise ValueError(f"unknown selector {reprlib.repr(name)}; choose one of {', '.join(selector_names())}")
     return name
 
 
-def suits(selector: str, ratio: Ratio | None) -> str:
+def check_combination(selector: str, ratio: Ratio | None) -> str:
     """The selector's name, where the rule can go with this ratio.
 
     Raises:
@@ -249,7 +249,7 @@ def request_options(given: Any) -> RequestOptions:
         raise ValueError(_explain(error, lambda field: f"custom_params.a3.{field}")) from None
 
 
-def resolve(server: ServerOptions, custom_params: Any) -> Effective:
+def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
     """Merge a request's ``custom_params`` into the server's options.
 
     Args:
@@ -271,10 +271,10 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
         raise ValueError("custom_params.a3.explain: only a server with --a3-explain on takes it (docs/security.md)")
     ratio = server.recompute_ratio if fields.ratio is None else fields.ratio
     try:
-        selector = suits(fields.selector or server.selector, ratio)
+        selector = check_combination(fields.selector or server.selector, ratio)
     except ValueError as error:
         raise ValueError(f"custom_params.a3.selector: {error}") from None
-    return Effective(
+    return ResolvedOptions(
         enabled=given is not False,
         donor=fields.donor,
         keep=fields.keep,
@@ -287,7 +287,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> Effective:
     )
 
 
-def resolve_leniently(server: ServerOptions, custom_params: Any) -> Effective:
+def resolve_or_disable(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
     """Like :func:`resolve`, for the scheduler: what a front end let through must not raise there."""
     try:
         return resolve(server, custom_params)
@@ -307,4 +307,4 @@ def _explain(error: ValidationError, name: Any) -> str:
     return f"{name(field)}: {message} (got {reprlib.repr(problem['input'])})"
 
 
-__all__ = ["Effective", "RequestOptions", "ServerOptions", "env_name", "resolve"]
+__all__ = ["RequestOptions", "ResolvedOptions", "ServerOptions", "env_name", "resolve"]

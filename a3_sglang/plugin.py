@@ -124,12 +124,12 @@ def _serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _create_tree(context: Any) -> Any:
     """Build the tree of the backend ``a3``, or stop with one readable line."""
     global _tree
-    from a3_sglang.integration.radix_cache import A3Tree
+    from a3_sglang.integration.radix_cache import A3RadixCache
     from a3_sglang.integration.startup import build_tree
 
     tree = build_tree(context)
     # In observe mode, batches and admissions are not touched.
-    _tree = tree if isinstance(tree, A3Tree) else None
+    _tree = tree if isinstance(tree, A3RadixCache) else None
     return tree
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-Turn = tuple[torch.Tensor, torch.Tensor]
+Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of the angles by which rows are turned, each float32 (rows, rotary_dim / 2)."""
 
 
@@ -27,7 +27,7 @@ class RopeTable:
     def rotary_dim(self) -> int:
         return self.cos_sin.shape[1]
 
-    def turn(self, old: torch.Tensor, new: torch.Tensor) -> Turn:
+    def turn(self, old: torch.Tensor, new: torch.Tensor) -> Rotation:
         """Cosine and sine of the turn that takes a key from position ``old`` to ``new``.
 
         The quotient of the table's own entries: it undoes exactly what the model did at ``old``, rounding and
@@ -76,7 +76,7 @@ def copy_rotated(
     values: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
-    turn: Turn,
+    turn: Rotation,
     neox: bool,
 ) -> None:
     """Copy KV rows of one layer between slots, turning the keys.

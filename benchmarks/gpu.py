@@ -33,12 +33,12 @@ from typing import Any
 import torch
 
 from a3_sglang.attention.flashinfer import FlashInferRowAttention
-from a3_sglang.attention.question_attention import Question
-from a3_sglang.attention.row_attention import RowGroup
-from a3_sglang.drift.correction import Spread, spread_rows
-from a3_sglang.drift.model import Blocks, Drift, in_play
+from a3_sglang.attention.probe_attention import ProbeRows
+from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.drift.correction import DriftCorrection, correct_drift
+from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
 from a3_sglang.fusion.executor import Timings
-from a3_sglang.fusion.ops import TritonDevice
+from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.kernels.row_attention import Shape, make_tiles, row_attention
 from a3_sglang.rope import RopeTable, rotate
 
@@ -53,7 +53,7 @@ SHAPES_OF_ROWS = [
 """Other ways to cut row attention than its default."""
 
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"
-TESTED = ("copy", "question_attention", "row_attention", "row_attention_choice", "spread")
+TESTED = ("copy", "probe_attention", "row_attention", "row_attention_choice", "spread")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -149,15 +149,15 @@ class Case:
         self.turn = angle.cos(), angle.sin()
         self.rope = RopeTable(torch.cat(self.turn, -1), True)
 
-    def spread(self) -> Spread:
+    def spread(self) -> DriftCorrection:
         """The rows tell all others, in chunks of 1,000 tokens."""
         context, count = len(self.slots), len(self.rows)
         lengths = [min(1000, context - at) for at in range(0, context, 1000)]
-        blocks = Blocks(lengths, DEVICE)
-        drift = Drift(self.rows, blocks, in_play(blocks, count))
+        blocks = PaddedBlocks(lengths, DEVICE)
+        drift = DriftPredictor(self.rows, blocks, candidates_per_block(blocks, count))
         places = torch.arange(context, device=DEVICE)
         real = torch.ones(count, dtype=torch.bool, device=DEVICE)
-        return Spread(drift, places[:count], self.slots[self.rows], self.rows, real, self.slots, places)
+        return DriftCorrection(drift, places[:count], self.slots[self.rows], self.rows, real, self.slots, places)
 
 
 def weights64(query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -175,18 +175,20 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def errors(small: bool) -> dict[str, float]:
     """Relative error of each kernel against float64 on a fresh draw."""
-    device, context = TritonDevice(), 200 if small else 1500
+    device, context = TritonOps(), 200 if small else 1500
     case = Case(context, 0.15, layers=2, seed=torch.seed() % 2**31)
     group, found = HEADS // KV_HEADS, {}
     k, v = (pool[0][case.slots] for pool in (case.keys, case.values))
 
-    attend = device.rows.plan([RowGroup(0, len(case.rows), case.slots, case.rows + 1, False)], HEADS, KV_HEADS, DTYPE)
+    attend = device.rows.plan(
+        [RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)], HEADS, KV_HEADS, DTYPE
+    )
     out = attend(case.query, case.keys[0], case.values[0], DIM**-0.5)
     weights = weights64(case.query, k, case.rows + 1)
     v64 = v.double().repeat_interleave(group, 1)
     found["row attention"] = error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
 
-    ask = device.questions.plan([Question(0, QUESTION, case.slots)], HEADS, KV_HEADS)
+    ask = device.questions.plan([ProbeRows(0, QUESTION, case.slots)], HEADS, KV_HEADS)
     scores = torch.zeros(context, device=DEVICE)
     out = ask(case.question, case.own, (case.keys[0], case.values[0]), DIM**-0.5, scores)
     all_k, all_v = (torch.cat([x, own]) for x, own in zip((k, v), case.own, strict=True))
@@ -210,7 +212,7 @@ def errors(small: bool) -> dict[str, float]:
     spread = case.spread()
     pools = case.keys[0], case.values[0]
     moved, before = [pool.to(torch.float32, copy=True) for pool in pools], [pool.double() for pool in pools]
-    spread_rows(tuple(moved), case.fresh, spread, case.rope)
+    correct_drift(tuple(moved), case.fresh, spread, case.rope)
     device.spread(pools, case.fresh, spread, case.rope)
     # Of what was added, which is less than what it was added to; both are rounded to the pool's dtype.
     found["spreading"] = max(
@@ -222,7 +224,7 @@ def errors(small: bool) -> dict[str, float]:
 
 def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
     """Each kernel's time over its floor, one layer of one request; the copy takes all layers."""
-    device, rows = TritonDevice(), []
+    device, rows = TritonOps(), []
     size = torch.finfo(DTYPE).bits // 8
     layers = 2 if small else LAYERS
     case = Case(context, 0.15, layers)
@@ -237,7 +239,7 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
     moved = 2 * context * row_bytes * layers
     add("copy, all layers", lambda: device.copy(pools, case.slots, case.other, case.turn, True), moved, 0)
 
-    ask = device.questions.plan([Question(0, QUESTION, case.slots)], HEADS, KV_HEADS)
+    ask = device.questions.plan([ProbeRows(0, QUESTION, case.slots)], HEADS, KV_HEADS)
     scores, pair = torch.zeros(context, device=DEVICE), (case.keys[0], case.values[0])
     operations = 4 * QUESTION * HEADS * DIM * context
     add("probe", lambda: ask(case.question, case.own, pair, DIM**-0.5, None), context * row_bytes, operations)
@@ -260,11 +262,11 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     """Our kernel, and what FlashInfer offers for the same rows, where it is installed."""
     count, context = len(case.rows), len(case.slots)
     group, scaling, pair = (
-        RowGroup(0, count, case.slots, case.rows + 1, False),
+        RequestRows(0, count, case.slots, case.rows + 1, False),
         DIM**-0.5,
         (case.keys[0], case.values[0]),
     )
-    attend = TritonDevice().rows.plan([group], HEADS, KV_HEADS, DTYPE)
+    attend = TritonOps().rows.plan([group], HEADS, KV_HEADS, DTYPE)
     ways: list[tuple[str, Callable[[], Any]]] = [("row attention", lambda: attend(case.query, *pair, scaling))]
     for shape in SHAPES_OF_ROWS:
         tiles = make_tiles([count], [case.slots], [case.rows + 1], HEADS // KV_HEADS, shape)

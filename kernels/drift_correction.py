@@ -167,7 +167,7 @@ def _correct(
         tl.store(target + dim, rest.to(keys.dtype.element_ty), mask=some)
 
 
-def spread_rows(
+def correct_drift(
     pools: Pair,
     fresh: Pair,
     pass_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

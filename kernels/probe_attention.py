@@ -265,7 +265,7 @@ def _rank(
     tl.store(scores + at, taken * tl.load(sizes + at, mask=here, other=0.0), mask=here)
 
 
-def question_attention(
+def probe_attention(
     query: torch.Tensor,
     own: tuple[torch.Tensor, torch.Tensor],
     keys: torch.Tensor,

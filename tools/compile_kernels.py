@@ -26,11 +26,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
-from a3_sglang.attention.question_attention import Question
-from a3_sglang.attention.row_attention import RowGroup
-from a3_sglang.drift.correction import Spread
-from a3_sglang.drift.model import Blocks, Drift
-from a3_sglang.fusion.ops import TritonDevice
+from a3_sglang.attention.probe_attention import ProbeRows
+from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.drift.model import DriftPredictor, PaddedBlocks
+from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.rope import RopeTable
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -51,7 +51,7 @@ class Absent(CudaDriver):
 
 def launch(dtype: torch.dtype) -> None:
     """Everything a fused prefill launches, over zeros."""
-    device, context, rows = TritonDevice(), 1024, 160
+    device, context, rows = TritonOps(), 1024, 160
     keys, values = (torch.zeros(2 * context, KV_HEADS, DIM, dtype=dtype) for _ in "kv")
     slots, visible = torch.arange(context), torch.arange(rows) * 6 + 1
     rope = RopeTable(torch.zeros(context, DIM), True)
@@ -61,15 +61,15 @@ def launch(dtype: torch.dtype) -> None:
     query, question = (torch.zeros(n, HEADS, DIM, dtype=dtype) for n in (rows, 64))
     fresh = tuple(torch.zeros(n, KV_HEADS, DIM, dtype=dtype) for n in (rows, rows))
     own = tuple(part[:64] for part in fresh)
-    ask = device.questions.plan([Question(0, 64, slots)], HEADS, KV_HEADS)
+    ask = device.questions.plan([ProbeRows(0, 64, slots)], HEADS, KV_HEADS)
     ask(question, own, (keys, values), 1.0, torch.zeros(context))
 
-    attend = device.rows.plan([RowGroup(0, rows, slots, visible, False)], HEADS, KV_HEADS, dtype)
+    attend = device.rows.plan([RequestRows(0, rows, slots, visible, False)], HEADS, KV_HEADS, dtype)
     attend(query, keys, values, 1.0)
 
-    blocks = Blocks([context], "cpu")
-    spread = Spread(
-        Drift(visible, blocks, context),
+    blocks = PaddedBlocks([context], "cpu")
+    spread = DriftCorrection(
+        DriftPredictor(visible, blocks, context),
         torch.arange(rows),
         slots[visible],
         visible,

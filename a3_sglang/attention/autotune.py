@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from a3_sglang.attention.row_attention import RowAttention, RowGroup, TorchRowAttention
+from a3_sglang.attention.row_attention import RequestRows, RowAttention, TorchRowAttention
 from a3_sglang.timing import seconds
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ SAMPLE = 64
 REPEATS = 5
 
 
-class NoneFitsError(ValueError):
+class NoUsableBackendError(ValueError):
     """No implementation gives right results on this device; the message says what is wrong with each."""
 
 
@@ -45,7 +45,7 @@ def fastest(
         contexts: tokens of the prompts.
 
     Raises:
-        NoneFitsError: none is right.
+        NoUsableBackendError: none is right.
     """
     trial, times, wrong = _Trial(heads, pool, contexts), dict[str, float](), dict[str, str]()
     made: dict[str, RowAttention] = {}
@@ -63,7 +63,7 @@ def fastest(
     for name, reason in wrong.items():
         logger.warning("a3: row attention by %s is not used: %s", name, reason)
     if not times:
-        raise NoneFitsError(f"no row attention works here ({'; '.join(f'{k}: {v}' for k, v in wrong.items())})")
+        raise NoUsableBackendError(f"no row attention works here ({'; '.join(f'{k}: {v}' for k, v in wrong.items())})")
     best = min(times, key=times.__getitem__)
     logger.info("a3: row attention by %s (%s)", best, ", ".join(f"{k} {v:.3f} ms" for k, v in times.items()))
     return made[best]
@@ -80,7 +80,7 @@ class _Trial:
             count = max(1, int(SHARE * len(slots)))
             visible = torch.randperm(len(slots), generator=generator)[:count].sort().values + 1
             self._groups.append(
-                RowGroup(rows, rows + count, slots.to(pool.device), visible.to(pool.device), exact=False)
+                RequestRows(rows, rows + count, slots.to(pool.device), visible.to(pool.device), exact=False)
             )
             rows += count
 
@@ -92,7 +92,7 @@ class _Trial:
         some = [torch.linspace(0, len(group.visible) - 1, SAMPLE).long().to(pool.device) for group in self._groups]
         self._sample = torch.cat([group.begin + rows for group, rows in zip(self._groups, some, strict=True)])
         sampled = [
-            RowGroup(i * SAMPLE, (i + 1) * SAMPLE, group.slots, group.visible[rows], exact=False)
+            RequestRows(i * SAMPLE, (i + 1) * SAMPLE, group.slots, group.visible[rows], exact=False)
             for i, (group, rows) in enumerate(zip(self._groups, some, strict=True))
         ]
         reference = TorchRowAttention().plan(sampled, heads, self._kv_heads, torch.float32)

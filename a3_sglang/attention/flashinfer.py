@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.row_attention import Attention, RowAttention, RowGroup, TritonRowAttention
+from a3_sglang.attention.row_attention import Attention, RequestRows, RowAttention, TritonRowAttention
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ class PagedRows:
     mask: torch.Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[RowGroup]) -> PagedRows:
+    def of(cls, groups: Sequence[RequestRows]) -> PagedRows:
         """Lay out a batch of rows; reads nothing back from the device."""
         rows = [len(group.visible) for group in groups]
         contexts = [len(group.slots) + -len(group.slots) % 8 for group in groups]
@@ -57,14 +57,14 @@ def _ends(counts: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _slots(group: RowGroup, context: int) -> torch.Tensor:
+def _slots(group: RequestRows, context: int) -> torch.Tensor:
     """What no row sees is read all the same, and a mask does not stop NaN: it is the first slot, which all see."""
     first = group.slots[:1]
     filled = torch.cat([group.slots, first.expand(context - len(group.slots))])
     return filled.where(torch.arange(context, device=first.device) < group.visible[-1], first)
 
 
-def _bits(group: RowGroup, context: int) -> torch.Tensor:
+def _bits(group: RequestRows, context: int) -> torch.Tensor:
     """uint8 (rows, context / 8)."""
     before = torch.arange(0, context, 8, dtype=torch.int32, device=group.visible.device)
     bits = (group.visible.int()[:, None] - before).clamp_(0, 8)
@@ -85,7 +85,7 @@ class FlashInferRowAttention(RowAttention):
         self._workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
         self._planned: list[tuple[Any, torch.cuda.Event]] = []
 
-    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
         if any(len(group.visible) * len(group.slots) >= MOST_PAIRS for group in groups):
             return TritonRowAttention().plan(groups, heads, kv_heads, dtype)
         paged, wrapper = PagedRows.of(groups), None

@@ -14,7 +14,7 @@ from a3_sglang.attention.relevance import attention_weights, hidden_columns, key
 
 
 @dataclass(frozen=True, slots=True)
-class RowGroup:
+class RequestRows:
     """Rows of one request within a batch of rows.
 
     Attributes:
@@ -43,7 +43,7 @@ class RowAttention(ABC):
     """How rows attend; one implementation for each kind of device."""
 
     @abstractmethod
-    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
         """Prepare a pass, once for all layers.
 
         Args:
@@ -57,7 +57,7 @@ class RowAttention(ABC):
 class TritonRowAttention(RowAttention):
     """One launch a layer for the rows of all requests, on CUDA devices."""
 
-    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
         # Imported here: a machine without a GPU need not have Triton.
         from a3_sglang.kernels.row_attention import make_tiles, row_attention
 
@@ -69,7 +69,7 @@ class TritonRowAttention(RowAttention):
 class TorchRowAttention(RowAttention):
     """A block of rows at a time, each over little more context than it can see."""
 
-    def plan(self, groups: Sequence[RowGroup], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
         plans = [(_exact if group.exact else _scattered)(group, heads, kv_heads, dtype) for group in groups]
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -89,7 +89,7 @@ _BLOCK = 256
 """Rows times heads of a group that are taken at once: more waste context, fewer make slow matrix products."""
 
 
-def _scattered(group: RowGroup, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+def _scattered(group: RequestRows, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
     """Logits and softmax in fp32, the heads of a group as further rows."""
     visible, rows, shared = group.visible, len(group.visible), heads // kv_heads
     count = -(-rows * shared // _BLOCK)
@@ -120,7 +120,7 @@ _CONTEXT_UNIT = 512
 _ROW_UNIT = 32
 
 
-def _exact(group: RowGroup, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
+def _exact(group: RequestRows, heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
     """PyTorch's fused attention, bit-equal to the same rows of one causal attention over the whole prompt.
 
     PyTorch's CPU kernel adds up the context in blocks of 512 and its matrix products round by their shape. So the

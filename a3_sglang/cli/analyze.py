@@ -9,7 +9,7 @@ import typer
 
 from a3_sglang.client import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.config import ServerOptions
-from a3_sglang.evaluation.analysis import Analysis, Document, Logged, Skipped, Sums, analyze, read
+from a3_sglang.evaluation.analysis import Analysis, Document, LoggedRequest, Skipped, Sums, analyze, read
 from a3_sglang.reporting.report import PARTS
 
 TOP = 10
@@ -42,7 +42,7 @@ def analyze_log(
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = list(read(log, tokenizer))
-    requests = [one for one in found if isinstance(one, Logged)]
+    requests = [one for one in found if isinstance(one, LoggedRequest)]
     skipped = [one for one in found if isinstance(one, Skipped)]
     for one in skipped[:TOP]:
         console.print(f"line {one.line} skipped: {one.reason}", markup=False)

@@ -30,7 +30,7 @@ from a3_sglang.client import (
     resolve_dtype,
     write_json,
 )
-from a3_sglang.config import AUTO, DONOR_MODES, known_ratio, known_selector, suits
+from a3_sglang.config import AUTO, DONOR_MODES, check_combination, check_ratio, check_selector
 from a3_sglang.evaluation import scores
 from a3_sglang.evaluation.prompts import SHAPES, Case, Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
@@ -288,11 +288,11 @@ def parse_ways(selectors: str, ratios: str, donors: str) -> list[Way]:
         typer.BadParameter: names the option and what it accepts.
     """
     try:
-        names = [known_selector(name.strip()) for name in selectors.split(",")]
+        names = [check_selector(name.strip()) for name in selectors.split(",")]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--selectors") from None
     try:
-        shares = [known_ratio(AUTO if ratio.strip() == AUTO else float(ratio)) for ratio in ratios.split(",")]
+        shares = [check_ratio(AUTO if ratio.strip() == AUTO else float(ratio)) for ratio in ratios.split(",")]
     except ValueError:
         message = f'numbers between 0 and 1 or "{AUTO}", with commas, not {ratios!r}'
         raise typer.BadParameter(message, param_hint="--ratios") from None
@@ -305,7 +305,9 @@ def parse_ways(selectors: str, ratios: str, donors: str) -> list[Way]:
         ways += [(NOISE, 0.0, mode), ("full", 1.0, mode)]
         for name, share in product(names, shares):
             with suppress(ValueError):
-                ways.append((name, FIXED[name], mode) if name in FIXED else (suits(name, share), share, mode))
+                ways.append(
+                    (name, FIXED[name], mode) if name in FIXED else (check_combination(name, share), share, mode)
+                )
     return list(dict.fromkeys(ways))
 
 

@@ -13,7 +13,7 @@ import typer
 
 from a3_sglang.cli.output import steps, working
 from a3_sglang.client import DtypeOption, JsonOption, VerboseOption, console, resolve_dtype, write_json
-from a3_sglang.config import known_ratio, known_selector
+from a3_sglang.config import check_ratio, check_selector
 from a3_sglang.explain.client import Client, ExplainError
 from a3_sglang.explain.collect import Prompt, collect
 from a3_sglang.explain.page import render, screenshot
@@ -58,9 +58,9 @@ def explain(
     """
     options: dict[str, Any] = {"keep": keep}
     if ratio is not None:
-        options["ratio"] = _checked("--ratio", lambda: known_ratio(_number(ratio)))
+        options["ratio"] = _checked("--ratio", lambda: check_ratio(_number(ratio)))
     if selector is not None:
-        options["selector"] = _checked("--selector", lambda: known_selector(selector))
+        options["selector"] = _checked("--selector", lambda: check_selector(selector))
     size = _checked("--png-size", lambda: _size(png_size))
     if url is None and model is None:
         raise typer.BadParameter("is needed, unless --url names a server", param_hint="--model")

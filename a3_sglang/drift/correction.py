@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from a3_sglang.attention.question_attention import KV
-from a3_sglang.drift.model import Drift
-from a3_sglang.rope import RopeTable, Turn, rotate
+from a3_sglang.attention.probe_attention import KV
+from a3_sglang.drift.model import DriftPredictor
+from a3_sglang.rope import RopeTable, Rotation, rotate
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class DriftCorrection:
     """What the rows of one request tell in one pass, and whom.
 
     Attributes:
@@ -25,16 +25,16 @@ class Spread:
         positions: int64 (reused,), of all reused rows.
     """
 
-    drift: Drift
+    drift: DriftPredictor
     rows: torch.Tensor
     known: torch.Tensor
     told: torch.Tensor
     real: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
-    _turns: dict[int, tuple[Turn, Turn]] = field(default_factory=dict)
+    _turns: dict[int, tuple[Rotation, Rotation]] = field(default_factory=dict)
 
-    def turns(self, rope: RopeTable) -> tuple[Turn, Turn]:
+    def turns(self, rope: RopeTable) -> tuple[Rotation, Rotation]:
         """From the positions of the pass's rows to none, and from none to those of the reused rows."""
         if id(rope) not in self._turns:
             back = rope.turn(self.told, torch.zeros_like(self.told))
@@ -42,7 +42,7 @@ class Spread:
         return self._turns[id(rope)]
 
 
-def spread_rows(pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
+def correct_drift(pools: KV, fresh: KV, spread: DriftCorrection, rope: RopeTable) -> None:
     """Correct one layer's reused rows in place, those of the pass (which are written afterwards) among them.
 
     Args:
@@ -59,7 +59,7 @@ def spread_rows(pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
     _add(values, spread.slots, spread.drift.of_values(seen))
 
 
-def _drift(fresh: torch.Tensor, pool: torch.Tensor, spread: Spread) -> torch.Tensor:
+def _drift(fresh: torch.Tensor, pool: torch.Tensor, spread: DriftCorrection) -> torch.Tensor:
     return fresh.index_select(0, spread.rows).float() - pool.index_select(0, spread.known)
 
 

@@ -9,7 +9,7 @@ The prediction is simple kriging (Gaussian-process regression with mean zero): r
 distance, those of different spans do not, and a row far from every recomputed one stays nearly as it was copied. Keys
 are compared as they were before RoPE.
 
-The same model says which rows to recompute (:func:`informative`): those after which the question has the least to
+The same model says which rows to recompute (:func:`select_a_optimal`): those after which the question has the least to
 lose, a row's own drift and that of its neighbours, which it helps to predict, together.
 """
 
@@ -77,7 +77,7 @@ VALUES = Covariance(common=0.28, reach=220, near=0.22, close=4, trust=0.5)
 """Fitted to harvested and compiled donors alike; ``benchmarks/drift.py`` prints both beside it."""
 
 
-class Blocks:
+class PaddedBlocks:
     """Rows of spans in blocks of at most :data:`BLOCK`, padded to the length of the longest.
 
     All sizes are known on the host, so nothing here waits for a device.
@@ -114,18 +114,18 @@ class Blocks:
 
 
 ROUNDS = 16
-"""In so many rounds :func:`informative` chooses; within one, rows do not know of each other."""
-IN_PLAY = 2.5
+"""In so many rounds :func:`select_a_optimal` chooses; within one, rows do not know of each other."""
+CANDIDATE_FACTOR = 2.5
 """Of every block it looks at so many times the share of rows that are wanted: those with the highest weight times
 variance."""
 
 
-def in_play(blocks: Blocks, count: int) -> int:
-    """How many rows of a block :func:`informative` chooses at most, where it chooses ``count`` of all."""
-    return min(blocks.shape[1], math.ceil(IN_PLAY * count / max(1, len(blocks.place)) * blocks.shape[1]))
+def candidates_per_block(blocks: PaddedBlocks, count: int) -> int:
+    """How many rows of a block :func:`select_a_optimal` chooses at most, where it chooses ``count`` of all."""
+    return min(blocks.shape[1], math.ceil(CANDIDATE_FACTOR * count / max(1, len(blocks.place)) * blocks.shape[1]))
 
 
-def informative(weight: torch.Tensor, blocks: Blocks, count: int) -> torch.Tensor:
+def select_a_optimal(weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> torch.Tensor:
     """The rows to know, so that the least of the others' drift stays unknown.
 
     Each round takes the rows whose drift of keys, once known, lowers the most the variance that is left, summed over
@@ -142,7 +142,7 @@ def informative(weight: torch.Tensor, blocks: Blocks, count: int) -> torch.Tenso
     """
     weights = blocks.spread(weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny), -1)
     worth = weights * KEYS.variance(blocks.offsets)
-    play = worth.sort(dim=1, descending=True, stable=True).indices[:, : in_play(blocks, count)]
+    play = worth.sort(dim=1, descending=True, stable=True).indices[:, : candidates_per_block(blocks, count)]
     number = blocks.spread(torch.arange(len(weight), device=weight.device), 0).gather(1, play).flatten()
     weights, offsets = weights.gather(1, play), blocks.offsets.gather(1, play)
     taken, weights = (weights < 0).flatten(), weights.clamp(min=0)
@@ -191,7 +191,7 @@ def _factor(among: torch.Tensor, own: torch.Tensor, real: torch.Tensor) -> torch
     return torch.linalg.cholesky_ex(among).L
 
 
-class Drift:
+class DriftPredictor:
     """Predicts the drift of all rows of some spans from that of a few.
 
     Args:
@@ -206,7 +206,9 @@ class Drift:
         number: int64 (blocks, size), the rows' numbers, -1 where there is none.
     """
 
-    def __init__(self, known: torch.Tensor, blocks: Blocks, most: int, wanted: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, known: torch.Tensor, blocks: PaddedBlocks, most: int, wanted: torch.Tensor | None = None
+    ) -> None:
         self._place, count = blocks.place, len(blocks.place)
         numbers = torch.arange(count + 1, device=known.device)
         mask = torch.zeros_like(numbers, dtype=torch.bool).index_fill_(0, known, True)

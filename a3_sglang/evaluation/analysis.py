@@ -22,7 +22,7 @@ SHOWN = 16
 
 
 @dataclass
-class Logged:
+class LoggedRequest:
     """One request of a log.
 
     Attributes:
@@ -50,7 +50,7 @@ class Skipped:
     reason: str
 
 
-def read(path: Path, tokenizer: Any) -> Iterator[Logged | Skipped]:
+def read(path: Path, tokenizer: Any) -> Iterator[LoggedRequest | Skipped]:
     """The requests of a log, in its order.
 
     Args:
@@ -72,7 +72,7 @@ def read(path: Path, tokenizer: Any) -> Iterator[Logged | Skipped]:
             yield Skipped(number, f"{type(error).__name__}: {error}")
 
 
-def _parse(line: int, record: Any, tokenizer: Any) -> Logged:
+def _parse(line: int, record: Any, tokenizer: Any) -> LoggedRequest:
     if isinstance(record, str):
         try:
             record = json.loads(record)
@@ -85,7 +85,7 @@ def _parse(line: int, record: Any, tokenizer: Any) -> Logged:
     custom = body.get("custom_params") or (body.get("sampling_params") or {}).get("custom_params") or {}
     tokens = _prompt(body, tokenizer)
     answer = _answer(record.get("response") or record)
-    return Logged(
+    return LoggedRequest(
         line,
         tokens,
         answer if isinstance(answer, list) else _ids(answer, tokenizer),
@@ -194,7 +194,9 @@ class Analysis:
     documents: dict[int, Document] = field(default_factory=dict)
 
 
-def analyze(requests: Iterable[Logged], options: ServerOptions, slots: int, chunk: int, line_ends: Any) -> Analysis:
+def analyze(
+    requests: Iterable[LoggedRequest], options: ServerOptions, slots: int, chunk: int, line_ends: Any
+) -> Analysis:
     """Ask the requests one after the other, and count.
 
     Args:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.question_attention import Asking, Question
-from a3_sglang.attention.row_attention import Attention, RowGroup
-from a3_sglang.drift.correction import Spread
-from a3_sglang.drift.model import Blocks, Drift, in_play
-from a3_sglang.fusion.ops import Device
+from a3_sglang.attention.probe_attention import ProbeFn, ProbeRows
+from a3_sglang.attention.row_attention import Attention, RequestRows
+from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
+from a3_sglang.fusion.ops import Ops
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import FreshLayer, Ratio, Rows, Selector
@@ -24,11 +24,11 @@ SLICE_ROWS = 8192
 """Rows that go through the model at once, at most, where nothing else is said."""
 
 
-class PassOver(Exception):  # noqa: N818 - no error
-    """Raised by :meth:`Attend.attend` where nothing behind it is wanted; ends the pass."""
+class StopForward(Exception):  # noqa: N818 - no error
+    """Raised by :meth:`AttentionHook.attend` where nothing behind it is wanted; ends the pass."""
 
 
-class Attend(ABC):
+class AttentionHook(ABC):
     """What happens where a layer of the model attends."""
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Attend(ABC):
             (rows, heads, head_dim).
 
         Raises:
-            PassOver: no layer behind this one is wanted.
+            StopForward: no layer behind this one is wanted.
         """
 
 
@@ -61,8 +61,8 @@ class Model(ABC):
     ropes: Mapping[int, RopeTable]
 
     @abstractmethod
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
-        """Run rows through the layers, until ``attend`` raises :class:`PassOver` or to the end.
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
+        """Run rows through the layers, until ``attend`` raises :class:`StopForward` or to the end.
 
         Args:
             tokens: int64 (rows,).
@@ -80,7 +80,9 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> AbstractContextManager[None]:
+    def extended(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook
+    ) -> AbstractContextManager[None]:
         """A context for the model's own forward of other rows: it attends through ``attend``, and these rows go first.
 
         Args:
@@ -94,7 +96,7 @@ class Model(ABC):
 
 
 @dataclass(slots=True)
-class Job:
+class FusionRequest:
     """One request's fused prefill.
 
     Attributes:
@@ -197,7 +199,7 @@ class Executor:
         slice_rows: rows that go through the model at once, at most.
     """
 
-    def __init__(self, model: Model, device: Device, slice_rows: int = SLICE_ROWS) -> None:
+    def __init__(self, model: Model, device: Ops, slice_rows: int = SLICE_ROWS) -> None:
         self.model = model
         self.device = device
         self.slice_rows = slice_rows
@@ -221,7 +223,7 @@ class Executor:
         for rope, pools in self._pools:
             self.device.copy(pools, source, target, rope.turn(old, new), rope.neox)
 
-    def fill(self, job: Job, sources: torch.Tensor) -> None:
+    def fill(self, job: FusionRequest, sources: torch.Tensor) -> None:
         """Copy a job's spans to their places.
 
         Args:
@@ -233,11 +235,11 @@ class Executor:
         new = _rows(job.plan, device).positions
         self.copy(sources, job.slots[new], old, new)
 
-    def run(self, jobs: Sequence[Job], timings: Timings) -> None:
+    def run(self, jobs: Sequence[FusionRequest], timings: Timings) -> None:
         """Make the KV between each job's prefix and tail ready, in place."""
         self.prepare(jobs, timings, self.slice_rows)
 
-    def prepare(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
+    def prepare(self, jobs: Sequence[FusionRequest], timings: Timings, behind: int) -> list[Slice]:
         """Choose what is recomputed, and recompute what the forward of the tails cannot take along.
 
         Args:
@@ -252,12 +254,12 @@ class Executor:
         self.choose(jobs, timings)
         return self.recompute(jobs, timings, behind)
 
-    def recompute_all(self, job: Job) -> None:
+    def recompute_all(self, job: FusionRequest) -> None:
         """Recompute all reused rows and the gaps of a job, which is the full prefill of its context."""
         job.recomputed = _rows(job.plan, job.slots.device).positions
         self.recompute([job], Timings(), self.slice_rows)
 
-    def choose(self, jobs: Sequence[Job], timings: Timings) -> None:
+    def choose(self, jobs: Sequence[FusionRequest], timings: Timings) -> None:
         """Probe, and choose what is recomputed."""
         with timings.add("probe"):
             scores = self._probe(jobs)
@@ -268,9 +270,9 @@ class Executor:
             for job, score in zip(jobs, scores, strict=True):
                 job.relevance, job.recomputed = score, _select(job, score)
 
-    def recompute(self, jobs: Sequence[Job], timings: Timings, behind: int) -> list[Part]:
+    def recompute(self, jobs: Sequence[FusionRequest], timings: Timings, behind: int) -> list[Slice]:
         """Recompute what was chosen and the gaps, pass after pass; see :meth:`prepare`."""
-        work: list[Part] = []
+        work: list[Slice] = []
         pending = 0
         with timings.add("recompute"):
             for job in jobs:
@@ -281,7 +283,7 @@ class Executor:
                 while len(rows):
                     part, rows = rows.tensor_split([self.slice_rows - pending])
                     end = rows[0] if len(rows) else job.plan.end
-                    work.append(Part(job, part, begin, end))
+                    work.append(Slice(job, part, begin, end))
                     begin = end
                     pending += len(part)
                     if pending == self.slice_rows:
@@ -292,7 +294,7 @@ class Executor:
                 work = []
         return work
 
-    def _probe(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
+    def _probe(self, jobs: Sequence[FusionRequest]) -> list[torch.Tensor | None]:
         """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""
         bands: dict[range, list[int]] = {}
         for i, job in enumerate(jobs):
@@ -301,28 +303,28 @@ class Executor:
                 bands.setdefault(layers, []).append(i)
         scores: list[torch.Tensor | None] = [None] * len(jobs)
         for layers, asked in bands.items():
-            attention = _ProbeAttention(self, [jobs[i] for i in asked], layers)
+            attention = ProbePass(self, [jobs[i] for i in asked], layers)
             self.model.forward(attention.tokens, attention.positions, attention)
             for i, score in zip(asked, attention.by_job(), strict=True):
                 scores[i] = score
         return scores
 
-    def _compute_first_layers(self, job: Job) -> torch.Tensor:
+    def _compute_first_layers(self, job: FusionRequest) -> torch.Tensor:
         """Compute the layers that the selector wants in full; what it measures on the last of them, (end,)."""
-        first = _FirstLayers(self, job)
+        first = DenseLayersPass(self, job)
         rows = torch.arange(job.plan.prefix, len(job.tokens), device=job.slots.device)
         for part in rows.split(self.slice_rows):
             self.model.forward(job.tokens[part], part, first)
         job.fresh_layers = job.selector.fresh_layers
         return first.scores()
 
-    def _pass(self, work: Sequence[Part]) -> None:
+    def _pass(self, work: Sequence[Slice]) -> None:
         rows = self._rows_of(work)
-        attend = RowsAttention(self, rows.slots, rows.groups, rows.spreads, kv_only=len(rows.groups))
+        attend = RecomputePass(self, rows.slots, rows.groups, rows.spreads, kv_only=len(rows.groups))
         self.model.forward(rows.tokens, rows.positions, attend)
 
     def extended(
-        self, work: Sequence[Part], groups: Sequence[RowGroup], slots: torch.Tensor
+        self, work: Sequence[Slice], groups: Sequence[RequestRows], slots: torch.Tensor
     ) -> AbstractContextManager[None]:
         """A context for the model's own forward of the tails, which takes along what is left to recompute.
 
@@ -332,22 +334,22 @@ class Executor:
             slots: int64 (rows,), where their KV goes.
         """
         if not work:
-            return self.model.extended(slots[:0], slots[:0], RowsAttention(self, slots, groups))
+            return self.model.extended(slots[:0], slots[:0], RecomputePass(self, slots, groups))
         rows = self._rows_of(work)
         count = len(rows.tokens)
         behind = [replace(group, begin=group.begin + count, end=group.end + count) for group in groups]
-        attend = RowsAttention(
+        attend = RecomputePass(
             self, torch.cat([rows.slots, slots]), [*rows.groups, *behind], rows.spreads, kv_only=len(rows.groups)
         )
         return self.model.extended(rows.tokens, rows.positions, attend)
 
-    def _rows_of(self, work: Sequence[Part]) -> _PassRows:
+    def _rows_of(self, work: Sequence[Slice]) -> _PassRows:
         groups, spreads, at = [], [], 0
         for part in work:
             job, rows = part.job, part.rows
             # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
             context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
-            groups.append(RowGroup(at, at + len(rows), context, rows + 1, job.exact))
+            groups.append(RequestRows(at, at + len(rows), context, rows + 1, job.exact))
             if job.selector.spreads and len(job.recomputed) and not job.exact:
                 spreads.append(_spread(part, at))
             at += len(rows)
@@ -365,10 +367,10 @@ Position = int | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Slice:
     """Rows of one job that go through the model in one pass: all it recomputes of ``[begin, end)``."""
 
-    job: Job
+    job: FusionRequest
     rows: torch.Tensor
     begin: Position
     end: Position
@@ -381,11 +383,11 @@ class _PassRows:
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    groups: list[RowGroup]
-    spreads: list[Spread]
+    groups: list[RequestRows]
+    spreads: list[DriftCorrection]
 
 
-class RowsAttention(Attend):
+class RecomputePass(AttentionHook):
     """Rows whose KV is written to their slots before they attend.
 
     Args:
@@ -400,8 +402,8 @@ class RowsAttention(Attend):
         self,
         executor: Executor,
         slots: torch.Tensor,
-        groups: Sequence[RowGroup],
-        spreads: Sequence[Spread] = (),
+        groups: Sequence[RequestRows],
+        spreads: Sequence[DriftCorrection] = (),
         kv_only: int = 0,
     ) -> None:
         self._model, self._device = executor.model, executor.device
@@ -428,18 +430,18 @@ class RowsAttention(Attend):
     ) -> torch.Tensor:
         others = self._groups[self._kv_only :]
         if not others:
-            raise PassOver
+            raise StopForward
         first = others[0].begin
         moved = [replace(group, begin=group.begin - first, end=group.end - first) for group in others]
         out = torch.zeros_like(query)
         out[first:] = self._plan(moved, query, keys)(query[first:], keys, values, scaling)
         return out
 
-    def _plan(self, groups: Sequence[RowGroup], query: torch.Tensor, keys: torch.Tensor) -> Attention:
+    def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> Attention:
         return self._device.rows.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
-class _ProbeAttention(Attend):
+class ProbePass(AttentionHook):
     """The questions of some jobs over their prefixes and spans as they were copied.
 
     Wherever a question is in its prompt, its rows get the prompt's last positions, after all known context. They do
@@ -447,7 +449,7 @@ class _ProbeAttention(Attend):
     scores are wanted.
     """
 
-    def __init__(self, executor: Executor, jobs: Sequence[Job], layers: range) -> None:
+    def __init__(self, executor: Executor, jobs: Sequence[FusionRequest], layers: range) -> None:
         self._model, self._device = executor.model, executor.device
         self._jobs, self._layers = jobs, layers
         self._known, self._questions, tokens, positions, begin = [], [], [], [], 0
@@ -458,14 +460,14 @@ class _ProbeAttention(Attend):
             job.probed_rows, job.probed_layers = rows, layers.stop
             known = torch.cat([torch.arange(job.plan.prefix, device=device), _rows(job.plan, device).positions])
             self._known.append(known)
-            self._questions.append(Question(begin, begin + rows, job.slots[known]))
+            self._questions.append(ProbeRows(begin, begin + rows, job.slots[known]))
             tokens += asked
             positions.append(torch.arange(end - rows, end, device=device))
             begin += rows
         self.tokens = torch.cat(tokens)
         self.positions = torch.cat(positions)
         self._scores = torch.zeros(sum(map(len, self._known)), device=self.positions.device)
-        self._ask: Asking | None = None
+        self._ask: ProbeFn | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -475,7 +477,7 @@ class _ProbeAttention(Attend):
         pools = self._model.keys[layer], self._model.values[layer]
         out = self._ask(query, (key, value), pools, scaling, self._scores if layer in self._layers else None)
         if layer == self._layers[-1]:
-            raise PassOver
+            raise StopForward
         return out
 
     def by_job(self) -> list[torch.Tensor]:
@@ -487,10 +489,10 @@ class _ProbeAttention(Attend):
         ]
 
 
-class _FirstLayers(Attend):
+class DenseLayersPass(AttentionHook):
     """All rows behind one job's exact prefix, in slices by position; the context's KV goes to its slots."""
 
-    def __init__(self, executor: Executor, job: Job) -> None:
+    def __init__(self, executor: Executor, job: FusionRequest) -> None:
         self._model, self._attention, self._job = executor.model, executor.device.rows, job
         self._last = job.selector.fresh_layers - 1
         self._copied = self._model.values[self._last].index_select(0, job.slots[job.plan.prefix :])
@@ -511,12 +513,12 @@ class _FirstLayers(Attend):
         if layer == self._last:
             self._queries.append(query[context:])
             self._at = end
-            raise PassOver
+            raise StopForward
         keys, values = (
             torch.cat([pool[job.slots], *parts]) for pool, parts in zip(pools, zip(*tail, strict=True), strict=True)
         )
         visible = torch.arange(self._at, end, device=query.device) + 1
-        group = RowGroup(0, len(query), torch.arange(len(keys), device=query.device), visible, True)
+        group = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), visible, True)
         run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
         return run(query, keys, values, scaling)
 
@@ -537,17 +539,17 @@ class _FirstLayers(Attend):
         return scores
 
 
-def _spread(part: Part, at: int) -> Spread:
+def _spread(part: Slice, at: int) -> DriftCorrection:
     """What a part's rows, which begin at ``at`` in their pass, tell the reused rows among which they stand."""
     job, device = part.job, part.rows.device
     every = _rows(job.plan, device)
-    blocks = Blocks(every.lengths, device)
+    blocks = PaddedBlocks(every.lengths, device)
     number = torch.searchsorted(every.positions, part.rows)
     real = every.positions[number.clamp(max=len(every.positions) - 1)] == part.rows
     wanted = (every.positions >= part.begin) & (every.positions < part.end)
     known = number.where(real, len(every.positions))
-    return Spread(
-        Drift(known, blocks, in_play(blocks, len(job.recomputed)), wanted),
+    return DriftCorrection(
+        DriftPredictor(known, blocks, candidates_per_block(blocks, len(job.recomputed)), wanted),
         torch.arange(at, at + len(part.rows), device=device),
         job.slots[part.rows],
         part.rows,
@@ -557,7 +559,7 @@ def _spread(part: Part, at: int) -> Spread:
     )
 
 
-def _select(job: Job, score: torch.Tensor | None) -> torch.Tensor:
+def _select(job: FusionRequest, score: torch.Tensor | None) -> torch.Tensor:
     rows = _rows(job.plan, job.slots.device)
     budget = job.selector.budget(job.ratio, job.plan.reused)
     if not job.chooses:

@@ -11,22 +11,22 @@ import torch
 
 from a3_sglang.attention.autotune import fastest
 from a3_sglang.attention.flashinfer import FlashInferRowAttention
-from a3_sglang.attention.question_attention import (
+from a3_sglang.attention.probe_attention import (
     KV,
-    QuestionAttention,
-    TorchQuestionAttention,
-    TritonQuestionAttention,
+    ProbeAttention,
+    TorchProbeAttention,
+    TritonProbeAttention,
 )
 from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
-from a3_sglang.drift.correction import Spread, spread_rows
-from a3_sglang.rope import RopeTable, Turn, copy_rotated
+from a3_sglang.drift.correction import DriftCorrection, correct_drift
+from a3_sglang.rope import RopeTable, Rotation, copy_rotated
 
 
-class Device(ABC):
+class Ops(ABC):
     """The heavy parts of a fused prefill on one kind of device."""
 
     rows: RowAttention
-    questions: QuestionAttention
+    questions: ProbeAttention
 
     @abstractmethod
     def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
@@ -38,7 +38,7 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Rotation, neox: bool) -> None:
         """Copy KV rows between slots in all these layers, turning the keys.
 
         Args:
@@ -50,28 +50,28 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
-        """See :func:`a3_sglang.drift.correction.spread_rows`."""
+    def spread(self, pools: KV, fresh: KV, spread: DriftCorrection, rope: RopeTable) -> None:
+        """See :func:`a3_sglang.drift.correction.correct_drift`."""
 
 
-class TorchDevice(Device):
+class TorchOps(Ops):
     """PyTorch's own operations; meant for a CPU."""
 
     def __init__(self) -> None:
-        self.rows, self.questions = TorchRowAttention(), TorchQuestionAttention()
+        self.rows, self.questions = TorchRowAttention(), TorchProbeAttention()
 
     def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
         return list(zip(keys, values, strict=True))
 
-    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Rotation, neox: bool) -> None:
         for keys, values in pools:
             copy_rotated(keys, values, source, target, turn, neox)
 
-    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
-        spread_rows(pools, fresh, spread, rope)
+    def spread(self, pools: KV, fresh: KV, spread: DriftCorrection, rope: RopeTable) -> None:
+        correct_drift(pools, fresh, spread, rope)
 
 
-class TritonDevice(Device):
+class TritonOps(Ops):
     """The kernels in ``kernels/``, on CUDA.
 
     Args:
@@ -79,7 +79,7 @@ class TritonDevice(Device):
     """
 
     def __init__(self, rows: RowAttention | None = None) -> None:
-        self.rows, self.questions = rows or TritonRowAttention(), TritonQuestionAttention()
+        self.rows, self.questions = rows or TritonRowAttention(), TritonProbeAttention()
 
     def pools(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
         # Imported here: a machine without a GPU need not have Triton.
@@ -87,15 +87,15 @@ class TritonDevice(Device):
 
         return Pools.of(keys, values)
 
-    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Turn, neox: bool) -> None:
+    def copy(self, pools: Any, source: torch.Tensor, target: torch.Tensor, turn: Rotation, neox: bool) -> None:
         from a3_sglang.kernels.copy_rotated import copy_rotated_layers
 
         copy_rotated_layers(pools, source, target, turn, neox)
 
-    def spread(self, pools: KV, fresh: KV, spread: Spread, rope: RopeTable) -> None:
-        from a3_sglang.kernels.drift_correction import spread_rows
+    def spread(self, pools: KV, fresh: KV, spread: DriftCorrection, rope: RopeTable) -> None:
+        from a3_sglang.kernels.drift_correction import correct_drift
 
-        spread_rows(
+        correct_drift(
             pools,
             fresh,
             (spread.rows, spread.known, spread.real),
@@ -114,7 +114,7 @@ ROW_ATTENTION: dict[str, Callable[[Any], RowAttention]] = {
 """Row attention on CUDA, by the names of ``--a3-row-attention``."""
 
 
-def device_for(pool: torch.Tensor, heads: int, layers: int, row_attention: str) -> Device:
+def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) -> Ops:
     """How fusions run where the KV lies.
 
     Args:
@@ -129,7 +129,7 @@ def device_for(pool: torch.Tensor, heads: int, layers: int, row_attention: str) 
     if not pool.is_cuda:
         if row_attention != "auto":
             raise ValueError(f"row_attention={row_attention} needs a CUDA device; leave it at auto")
-        return TorchDevice()
+        return TorchOps()
     names = ROW_ATTENTION if row_attention == "auto" else [row_attention]
     candidates = {name: partial(ROW_ATTENTION[name], pool.device) for name in names}
-    return TritonDevice(fastest(candidates, heads, pool, layers))
+    return TritonOps(fastest(candidates, heads, pool, layers))

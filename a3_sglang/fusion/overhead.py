@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from a3_sglang.fusion.executor import Executor
-from a3_sglang.fusion.warm_up import Rehearsal
+from a3_sglang.fusion.warm_up import SyntheticPrefill
 from a3_sglang.selectors import Selector
 from a3_sglang.timing import seconds
 
@@ -24,7 +24,7 @@ def overhead_rows(executor: Executor, selector: Selector) -> int:
         executor: of a pool with room for a few hundred tokens.
         selector: chooses the rows.
     """
-    rehearsal, device = Rehearsal(executor, selector), executor.model.keys[0].device
+    rehearsal, device = SyntheticPrefill(executor, selector), executor.model.keys[0].device
 
     def fuse() -> None:
         rehearsal.copy()

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from a3_sglang.attention.row_attention import RowGroup
-from a3_sglang.fusion.executor import Executor, Job, Timings
+from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
 from a3_sglang.integration.model import UnsupportedModelError
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
@@ -18,7 +18,7 @@ from a3_sglang.selectors import Full, Selector
 DONOR, GAP, RATIO = 160, 5, 0.15
 
 
-class Rehearsal:
+class SyntheticPrefill:
     """A prefill of random tokens, fused or plain. It writes KV, so nothing may be in the pool yet.
 
     Args:
@@ -44,18 +44,18 @@ class Rehearsal:
         self._sources = torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans])
         self._slots = free[DONOR:]
         tokens = torch.from_numpy(prompt).long().to(device)
-        self.job = Job(plan, tokens, self._slots[: plan.end], selector, RATIO)
+        self.job = FusionRequest(plan, tokens, self._slots[: plan.end], selector, RATIO)
         self.tail = torch.arange(plan.end, len(prompt), device=device)
 
     def copy(self) -> None:
         """Copy the spans."""
         self._executor.fill(self.job, self._sources)
 
-    def fuse(self, job: Job, one_pass: bool) -> None:
+    def fuse(self, job: FusionRequest, one_pass: bool) -> None:
         """Choose rows, recompute them and extend; ``one_pass``: recompute in the pass of the extend."""
         executor, tail = self._executor, self.tail
         left = executor.prepare([job], Timings(), 0 if one_pass else executor.slice_rows)
-        group = RowGroup(0, len(tail), self._slots, tail + 1, job.exact)
+        group = RequestRows(0, len(tail), self._slots, tail + 1, job.exact)
         with executor.extended(left, [group], self._slots[tail]):
             executor.model.extend(job.tokens[tail], tail)
 
@@ -64,12 +64,12 @@ class Rehearsal:
         executor, device = self._executor, self.tail.device
         slots = torch.arange(1, 1 + rows, device=device)
         tokens, positions = self.job.tokens.repeat(1 + rows // len(self.job.tokens))[:rows], slots % DONOR
-        group = RowGroup(0, rows, slots, torch.arange(1, 1 + rows, device=device), True)
+        group = RequestRows(0, rows, slots, torch.arange(1, 1 + rows, device=device), True)
         with executor.extended([], [group], slots):
             executor.model.extend(tokens, positions)
 
 
-def warm_up(executor: Executor, selector: Selector) -> Job:
+def warm_up(executor: Executor, selector: Selector) -> FusionRequest:
     """Compile what a device has to compile, and see that all that requests will need runs.
 
     Writes KV of random tokens, so nothing may be in the pool yet.
@@ -85,7 +85,7 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
         UnsupportedModelError: a token's keys at two positions do not differ by the rotation between them.
         Exception: whatever else goes wrong.
     """
-    rehearsal = Rehearsal(executor, selector)
+    rehearsal = SyntheticPrefill(executor, selector)
     rehearsal.copy()
     whole = replace(rehearsal.job, selector=Full())
     for one in (rehearsal.job, whole):
@@ -96,7 +96,7 @@ def warm_up(executor: Executor, selector: Selector) -> Job:
     return rehearsal.job
 
 
-def _check_keys(executor: Executor, job: Job) -> None:
+def _check_keys(executor: Executor, job: FusionRequest) -> None:
     """Keys of layer 0 know only their token and its position, so equal tokens show how the model turns keys."""
     keys, rope = executor.model.keys[0], executor.model.ropes[0]
     order = job.tokens[: job.plan.end].sort(stable=True)

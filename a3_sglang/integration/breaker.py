@@ -11,7 +11,7 @@ LIMIT = 3
 """Failures in a row after which fusion is turned off."""
 
 
-class Breaker:
+class CircuitBreaker:
     """Counts failures in a row.
 
     Args:

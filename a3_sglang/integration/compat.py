@@ -51,7 +51,7 @@ _NEEDED = (
 )
 
 
-class SeamError(RuntimeError):
+class CompatError(RuntimeError):
     """SGLang lacks something this package builds on."""
 
 
@@ -59,7 +59,7 @@ def lookup(path: str) -> Any:
     """The object behind a dotted path: a module, then attributes.
 
     Raises:
-        SeamError: it does not exist in the installed SGLang.
+        CompatError: it does not exist in the installed SGLang.
     """
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
@@ -73,7 +73,7 @@ def lookup(path: str) -> Any:
         except AttributeError:
             break
         return found
-    raise SeamError(
+    raise CompatError(
         f"a3: SGLang {sglang.__version__} has no {path}; this release of a3-sglang is tested with "
         f"{', '.join(SUPPORTED)}"
     )
@@ -83,7 +83,7 @@ def check() -> None:
     """Look every seam up.
 
     Raises:
-        SeamError: names the first one that is missing.
+        CompatError: names the first one that is missing.
     """
     for path in _NEEDED:
         lookup(path)
@@ -92,7 +92,7 @@ def check() -> None:
 def _has(path: str) -> bool:
     try:
         lookup(path)
-    except SeamError:
+    except CompatError:
         return False
     return True
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class InsertingTree:
+class InsertTracker:
     """Mixin in front of SGLang's tree class that knows on whose behalf :meth:`insert` is called."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.fusion.executor import Attend, Model, PassOver
+from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
 from a3_sglang.integration import compat
 from a3_sglang.rope import RopeTable, rotate
 
@@ -72,8 +72,8 @@ class SGLangModel(Model):
         return self._runner.model.model
 
     @torch.no_grad()
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
-        with self._attention(attend), suppress(PassOver):
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
+        with self._attention(attend), suppress(StopForward):
             self._layers(tokens, positions, compat.row_batch(tokens, positions))
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class SGLangModel(Model):
         self._runner.model(tokens, positions, compat.row_batch(tokens, positions))
 
     @contextmanager
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> Iterator[None]:
+    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
         passes, total, layers = 0, 0, self._layers
         # Models call their stack by position or by keyword, and name its arguments as they like.
         signature = inspect.signature(type(layers).forward)
@@ -148,7 +148,7 @@ class SGLangModel(Model):
             for hook in hooks:
                 hook.remove()
 
-    def _attention(self, attend: Attend) -> Any:
+    def _attention(self, attend: AttentionHook) -> Any:
         """A context in which the model attends through ``attend``."""
 
         def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> Any:

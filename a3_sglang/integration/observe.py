@@ -8,14 +8,14 @@ from typing import Any
 
 from a3_sglang.config import REQUEST_KEY
 from a3_sglang.integration import compat
-from a3_sglang.integration.inserting import InsertingTree
+from a3_sglang.integration.inserting import InsertTracker
 from a3_sglang.integration.request import RequestState
 from a3_sglang.integration.shadow import Shadow
-from a3_sglang.reporting.account import Account
+from a3_sglang.reporting.account import PrefillLog
 from a3_sglang.reporting.report import Outcome
 
 
-class Observed:
+class ObservedRequest:
     """A request as the shadow sees it: attributes are read from the request and written only here.
 
     Args:
@@ -32,7 +32,7 @@ class Observed:
         return getattr(self._req, name)
 
 
-class ObservedTree(InsertingTree):
+class ObservingRadixCache(InsertTracker):
     """Mixin in front of SGLang's tree class that does not change what it does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ class ObservedTree(InsertingTree):
         """Begin to ask the shadow."""
         self._shadow, self._exact = shadow, shadow.tree.options.report == "exact"
         self._breaker, self._metrics = shadow.tree.breaker, shadow.tree.metrics
-        self._account = Account(self._metrics, log_each, "A3 would reuse")
+        self._account = PrefillLog(self._metrics, log_each, "A3 would reuse")
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -60,7 +60,7 @@ class ObservedTree(InsertingTree):
 
     def _ask(self, req: Any, limit: int) -> None:
         assert self._shadow is not None
-        seen = Observed(req, limit)
+        seen = ObservedRequest(req, limit)
         outcome: Outcome = self._shadow.ask(seen)
         req.a3_observed = seen
         compat.attach(req, REQUEST_KEY, {**outcome.report(self._exact), "mode": "observe"})

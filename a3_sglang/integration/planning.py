@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from a3_sglang.config import Effective, ServerOptions, resolve_leniently
+from a3_sglang.config import ResolvedOptions, ServerOptions, resolve_or_disable
 from a3_sglang.integration import compat
-from a3_sglang.integration.breaker import Breaker
-from a3_sglang.integration.inserting import InsertingTree
+from a3_sglang.integration.breaker import CircuitBreaker
+from a3_sglang.integration.inserting import InsertTracker
 from a3_sglang.integration.request import Done, Reason, RequestState, ineligible, state_of
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.matching.index import AnyPositionIndex, Run, Segment, beside
@@ -25,7 +25,7 @@ _BRANCHES_TRIED = 8
 """Branches whose tokens are compared with a prompt's, at most."""
 
 
-class PlanningTree(InsertingTree):
+class PlanningRadixCache(InsertTracker):
     """Mixin in front of SGLang's tree class: matches as the tree does and plans what else of a prompt can be reused.
 
     What is in a plan is offered as obtainable (``host_hit_length``). It needs no KV, so it also tells what *would* be
@@ -63,7 +63,7 @@ class PlanningTree(InsertingTree):
         """
         self.options, self.chunk, self._overhead = options, chunk, overhead
         self.metrics = metrics or Metrics(None)
-        self.breaker = Breaker(self.metrics.failed, self.metrics.turned_off)
+        self.breaker = CircuitBreaker(self.metrics.failed, self.metrics.turned_off)
         self.index, self.approximate = (
             AnyPositionIndex(
                 options.min_span,
@@ -286,7 +286,7 @@ class PlanningTree(InsertingTree):
         others = state.search_approximate.runs(start, options.min_span, self._cached_length)
         return beside(runs, [run for run in others if _generation(run) < generation], options.min_span)
 
-    def _pays(self, plan: Plan, prompt: int, known: int, options: Effective) -> bool:
+    def _pays(self, plan: Plan, prompt: int, known: int, options: ResolvedOptions) -> bool:
         """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
         if not options.min_saving:
             return True
@@ -325,10 +325,10 @@ class PlanningTree(InsertingTree):
         page_size: int = self.page_size  # type: ignore[attr-defined]
         return max((state.stop - begin) // page_size, 1) * page_size
 
-    def options_of(self, req: Any) -> Effective:
+    def options_of(self, req: Any) -> ResolvedOptions:
         state = state_of(req)
         if state.options is None:
-            state.options = resolve_leniently(self.options, req.sampling_params.custom_params)
+            state.options = resolve_or_disable(self.options, req.sampling_params.custom_params)
         return state.options
 
     @staticmethod

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from a3_sglang.attention.row_attention import RowGroup
+from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.config import REQUEST_KEY, ServerOptions
-from a3_sglang.fusion.executor import Executor, Job, Part, Timings
+from a3_sglang.fusion.executor import Executor, FusionRequest, Slice, Timings
 from a3_sglang.integration import compat
-from a3_sglang.integration.planning import PlanningTree, most
+from a3_sglang.integration.planning import PlanningRadixCache, most
 from a3_sglang.integration.request import Reason, RequestState, state_of
 from a3_sglang.matching.plan import QUESTION_TOKENS
-from a3_sglang.reporting.account import Account
+from a3_sglang.reporting.account import PrefillLog
 from a3_sglang.reporting.detail import make_detail
 from a3_sglang.reporting.report import Outcome
 from a3_sglang.selectors import make_selector
@@ -29,7 +29,7 @@ _TIMED = os.environ.get("A3_TIMINGS") == "1"
 """Whether requests report how long the parts of their fusion took."""
 
 
-class A3Tree(PlanningTree):
+class A3RadixCache(PlanningRadixCache):
     """Mixin in front of SGLang's tree class.
 
     Slots for what is planned are allocated when a request is admitted and filled right before it runs. Then they go
@@ -50,11 +50,11 @@ class A3Tree(PlanningTree):
             options: the server's.
             executor: runs the fusions.
             log_each: whether the log has a line for every request.
-            planning: see :meth:`PlanningTree.start_planning`.
+            planning: see :meth:`PlanningRadixCache.start_planning`.
         """
         self.executor = executor
         self.start_planning(options, chunk=executor.slice_rows, **planning)
-        self.account = Account(self.metrics, log_each)
+        self.account = PrefillLog(self.metrics, log_each)
 
     def reset(self) -> None:
         super().reset()
@@ -195,7 +195,7 @@ class A3Tree(PlanningTree):
         mine = {id(req) for req in batch.reqs}
         # By order of admission: what one request's donors gave up may be another's by now.
         admitted = [req for key, req in self.waiting.items() if key in mine]
-        jobs: dict[int, Job] = {}
+        jobs: dict[int, FusionRequest] = {}
         if not fused:
             result = run()
         else:
@@ -227,7 +227,9 @@ class A3Tree(PlanningTree):
             self._drop_unused(req, state_of(req))
         return result
 
-    def _run_fused(self, batch: Any, admitted: list[tuple[Any, Job]], timings: Timings, run: Callable[[], Any]) -> Any:
+    def _run_fused(
+        self, batch: Any, admitted: list[tuple[Any, FusionRequest]], timings: Timings, run: Callable[[], Any]
+    ) -> Any:
         """Fuse the admitted requests and run the batch, which may include their last rows to recompute.
 
         On a CPU rows always attend as the fusion does, as SGLang's own attention would compute every prefix again;
@@ -241,7 +243,7 @@ class A3Tree(PlanningTree):
             assert sources is not None
             with timings.add("copy"):
                 self.executor.fill(job, sources)
-        left: list[Part] = []
+        left: list[Slice] = []
         if jobs and (on_cpu or all(state_of(req).branch is not None for req in batch.reqs)):
             left = self.executor.prepare(jobs, timings, sum(batch.extend_lens))
         elif jobs:
@@ -254,7 +256,7 @@ class A3Tree(PlanningTree):
             with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
                 return run()
 
-    def _recompute_everything(self, admitted: list[Any], jobs: dict[int, Job]) -> None:
+    def _recompute_everything(self, admitted: list[Any], jobs: dict[int, FusionRequest]) -> None:
         """Compute the KV between prefix and tail of each request in full, after an error in the fusion."""
         assert self.executor is not None
         for req in admitted:
@@ -277,7 +279,7 @@ class A3Tree(PlanningTree):
                 pool[private] = 0
         compat.abort(req, "a3: the prompt's KV could not be computed; the server's log has the error")
 
-    def _finish_fusion(self, req: Any, job: Job | None, timings: Timings) -> None:
+    def _finish_fusion(self, req: Any, job: FusionRequest | None, timings: Timings) -> None:
         state = state_of(req)
         state.waiting = False
         state.recomputed = job.recomputed if job is not None else None
@@ -289,17 +291,17 @@ class A3Tree(PlanningTree):
             if self.options_of(req).explain:
                 state.explained.append((job, timings))
 
-    def _groups(self, batch: Any) -> list[RowGroup]:
+    def _groups(self, batch: Any) -> list[RequestRows]:
         """The rows of a batch's extend."""
         groups, begin = [], 0
         for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             slots = compat.row(self, req)[: prefix + length].to(torch.int64)
             visible = torch.arange(prefix, prefix + length, device=slots.device) + 1
-            groups.append(RowGroup(begin, begin + length, slots, visible, state_of(req).branch is None))
+            groups.append(RequestRows(begin, begin + length, slots, visible, state_of(req).branch is None))
             begin += length
         return groups
 
-    def _job(self, req: Any) -> Job:
+    def _job(self, req: Any) -> FusionRequest:
         state = state_of(req)
         plan, options = state.plan, state.options
         assert plan is not None
@@ -311,7 +313,7 @@ class A3Tree(PlanningTree):
             # From memory that is not pinned the copy would wait for all that the device has to do.
             tokens = tokens.pin_memory().to(slots.device, non_blocking=True)
         ratio = options.ratio if options.ratio == "auto" else self.ratio_of(plan, options.ratio)
-        return Job(plan, tokens, slots, make_selector(options.selector), ratio, options.question)
+        return FusionRequest(plan, tokens, slots, make_selector(options.selector), ratio, options.question)
 
     def _report(self, batch: Any) -> None:
         """Write the reports of prompts that are not complete yet, and account for those that this batch completes."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from a3_sglang.config import Effective
-from a3_sglang.fusion.executor import Job, Timings
+from a3_sglang.config import ResolvedOptions
+from a3_sglang.fusion.executor import FusionRequest, Timings
 from a3_sglang.matching.branches import Branch
 from a3_sglang.matching.index import PromptSearch
 from a3_sglang.matching.plan import Plan
@@ -87,7 +87,7 @@ class RequestState:
         explained: the fusions so far and their times, if the request wants to know where its tokens came from.
     """
 
-    options: Effective | None = None
+    options: ResolvedOptions | None = None
     search: PromptSearch | None = None
     search_approximate: PromptSearch | None = None
     hashes: npt.NDArray[np.uint64] | None = None
@@ -104,7 +104,7 @@ class RequestState:
     recomputed: torch.Tensor | None = None
     done: Done | None = None
     accounted: bool = False
-    explained: list[tuple[Job, Timings]] = field(default_factory=list)
+    explained: list[tuple[FusionRequest, Timings]] = field(default_factory=list)
 
     def renew(self) -> None:
         """Before the request is matched again: what was found then does not count any more."""
@@ -121,7 +121,7 @@ def state_of(req: Any) -> RequestState:
     return state
 
 
-def ineligible(req: Any, options: Effective) -> Reason | None:
+def ineligible(req: Any, options: ResolvedOptions) -> Reason | None:
     """Why this request gets a full prefill whatever the index holds; None if it may be fused."""
     params = req.sampling_params
     checks = (

@@ -12,7 +12,7 @@ import torch
 
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.planning import PlanningTree, usual
+from a3_sglang.integration.planning import PlanningRadixCache, usual
 from a3_sglang.integration.request import RequestState, state_of
 from a3_sglang.matching.plan import Plan
 from a3_sglang.reporting.metrics import Metrics
@@ -70,7 +70,7 @@ class Shadow:
         on_fuse: Callable[[Plan], None] = lambda _plan: None,
     ) -> None:
         self._on_fuse = on_fuse
-        self.tree = compat.tree_without_kv(PlanningTree, slots, page_size)
+        self.tree = compat.tree_without_kv(PlanningRadixCache, slots, page_size)
         overhead = options.overhead if isinstance(options.overhead, int) else 0
         self.tree.start_planning(options, slots, chunk, overhead, metrics, line_ends)
 

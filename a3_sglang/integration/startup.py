@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.executor import SLICE_ROWS, Executor
-from a3_sglang.fusion.ops import device_for
+from a3_sglang.fusion.ops import create_ops
 from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.integration import compat
 from a3_sglang.integration.model import SGLangModel, UnsupportedModelError
-from a3_sglang.integration.observe import ObservedTree
-from a3_sglang.integration.radix_cache import A3Tree
+from a3_sglang.integration.observe import ObservingRadixCache
+from a3_sglang.integration.radix_cache import A3RadixCache
 from a3_sglang.integration.shadow import Shadow
 from a3_sglang.integration.support import RefusedError, refusal
 from a3_sglang.reporting.metrics import Metrics
@@ -46,7 +46,7 @@ def build_tree(context: Any) -> Any:
     except UnsupportedModelError as error:
         raise RefusedError(f"--radix-cache-backend a3: {error}") from None
     try:
-        device = device_for(model.keys[0], model.heads, model.depth, options.row_attention)
+        device = create_ops(model.keys[0], model.heads, model.depth, options.row_attention)
     except ValueError as error:
         raise RefusedError(f"--a3-row-attention: {error}") from None
     executor = Executor(model, device, _slice_rows(context.server_args))
@@ -57,7 +57,7 @@ def build_tree(context: Any) -> Any:
     except Exception as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise RefusedError(f"--radix-cache-backend a3: fusion does not work here: {first_line}") from error
-    tree = compat.create_tree(context, A3Tree)
+    tree = compat.create_tree(context, A3RadixCache)
     tree.start(
         options,
         executor,
@@ -93,7 +93,7 @@ def _observing(context: Any, options: ServerOptions) -> Any:
         line_ends(context.tp_worker.tokenizer),
         Metrics(context.server_args, observing=True),
     )
-    tree = compat.create_tree(context, ObservedTree)
+    tree = compat.create_tree(context, ObservingRadixCache)
     tree.observe(shadow, bool(context.server_args.log_requests))
     logger.info("a3: ready. Observes what would be reused and changes nothing; %s", options)
     return tree

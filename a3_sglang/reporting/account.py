@@ -13,7 +13,7 @@ from a3_sglang.reporting.report import PARTS, Outcome
 logger = logging.getLogger(__name__)
 
 
-class Account:
+class PrefillLog:
     """Logs one line per batch that completes prompts, in the format of SGLang's own, and updates the metrics.
 
     Args:

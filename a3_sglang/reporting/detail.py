@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from a3_sglang.fusion.executor import Job, Timings
+from a3_sglang.fusion.executor import FusionRequest, Timings
 from a3_sglang.matching.branches import Branch
 from a3_sglang.matching.plan import Span
 from a3_sglang.reporting.report import PARTS, Outcome
@@ -18,7 +18,7 @@ from a3_sglang.reporting.report import PARTS, Outcome
 _DIGITS = 4
 
 
-def make_detail(outcome: Outcome, fusions: Sequence[tuple[Job, Timings]]) -> dict[str, Any]:
+def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings]]) -> dict[str, Any]:
     """What a report says token by token. Waits for the device.
 
     Args:
@@ -61,7 +61,7 @@ def _origin(span: Span) -> dict[str, int]:
     return place | {"donor": segment.number, "generation": generation}
 
 
-def _relevance(job: Job, span: Span) -> list[float | None] | None:
+def _relevance(job: FusionRequest, span: Span) -> list[float | None] | None:
     if job.relevance is None:
         return None
     values = job.relevance[span.start : span.end].tolist()

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift.model import Blocks, informative
+from a3_sglang.drift.model import PaddedBlocks, select_a_optimal
 from a3_sglang.selectors.base import Rows, Selector
 
 
@@ -39,4 +39,4 @@ class Probe(Selector):
         return range(begin, max(begin + 1, int(self.last * depth)))
 
     def choose(self, scores: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
-        return informative(scores.float(), Blocks(rows.lengths, scores.device), count)
+        return select_a_optimal(scores.float(), PaddedBlocks(rows.lengths, scores.device), count)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.row_attention import RowGroup
+from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.drift import model as drift
-from a3_sglang.fusion.executor import Attend, Executor, Job, Part, RowsAttention, Timings
+from a3_sglang.fusion.executor import AttentionHook, Executor, FusionRequest, RecomputePass, Slice, Timings
 from a3_sglang.matching.plan import MIN_TAIL, Plan, question_ranges
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
 from helpers.reference import Llama, gaps, reused, spread64
@@ -42,7 +42,7 @@ class Listening(Probe):
         return Selector.choose(self, scores, rows, count)
 
 
-def kv(model: Llama, job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def kv(model: Llama, job: FusionRequest) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The KV that now lies in the job's slots, NaN for the prompt's tail; float64."""
     tail = torch.full((len(job.tokens) - job.plan.end, *model.keys[0].shape[1:]), torch.nan, dtype=torch.float64)
     keys, values = (
@@ -55,7 +55,7 @@ def context(layers: list[torch.Tensor], plan: Plan) -> torch.Tensor:
     return torch.stack([layer[: plan.end] for layer in layers])
 
 
-def assert_full_prefill(model: Llama, job: Job) -> None:
+def assert_full_prefill(model: Llama, job: FusionRequest) -> None:
     exact, found = model.prefill64(job.tokens), kv(model, job)
     for part in (0, 1):
         assert_close(context(found[part], job.plan), context(exact[part], job.plan), **TOLERANCE)
@@ -264,10 +264,10 @@ def test_a_tail_takes_along_what_is_left_to_recompute(ratio, selector, slice_row
         tail, whole = torch.arange(job.plan.end, len(job.tokens)), torch.arange(30)
         slots, of_plain = torch.cat([job.slots, world.take(len(tail))]), world.take(30)
         groups = [
-            RowGroup(0, len(tail), slots, tail + 1, ratio == 1),
-            RowGroup(len(tail), len(tail) + 30, of_plain, whole + 1, True),
+            RequestRows(0, len(tail), slots, tail + 1, ratio == 1),
+            RequestRows(len(tail), len(tail) + 30, of_plain, whole + 1, True),
         ]
-        left: list[Part] = []
+        left: list[Slice] = []
         if together:
             left = executor.prepare([job], Timings(), len(tail) + 30)
         else:
@@ -282,7 +282,7 @@ def test_a_tail_takes_along_what_is_left_to_recompute(ratio, selector, slice_row
         assert_close(one, other, **TOLERANCE)
 
 
-def pair(seed: int, ratios: tuple[float, float]) -> tuple[World, Executor, list[Job]]:
+def pair(seed: int, ratios: tuple[float, float]) -> tuple[World, Executor, list[FusionRequest]]:
     """Two jobs that share a prefix's length and nothing else; the same world for the same seed."""
     world = World(seed)
     executor = executor_of(world)
@@ -317,8 +317,8 @@ def test_slices_give_the_same_kv(slice_rows):
     passes: list[int] = []
     forward = sliced_world.model.forward
 
-    def counted(tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
-        if isinstance(attend, RowsAttention):
+    def counted(tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
+        if isinstance(attend, RecomputePass):
             passes.append(len(tokens))
         forward(tokens, positions, attend)
 
@@ -362,8 +362,8 @@ def test_each_slice_spreads_its_own_drift(slice_rows):
 class FailingProbe(Llama):
     """Fails on every pass that does not write KV."""
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
-        if not isinstance(attend, RowsAttention):
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
+        if not isinstance(attend, RecomputePass):
             raise RuntimeError("the probe's pass failed")
         super().forward(tokens, positions, attend)
 

@@ -11,8 +11,8 @@ import dataclasses
 import pytest
 import torch
 
-from a3_sglang.fusion.executor import Executor, Job, RowGroup, Timings
-from a3_sglang.fusion.ops import TritonDevice
+from a3_sglang.fusion.executor import Executor, FusionRequest, RequestRows, Timings
+from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import Epic, Probe, Random, Selector
 from helpers.reference import Llama
@@ -32,14 +32,14 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(f"a3_sglang.kernels.{module}.{name}", launch)
 
     stand_in("copy_rotated", "copy_rotated_layers")
-    stand_in("drift_correction", "spread_rows")
-    stand_in("probe_attention", "question_attention", lambda query, *_: torch.empty_like(query))
+    stand_in("drift_correction", "correct_drift")
+    stand_in("probe_attention", "probe_attention", lambda query, *_: torch.empty_like(query))
     stand_in("row_attention", "row_attention", lambda query, *_: torch.empty_like(query))
     monkeypatch.setattr("a3_sglang.kernels.copy_rotated.Pools.of", lambda keys, values: None)
     return launched
 
 
-def on_meta(world: World, job: Job) -> tuple[Llama, Job]:
+def on_meta(world: World, job: FusionRequest) -> tuple[Llama, FusionRequest]:
     """The same model and job without content."""
     model = world.model
     model.weights = {name: weight.to("meta") for name, weight in model.weights.items()}
@@ -49,7 +49,7 @@ def on_meta(world: World, job: Job) -> tuple[Llama, Job]:
     return model, dataclasses.replace(job, tokens=job.tokens.to("meta"), slots=job.slots.to("meta"))
 
 
-def planned(selector: Selector, ratio: float | str) -> tuple[World, Job]:
+def planned(selector: Selector, ratio: float | str) -> tuple[World, FusionRequest]:
     world = World(torch.seed() % 2**31)
     return world, world.job(world.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor_of(world))
 
@@ -60,15 +60,15 @@ def planned(selector: Selector, ratio: float | str) -> tuple[World, Job]:
 def test_a_fused_prefill_never_waits(selector, ratio, slice_rows, no_launches):
     world, job = planned(selector, ratio)
     model, job = on_meta(world, job)
-    executor = Executor(model, TritonDevice(), slice_rows)
+    executor = Executor(model, TritonOps(), slice_rows)
     tail = torch.arange(job.plan.end, len(job.tokens), device="meta")
     left = executor.prepare([job], Timings(), len(tail))
     slots = torch.cat([job.slots, tail])
-    with executor.extended(left, [RowGroup(0, len(tail), slots, tail + 1, False)], slots[tail]):
+    with executor.extended(left, [RequestRows(0, len(tail), slots, tail + 1, False)], slots[tail]):
         model.extend(job.tokens[tail], tail)
     assert len(job.recomputed) == selector.budget(ratio, job.plan.reused)[0]
-    assert ("question_attention" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
-    assert ("spread_rows" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
+    assert ("probe_attention" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
+    assert ("correct_drift" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
     assert "row_attention" in no_launches
 
 
@@ -77,4 +77,4 @@ def test_the_check_would_notice(no_launches, request):
     world, job = planned(Probe(), "auto")
     model, job = on_meta(world, job)
     with pytest.raises(RuntimeError, match="meta tensors"):
-        Executor(model, TritonDevice()).prepare([job], Timings(), 0)
+        Executor(model, TritonOps()).prepare([job], Timings(), 0)

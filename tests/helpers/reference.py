@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from a3_sglang.drift.model import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
-from a3_sglang.fusion.executor import Attend, Model, PassOver
+from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
 
@@ -164,7 +164,7 @@ class Llama(Model):
         pool = (slots, shape.kv_heads, shape.head_dim)
         self.keys = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
         self.values = [torch.full(pool, torch.nan) for _ in range(shape.depth)]
-        self._override: tuple[torch.Tensor, torch.Tensor, Attend] | None = None
+        self._override: tuple[torch.Tensor, torch.Tensor, AttentionHook] | None = None
 
     @classmethod
     def load(cls, folder: Path, positions: int = 2048) -> Llama:
@@ -196,12 +196,12 @@ class Llama(Model):
             model.weights[name] = weight
         return model
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
-        with suppress(PassOver):
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
+        with suppress(StopForward):
             self.hidden(tokens, positions, attend)
 
     @contextmanager
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> Iterator[None]:
+    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
         self._override = tokens, positions, attend
         yield
         self._override = None
@@ -212,7 +212,7 @@ class Llama(Model):
         first, at, attend = self._override
         return self.hidden(torch.cat([first, tokens]), torch.cat([at, positions]), attend)[len(first) :]
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> torch.Tensor:
         shape, w = self.shape, self.weights
         x = w["embed"][tokens]
         rope = self.ropes[0].cos_sin[positions]

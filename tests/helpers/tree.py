@@ -11,9 +11,9 @@ import torch
 
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.executor import Executor
-from a3_sglang.fusion.ops import TorchDevice
+from a3_sglang.fusion.ops import TorchOps
 from a3_sglang.integration import compat
-from a3_sglang.integration.radix_cache import A3Tree
+from a3_sglang.integration.radix_cache import A3RadixCache
 from a3_sglang.integration.request import state_of
 from helpers.reference import Llama, Shape
 
@@ -50,8 +50,8 @@ class Cache:
             page_size=page_size,
             tree_components=(ComponentType.FULL,),
         )
-        self.tree = type("Tree", (A3Tree, UnifiedRadixCache), {})(params)
-        self.executor = Executor(self.model, TorchDevice())
+        self.tree = type("Tree", (A3RadixCache, UnifiedRadixCache), {})(params)
+        self.executor = Executor(self.model, TorchOps())
         self.tree.start(options or OPTIONS, self.executor, capacity=slots)
 
     def key(self, tokens: list[int]):

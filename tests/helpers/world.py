@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from a3_sglang.fusion.executor import Executor, Job
-from a3_sglang.fusion.ops import TorchDevice
+from a3_sglang.fusion.executor import Executor, FusionRequest
+from a3_sglang.fusion.ops import TorchOps
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import make_plan
 from a3_sglang.selectors import Selector
@@ -55,7 +55,9 @@ class World:
             parts += [self.tokens(gap), donor[begin : begin + span]]
         return np.concatenate([*parts, self.tokens(tail)])
 
-    def job(self, prompt: np.ndarray, prefix: int, selector: Selector, ratio: float, executor: Executor) -> Job:
+    def job(
+        self, prompt: np.ndarray, prefix: int, selector: Selector, ratio: float, executor: Executor
+    ) -> FusionRequest:
         """A planned job: the prefix's KV in place, the spans copied."""
         plan = make_plan(self.index.find("space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
@@ -67,7 +69,7 @@ class World:
                 self.take(plan.end - prefix),
             ]
         )
-        job = Job(plan, tokens, slots, selector, ratio)
+        job = FusionRequest(plan, tokens, slots, selector, ratio)
         sources = []
         for span in plan.spans:
             donor = next(d for d in self.donors if np.array_equal(d[: len(span.run.path())], span.run.path()))
@@ -77,4 +79,4 @@ class World:
 
 
 def executor_of(world: World, slice_rows: int = 8192) -> Executor:
-    return Executor(world.model, TorchDevice(), slice_rows)
+    return Executor(world.model, TorchOps(), slice_rows)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.fusion.ops import TorchDevice, TritonDevice
+from a3_sglang.fusion.ops import TorchOps, TritonOps
 from a3_sglang.rope import RopeTable
 from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
 
-DEVICES = {"torch": TorchDevice, "triton": TritonDevice}
+DEVICES = {"torch": TorchOps, "triton": TritonOps}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REACH = 300
 
@@ -60,6 +60,6 @@ def test_pools_that_differ_are_refused():
     keys = [torch.zeros(4, 2, 8), torch.zeros(4, 2, 8, dtype=torch.float16)]
     values = [torch.zeros(4, 2, 8), torch.zeros(4, 2, 8)]
     with pytest.raises(ValueError, match="differ in shape, dtype, layout or device"):
-        TritonDevice().pools(keys, values)
+        TritonOps().pools(keys, values)
     with pytest.raises(ValueError, match="cannot be copied"):
-        TritonDevice().pools([torch.zeros(4, 2, 8).double()], [torch.zeros(4, 2, 8).double()])
+        TritonOps().pools([torch.zeros(4, 2, 8).double()], [torch.zeros(4, 2, 8).double()])

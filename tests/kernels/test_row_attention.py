@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from a3_sglang.attention.row_attention import RowGroup, TorchRowAttention, TritonRowAttention
+from a3_sglang.attention.row_attention import RequestRows, TorchRowAttention, TritonRowAttention
 from a3_sglang.matching.plan import MIN_TAIL
 from helpers.reference import attention64, random_tensor
 
@@ -29,7 +29,7 @@ def batches(draw: st.DrawFn):
         slots, free = free[:prompt], free[prompt:]
         visible = (torch.randperm(prompt, generator=generator)[:count] + 1).sort().values
         keys[slots[visible[-1] :]] = values[slots[visible[-1] :]] = torch.nan
-        groups.append(RowGroup(rows, rows + len(visible), slots, visible, draw(st.booleans())))
+        groups.append(RequestRows(rows, rows + len(visible), slots, visible, draw(st.booleans())))
         rows += len(visible)
     keys[free] = values[free] = torch.nan
     return random_tensor(generator, rows, kv_heads * group, dim).float(), keys, values, groups
@@ -46,7 +46,7 @@ def run(implementation, query, keys, values, groups, scaling):
 
 def on_device(batch):
     query, keys, values, groups = batch
-    groups = [RowGroup(g.begin, g.end, g.slots.to(DEVICE), g.visible.to(DEVICE), g.exact) for g in groups]
+    groups = [RequestRows(g.begin, g.end, g.slots.to(DEVICE), g.visible.to(DEVICE), g.exact) for g in groups]
     return query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), groups
 
 
@@ -125,7 +125,7 @@ def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind):
         keys[slots], values[slots] = k, v
         keys[slots[rows[-1] + 1 :]] = torch.nan
         exact = kind in ("all", "dense")
-        group = RowGroup(0, len(rows), slots, rows + 1, exact)
+        group = RequestRows(0, len(rows), slots, rows + 1, exact)
         out = run(TorchRowAttention, query[rows], keys, values, [group], dim**-0.5)
         if exact:
             assert torch.equal(out, whole[rows]), f"{seed=} {prompt=}"

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from test_row_attention import batches
 from torch.testing import assert_close
 
-from a3_sglang.attention.autotune import NoneFitsError, fastest
+from a3_sglang.attention.autotune import NoUsableBackendError, fastest
 from a3_sglang.attention.flashinfer import FlashInferRowAttention, PagedRows
 from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
-from a3_sglang.fusion.ops import device_for
+from a3_sglang.fusion.ops import create_ops
 from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.integration.model import UnsupportedModelError
@@ -62,7 +62,9 @@ def test_the_fastest_right_one_is_kept(caplog):
 
 
 def test_none_that_fits_is_refused_with_every_reason():
-    with pytest.raises(NoneFitsError, match=r"missing: ImportError: no such library; nan: off by nan from float32"):
+    with pytest.raises(
+        NoUsableBackendError, match=r"missing: ImportError: no such library; nan: off by nan from float32"
+    ):
         fastest({"missing": missing, "nan": Nan}, **SMALL)
 
 
@@ -71,9 +73,9 @@ def test_the_kernel_passes_the_trial():
 
 
 def test_a_cpu_has_no_choice():
-    assert type(device_for(POOL, 4, 2, "auto").rows) is TorchRowAttention
+    assert type(create_ops(POOL, 4, 2, "auto").rows) is TorchRowAttention
     with pytest.raises(ValueError, match="row_attention=flashinfer needs a CUDA device; leave it at auto"):
-        device_for(POOL, 4, 2, "flashinfer")
+        create_ops(POOL, 4, 2, "flashinfer")
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.drift.correction import Spread
-from a3_sglang.drift.model import BLOCK, Blocks, Drift
-from a3_sglang.fusion.ops import TorchDevice, TritonDevice
+from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.drift.model import BLOCK, DriftPredictor, PaddedBlocks
+from a3_sglang.fusion.ops import TorchOps, TritonOps
 from a3_sglang.rope import RopeTable
 from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
 
-DEVICES = {"torch": TorchDevice, "triton": TritonDevice}
+DEVICES = {"torch": TorchOps, "triton": TritonOps}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REACH = 2000
 
@@ -48,11 +48,11 @@ def test_reused_rows_are_corrected(name, seed, heads, dims, lengths, share, gap,
         pool[of_gap] = torch.nan
     wanted = (positions >= 9) & (positions < 7 + count - count // 3)
 
-    blocks = Blocks(lengths, DEVICE)
+    blocks = PaddedBlocks(lengths, DEVICE)
     number = torch.cat([torch.arange(count)[chosen], torch.full((gap,), count)])
-    drift = Drift(number.to(DEVICE), blocks, blocks.shape[1], wanted.to(DEVICE))
+    drift = DriftPredictor(number.to(DEVICE), blocks, blocks.shape[1], wanted.to(DEVICE))
     real = torch.arange(len(told)) < len(told) - gap
-    spread = Spread(drift, *(x.to(DEVICE) for x in (rows, known, told, real, slots, positions)))
+    spread = DriftCorrection(drift, *(x.to(DEVICE) for x in (rows, known, told, real, slots, positions)))
     found, rope = [pool.to(DEVICE, copy=True) for pool in pools], RopeTable(table.float().to(DEVICE), neox)
     DEVICES[name]().spread(tuple(found), tuple(x.to(DEVICE) for x in fresh), spread, rope)
 

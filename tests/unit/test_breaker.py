@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 
-from a3_sglang.integration.breaker import LIMIT, Breaker
+from a3_sglang.integration.breaker import LIMIT, CircuitBreaker
 from a3_sglang.reporting.metrics import Metrics
 
 
@@ -17,7 +17,7 @@ def sample(name: str, **labels: str) -> float | None:
 
 def test_metrics_count_failures_and_show_that_fusion_is_off(caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics(SimpleNamespace(enable_metrics=True, served_model_name="tiny", model_path="/tiny"))
-    breaker = Breaker(metrics.failed, metrics.turned_off)
+    breaker = CircuitBreaker(metrics.failed, metrics.turned_off)
     assert sample("sglang:a3_fusion_enabled") == 1
     for number in range(LIMIT):
         assert not breaker.open

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from a3_sglang.config import Effective, ServerOptions, env_name, resolve, resolve_leniently
+from a3_sglang.config import ResolvedOptions, ServerOptions, env_name, resolve, resolve_or_disable
 
-DEFAULT = Effective(enabled=True, donor=False, keep=True, ratio=0.15, selector="probe", min_span=32, min_saving=1 / 3)
+DEFAULT = ResolvedOptions(
+    enabled=True, donor=False, keep=True, ratio=0.15, selector="probe", min_span=32, min_saving=1 / 3
+)
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +170,7 @@ def test_what_is_explained_is_up_to_the_server():
     assert not resolve(ServerOptions(explain="on"), {"a3": {"ratio": 0.15}}).explain
     with pytest.raises(ValueError, match=r"^custom_params\.a3\.explain: .*--a3-explain on"):
         resolve(ServerOptions(), asked)
-    lenient = resolve_leniently(ServerOptions(), asked)
+    lenient = resolve_or_disable(ServerOptions(), asked)
     assert not lenient.valid
     assert not lenient.explain
 

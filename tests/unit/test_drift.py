@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang.drift import model as drift
-from a3_sglang.drift.model import BLOCK, KEYS, Blocks, informative
+from a3_sglang.drift.model import BLOCK, KEYS, PaddedBlocks, select_a_optimal
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
 
@@ -61,8 +61,8 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
     weight, count = drawn_weights(seed, len(offsets)), max(1, int(share * len(offsets)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drift, "BLOCK", block)
-        patch.setattr(drift, "IN_PLAY", float("1e9"))
-        chosen = informative(weight, Blocks(spans, "cpu"), count)
+        patch.setattr(drift, "CANDIDATE_FACTOR", float("1e9"))
+        chosen = select_a_optimal(weight, PaddedBlocks(spans, "cpu"), count)
     assert chosen.dtype == torch.int64
     assert len(chosen) == len(set(chosen.tolist())) == count
     covariance = covariance64(offsets, block)
@@ -77,7 +77,7 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
 def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
     offsets = offsets_of(spans)
     count = round(share * len(offsets))
-    chosen = informative(drawn_weights(seed, len(offsets)), Blocks(spans, "cpu"), count)
+    chosen = select_a_optimal(drawn_weights(seed, len(offsets)), PaddedBlocks(spans, "cpu"), count)
     assert len(chosen) == count
     assert len(set(chosen.tolist())) == count
     assert set(chosen.tolist()) <= set(range(len(offsets)))
@@ -93,7 +93,10 @@ def test_less_drift_is_left_than_after_the_heaviest_rows():
         # Attention comes in runs of tokens.
         noise = torch.randn(1, len(offsets), generator=torch.Generator().manual_seed(seed))
         weight = (4 * torch.nn.functional.avg_pool1d(noise, 5, 1, 2)[0]).exp()
-        chosen, heaviest = informative(weight, Blocks(spans, "cpu"), 140), weight.argsort(descending=True)[:140]
+        chosen, heaviest = (
+            select_a_optimal(weight, PaddedBlocks(spans, "cpu"), 140),
+            weight.argsort(descending=True)[:140],
+        )
         less.append(left(covariance, weight, heaviest) - left(covariance, weight, chosen))
     assert sum(less) > 0
     assert sum(x > 0 for x in less) > 15
@@ -104,25 +107,25 @@ def test_a_row_beside_a_known_one_can_wait():
     weight[[600, 601, 700]] = torch.tensor([1.0, 0.95, 0.9])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drift, "ROUNDS", 2)
-        assert sorted(informative(weight, Blocks([800], "cpu"), 2).tolist()) == [600, 700]
+        assert sorted(select_a_optimal(weight, PaddedBlocks([800], "cpu"), 2).tolist()) == [600, 700]
 
 
 def test_of_rows_that_matter_alike_those_at_the_beginning_of_a_span_come_first():
     weight = torch.zeros(500)
     weight[[0, 150, 499]] = 1.0
-    assert informative(weight, Blocks([500], "cpu"), 3)[0] == 0
+    assert select_a_optimal(weight, PaddedBlocks([500], "cpu"), 3)[0] == 0
     assert KEYS.variance(torch.arange(500)).diff().max() <= 0
 
 
 def test_the_largest_numbers_do_not_overflow():
     weight = torch.ones(50)
     weight[7] = torch.finfo(torch.float32).max
-    chosen = informative(weight, Blocks([50], "cpu"), 8)
+    chosen = select_a_optimal(weight, PaddedBlocks([50], "cpu"), 8)
     assert chosen[0] == 7
     assert len(set(chosen.tolist())) == 8
 
 
 def test_weights_that_are_all_zero_still_give_rows():
-    chosen = informative(torch.zeros(50), Blocks([50], "cpu"), 8)
+    chosen = select_a_optimal(torch.zeros(50), PaddedBlocks([50], "cpu"), 8)
     assert_close(chosen.sort().values.unique(), chosen.sort().values)
     assert len(chosen) == 8

@@ -19,7 +19,7 @@ from a3_sglang.attention.relevance import (
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ProbeRows:
     """Rows of one request within a batch of rows.
 
     Attributes:
@@ -35,7 +35,7 @@ class Question:
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 
-Asking = Callable[[torch.Tensor, KV, KV, float, torch.Tensor | None], torch.Tensor]
+ProbeFn = Callable[[torch.Tensor, KV, KV, float, torch.Tensor | None], torch.Tensor]
 """Attention of all rows at one layer: ``(query, own, pools, scaling, scores) -> out``.
 
 ``query`` and ``out`` are (rows, heads, head_dim); ``own`` the rows' keys and values, each (rows, kv_heads, head_dim),
@@ -45,11 +45,11 @@ position gives to its question (:func:`a3_sglang.attention.relevance.relevance`)
 """
 
 
-class QuestionAttention(ABC):
+class ProbeAttention(ABC):
     """How questions attend; one implementation for each kind of device."""
 
     @abstractmethod
-    def plan(self, questions: Sequence[Question], heads: int, kv_heads: int) -> Asking:
+    def plan(self, questions: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
         """Prepare a pass, once for all layers.
 
         Args:
@@ -59,24 +59,22 @@ class QuestionAttention(ABC):
         """
 
 
-class TritonQuestionAttention(QuestionAttention):
+class TritonProbeAttention(ProbeAttention):
     """A few launches a layer for the questions of all requests, on CUDA devices."""
 
-    def plan(self, questions: Sequence[Question], heads: int, kv_heads: int) -> Asking:
+    def plan(self, questions: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
         # Imported here: a machine without a GPU need not have Triton.
-        from a3_sglang.kernels.probe_attention import make_layout, question_attention
+        from a3_sglang.kernels.probe_attention import make_layout, probe_attention
 
         counts, known = [q.end - q.begin for q in questions], [q.known for q in questions]
         layout = make_layout(counts, known, heads, kv_heads)
-        return lambda query, own, pools, scaling, scores: question_attention(
-            query, own, *pools, layout, scaling, scores
-        )
+        return lambda query, own, pools, scaling, scores: probe_attention(query, own, *pools, layout, scaling, scores)
 
 
-class TorchQuestionAttention(QuestionAttention):
+class TorchProbeAttention(ProbeAttention):
     """One question after the other in plain matrix products."""
 
-    def plan(self, questions: Sequence[Question], heads: int, kv_heads: int) -> Asking:
+    def plan(self, questions: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
         alone = [_Alone(question) for question in questions]
 
         def ask(query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None) -> torch.Tensor:
@@ -95,7 +93,7 @@ class TorchQuestionAttention(QuestionAttention):
 
 @dataclass(slots=True)
 class _Alone:
-    question: Question
+    question: ProbeRows
     _hidden: Hidden = field(init=False)
     _room: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.question_attention import Question, TorchQuestionAttention, TritonQuestionAttention
+from a3_sglang.attention.probe_attention import ProbeRows, TorchProbeAttention, TritonProbeAttention
 from helpers.reference import random_tensor, weights64
 
-IMPLEMENTATIONS = {"torch": TorchQuestionAttention, "triton": TritonQuestionAttention}
+IMPLEMENTATIONS = {"torch": TorchProbeAttention, "triton": TritonProbeAttention}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -26,7 +26,7 @@ def batches(draw: st.DrawFn):
     questions, rows = [], 0
     for context, count in sizes:
         known, free = free[:context], free[context:]
-        questions.append(Question(rows, rows + count, known))
+        questions.append(ProbeRows(rows, rows + count, known))
         rows += count
     pools[:, free] = torch.nan
     query, *own = (random_tensor(generator, rows, h, dim).float() for h in (kv_heads * group, kv_heads, kv_heads))
@@ -36,7 +36,7 @@ def batches(draw: st.DrawFn):
 def run(implementation, batch, scaling):
     """Output and scores, with what the scores held before."""
     query, own, pools, questions = batch
-    moved = [Question(q.begin, q.end, q.known.to(DEVICE)) for q in questions]
+    moved = [ProbeRows(q.begin, q.end, q.known.to(DEVICE)) for q in questions]
     ask = implementation().plan(moved, query.shape[1], own[0].shape[1])
     own, pools = (tuple(x.to(DEVICE) for x in kv) for kv in (own, pools))
     before = torch.rand(sum(len(q.known) for q in questions))
@@ -90,7 +90,7 @@ def test_triton_questions_in_half_precision(dtype, kept, batch, scaling):
     """Rounding of the weights and of the result is all that is lost: inputs are exact in both computations."""
     query, own, pools, questions = batch
     batch = (query.to(dtype), tuple(x.to(dtype) for x in own), tuple(x.to(kept) for x in pools), questions)
-    out, scores = run(TritonQuestionAttention, batch, scaling)
+    out, scores = run(TritonProbeAttention, batch, scaling)
     expected, taken = exact((*batch[:2], tuple(x.to(dtype) for x in batch[2]), questions), scaling)
     assert out.dtype == dtype
     assert (out.double() - expected).norm() <= 1e-2 * expected.norm()
@@ -106,7 +106,7 @@ def test_a_question_answers_alike_alone_and_in_a_batch(name, batch):
     at = 0
     for question in questions:
         rows = slice(question.begin, question.end)
-        alone = Question(0, question.end - question.begin, question.known)
+        alone = ProbeRows(0, question.end - question.begin, question.known)
         by_itself = run(IMPLEMENTATIONS[name], (query[rows], tuple(x[rows] for x in own), pools, [alone]), 0.3)
         assert_close(out[rows], by_itself[0], rtol=0, atol=0)
         assert_close(scores[at : at + len(question.known)], by_itself[1], rtol=0, atol=1e-6)
