@@ -13,7 +13,7 @@ from typing import Any
 
 from a3_sglang.config import BACKEND, ServerOptions, env_name
 from a3_sglang.integration import compat, http
-from a3_sglang.integration.debug import dump_kv, dump_logits
+from a3_sglang.integration.dumps import dump_kv, dump_logits
 from a3_sglang.integration.support import RefusedError, refusal
 
 _tree: Any = None

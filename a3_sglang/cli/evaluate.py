@@ -34,7 +34,7 @@ from a3_sglang.config import AUTO, DONOR_MODES, check_combination, check_ratio, 
 from a3_sglang.evaluation import scores
 from a3_sglang.evaluation.prompts import SHAPES, Case, Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
-from a3_sglang.integration.debug import ANSWER_KEY, LOGITS_VARIABLE
+from a3_sglang.integration.dumps import ANSWER_KEY, LOGITS_VARIABLE
 from a3_sglang.selectors import Ratio, make_selector
 
 ANSWER_TOKENS = 12

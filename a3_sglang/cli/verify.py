@@ -29,7 +29,7 @@ from a3_sglang.client import (
     vocabulary_of,
     write_json,
 )
-from a3_sglang.integration.debug import DUMP_VARIABLE
+from a3_sglang.integration.dumps import DUMP_VARIABLE
 from a3_sglang.integration.support import RefusedError
 from a3_sglang.reporting.report import PARTS
 

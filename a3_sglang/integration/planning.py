@@ -11,9 +11,9 @@ import torch
 
 from a3_sglang.config import ResolvedOptions, ServerOptions, resolve_or_disable
 from a3_sglang.integration import compat
-from a3_sglang.integration.breaker import CircuitBreaker
-from a3_sglang.integration.inserting import InsertTracker
-from a3_sglang.integration.request import Done, Reason, RequestState, ineligible, state_of
+from a3_sglang.integration.circuit_breaker import CircuitBreaker
+from a3_sglang.integration.insert_tracker import InsertTracker
+from a3_sglang.integration.request_state import Done, Reason, RequestState, ineligible, state_of
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.matching.index import AnyPositionIndex, Run, Segment, beside
 from a3_sglang.matching.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan

@@ -16,10 +16,10 @@ from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.fusion.executor import Executor, FusionRequest, Slice, Timings
 from a3_sglang.integration import compat
 from a3_sglang.integration.planning import PlanningRadixCache, most
-from a3_sglang.integration.request import Reason, RequestState, state_of
+from a3_sglang.integration.request_state import Reason, RequestState, state_of
 from a3_sglang.matching.plan import QUESTION_TOKENS
-from a3_sglang.reporting.account import PrefillLog
 from a3_sglang.reporting.detail import make_detail
+from a3_sglang.reporting.prefill_log import PrefillLog
 from a3_sglang.reporting.report import Outcome
 from a3_sglang.selectors import make_selector
 

@@ -13,7 +13,7 @@ import torch
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.integration import compat
 from a3_sglang.integration.planning import PlanningRadixCache, usual
-from a3_sglang.integration.request import RequestState, state_of
+from a3_sglang.integration.request_state import RequestState, state_of
 from a3_sglang.matching.plan import Plan
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome

@@ -15,7 +15,7 @@ from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.integration import compat
 from a3_sglang.integration.model import SGLangModel, UnsupportedModelError
-from a3_sglang.integration.observe import ObservingRadixCache
+from a3_sglang.integration.observing import ObservingRadixCache
 from a3_sglang.integration.radix_cache import A3RadixCache
 from a3_sglang.integration.shadow import Shadow
 from a3_sglang.integration.support import RefusedError, refusal

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from a3_sglang.integration.request import Reason
+from a3_sglang.integration.request_state import Reason
 
 PARTS = ("prefix", "continued", "reused", "recomputed", "gap", "tail")
 """Where a prompt's tokens came from; their counts add up to the prompt. ``continued``: approximate KV that an earlier

@@ -10,7 +10,7 @@ import torch
 
 from a3_sglang import plugin
 from a3_sglang.config import ServerOptions
-from a3_sglang.integration.request import state_of
+from a3_sglang.integration.request_state import state_of
 from helpers.tree import Cache, text, tokens
 
 # Their constructors are those of the newest SGLang.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from a3_sglang.client import engine, environment, flush
-from a3_sglang.integration.breaker import LIMIT
+from a3_sglang.integration.circuit_breaker import LIMIT
 from a3_sglang.reporting.report import PARTS
 from helpers.engines import OPTIONS
 from helpers.traffic import Traffic, answer

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion import executor as executor_module
 from a3_sglang.integration import compat
-from a3_sglang.integration.breaker import LIMIT
-from a3_sglang.integration.request import Reason, state_of
+from a3_sglang.integration.circuit_breaker import LIMIT
+from a3_sglang.integration.request_state import Reason, state_of
 from a3_sglang.reporting.report import PARTS
 from helpers.tree import SLOTS, Cache, text, tokens
 

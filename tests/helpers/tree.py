@@ -14,7 +14,7 @@ from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.ops import TorchOps
 from a3_sglang.integration import compat
 from a3_sglang.integration.radix_cache import A3RadixCache
-from a3_sglang.integration.request import state_of
+from a3_sglang.integration.request_state import state_of
 from helpers.reference import Llama, Shape
 
 SLOTS = 512

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 
-from a3_sglang.integration.breaker import LIMIT, CircuitBreaker
+from a3_sglang.integration.circuit_breaker import LIMIT, CircuitBreaker
 from a3_sglang.reporting.metrics import Metrics
 
 

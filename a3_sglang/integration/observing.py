@@ -8,10 +8,10 @@ from typing import Any
 
 from a3_sglang.config import REQUEST_KEY
 from a3_sglang.integration import compat
-from a3_sglang.integration.inserting import InsertTracker
-from a3_sglang.integration.request import RequestState
+from a3_sglang.integration.insert_tracker import InsertTracker
+from a3_sglang.integration.request_state import RequestState
 from a3_sglang.integration.shadow import Shadow
-from a3_sglang.reporting.account import PrefillLog
+from a3_sglang.reporting.prefill_log import PrefillLog
 from a3_sglang.reporting.report import Outcome
 
 
