@@ -1,6 +1,6 @@
 """Entry point of SGLang's plugin loader: registers the backend ``a3`` and the hooks it needs.
 
-Nothing here changes SGLang unless the backend is selected: every hook passes its call on as it came.
+Unless the backend is selected, every hook passes its call on unchanged.
 """
 
 from __future__ import annotations
@@ -9,45 +9,55 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from a3_sglang.config import BACKEND, ServerOptions, env_name
 from a3_sglang.integration import compat, http
-from a3_sglang.integration.dumps import dump_kv, dump_logits
-from a3_sglang.integration.support import RefusedError, refusal
+from a3_sglang.integration.dumps import dump_hook
+from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal
 
-_tree: Any = None
-"""The tree of this process's scheduler, where the backend is selected."""
+if TYPE_CHECKING:
+    from a3_sglang.integration.radix_cache import A3RadixCache
+
+_cache: A3RadixCache | None = None
+"""The tree of this process's scheduler; None if it is not an :class:`A3RadixCache`."""
 
 
 def register() -> None:
-    """Called by SGLang in every process it starts."""
+    """Called by SGLang in every process that it starts."""
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     compat.check()
-    register_radix_cache_backend(BACKEND, _create_tree)
-    HookRegistry.register(compat.HOOKS["cli"], _add_options, HookType.AFTER)
-    HookRegistry.register(compat.HOOKS["generate"], http.generate, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["respond"], http.respond, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["forward"], _forward, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["admit"], _admit, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["go_on"], _go_on, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["rank"], _rank, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["launch"], _launch, HookType.AROUND)
-    HookRegistry.register(compat.HOOKS["serve"], _serve, HookType.AROUND)
+    register_radix_cache_backend(BACKEND, _create_cache)
     compat.take_engine_arguments(_take_options)
+    HookRegistry.register(compat.HOOKS["cli"], _add_options, HookType.AFTER)
+    around = {
+        "generate": http.generate,
+        "respond": http.respond,
+        "forward": _forward,
+        "admit": _admit,
+        "continue": _continue,
+        "rank": _rank,
+        "launch": _launch,
+        "serve": _serve,
+    }
+    for name, hook in around.items():
+        HookRegistry.register(compat.HOOKS[name], hook, HookType.AROUND)
     if compat.overwrites_arguments():
         HookRegistry.register(compat.ARGUMENTS_HOOK, compat.remember_arguments, HookType.AROUND)
+    # A later hook wraps an earlier one, so this one sees what `_forward` leaves.
+    if (dump := dump_hook(lambda: _cache)) is not None:
+        HookRegistry.register(compat.HOOKS["forward"], dump, HookType.AROUND)
 
 
 # ---- options
 
 
 class _ToEnvironment(argparse._StoreAction):
-    """Options travel in the environment, which the spawned processes inherit.
+    """Stores an option in the environment, which the processes that SGLang spawns inherit.
 
-    SGLang before 0.5.23 reads from its ``--config`` file only options with this base class.
+    SGLang before 0.5.23 reads only options with this base class from its ``--config`` file.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -71,27 +81,27 @@ def _add_options(_result: None, parser: argparse.ArgumentParser) -> None:
         )
 
 
-_of_engine: set[str] = set()
-"""Variables that were set by the last ``sglang.Engine``."""
+_engine_variables: set[str] = set()
+"""Environment variables that were set for the last ``sglang.Engine``."""
 
 
 def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     """Move ``a3_*`` from the arguments of ``sglang.Engine`` to the environment.
 
     Raises:
-        TypeError: there is no such option.
-        ValueError: a bad value.
+        TypeError: unknown option.
+        ValueError: bad value.
     """
     options = {name: value for name, value in given.items() if name.startswith("a3_")}
-    while _of_engine:
-        os.environ.pop(_of_engine.pop(), None)
+    while _engine_variables:
+        os.environ.pop(_engine_variables.pop(), None)
     for name, value in options.items():
         if name.removeprefix("a3_") not in ServerOptions.model_fields:
             known = ", ".join("a3_" + field for field in ServerOptions.model_fields)
             raise TypeError(f"sglang.Engine has no option {name}; those of a3 are {known}")
         variable = env_name(name.removeprefix("a3_"))
         os.environ[variable] = str(value)
-        _of_engine.add(variable)
+        _engine_variables.add(variable)
     ServerOptions.from_environment()
     return {name: value for name, value in given.items() if name not in options}
 
@@ -106,12 +116,12 @@ def _launch(original: Callable[..., Any], engine: Any, server_args: Any, *args: 
         compat.resolve_arguments(server_args)
         reason = refusal(server_args, compat.model_config(server_args), options)
         if reason is not None:
-            raise RefusedError(f"--radix-cache-backend a3: {reason}")
+            raise RefusedError(f"{BACKEND_OPTION}: {reason}")
     return original(engine, server_args, *args, **kwargs)
 
 
 def _serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Where a server is started from the command line, a refusal is one line and no traceback."""
+    """Show a refusal of a server that is started from the command line as one line without a traceback."""
     try:
         return original(*args, **kwargs)
     except RefusedError as error:
@@ -121,80 +131,75 @@ def _serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # ---- the scheduler's process
 
 
-def _create_tree(context: Any) -> Any:
-    """Build the tree of the backend ``a3``, or stop with one readable line."""
-    global _tree
+def _create_cache(context: Any) -> Any:
+    """Create the tree of the backend ``a3``, or stop with one readable line."""
+    global _cache
     from a3_sglang.integration.radix_cache import A3RadixCache
-    from a3_sglang.integration.startup import build_tree
+    from a3_sglang.integration.startup import create_cache
 
-    tree = build_tree(context)
-    # In observe mode, batches and admissions are not touched.
-    _tree = tree if isinstance(tree, A3RadixCache) else None
-    return tree
+    cache = create_cache(context)
+    # In observe mode, the hooks below do nothing.
+    _cache = cache if isinstance(cache, A3RadixCache) else None
+    return cache
 
 
 def _forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Run a batch; the planned requests of an extend are fused on the way."""
+    """Run a batch; an extend runs with the fusions of its planned requests."""
     run = partial(original, worker, batch, *args, **kwargs)
-    if _tree is None or batch is None:
+    if _cache is None or batch is None or not batch.forward_mode.is_extend():
         return run()
-    if not batch.forward_mode.is_extend():
-        result = run()
-    else:
-        result = _tree.forward(batch, run)
-        dump_kv(_tree, batch)
-    dump_logits(batch, result)
-    return result
+    assert _cache.prefill is not None
+    return _cache.prefill.forward(batch, run)
 
 
 def _admit(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Admit a request: the first step of its prefill."""
-    if _tree is None:
+    if _cache is None:
         return original(adder, req, *args, **kwargs)
     if not adder.can_run_list and adder.rem_chunk_tokens is not None:
-        # In a mixed chunk, decoding requests use up some of the room that the plan was made for.
-        _tree.fit(req, _tree.rows_in(adder.rem_chunk_tokens))
-    return _add(adder, req, partial(original, adder, req, *args, **kwargs), _tree.after_admission)
+        # In a mixed chunk, decoding requests use some of the rows that the plan was made for.
+        _cache.shrink_plan(req, _cache.rows_within(adder.rem_chunk_tokens))
+    return _add(adder, req, partial(original, adder, req, *args, **kwargs), _cache.after_admission)
 
 
-def _go_on(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+def _continue(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """Add the next step of a chunked prefill, which may reuse more tokens."""
-    if _tree is None or adder.rem_chunk_tokens is None:
+    if _cache is None or adder.rem_chunk_tokens is None:
         return original(adder, req)
-    compat.keep_computed(_tree, req)
-    _tree.plan_next(req, _tree.rows_in(adder.rem_chunk_tokens))
-    result = _add(adder, req, partial(original, adder, req), _tree.after_next)
-    compat.log_as_cached(adder, _tree.planned_of(req))
+    compat.keep_computed(_cache, req)
+    _cache.plan_next_step(req, _cache.rows_within(adder.rem_chunk_tokens))
+    result = _add(adder, req, partial(original, adder, req), _cache.after_next_step)
+    compat.log_as_cached(adder, _cache.planned_tokens(req))
     return result
 
 
 def _add(adder: Any, req: Any, add: Callable[[], Any], after: Callable[[Any, bool], None]) -> Any:
-    """Add a request to a step, charge the rows of its fusion to the step's budget, and notify the tree.
+    """Add a request to a step, charge the rows of its fusion to the step's budget, and notify the cache.
 
-    The step ends where the request can reuse tokens again. The rest of the chunk is not given to other requests,
-    because SGLang can track only one unfinished prefill.
+    The step ends at the position at which the request can reuse tokens again. The rest of the chunk is not given to
+    other requests, because SGLang can track only one unfinished prefill.
     """
-    assert _tree is not None
-    rows, admitted, result = _tree.rows_of(req), False, None
+    assert _cache is not None
+    rows, admitted, result = _cache.fusion_rows(req), False, None
     compat.reserve(adder, rows)
-    held = compat.hold_back(adder, _tree.tail_of(req))
+    withheld = compat.limit_chunk(adder, _cache.tail_limit(req))
     try:
         result = add()
         admitted = any(other is req for other in adder.can_run_list)
     finally:
         after(req, admitted)
-        compat.reserve(adder, (_tree.rows_of(req) if admitted else 0) - rows)
+        compat.reserve(adder, (_cache.fusion_rows(req) if admitted else 0) - rows)
         if not admitted or (adder.new_chunked_req is not req and result is not req):
-            compat.give_back(adder, held)
+            compat.unlimit_chunk(adder, withheld)
     if admitted:
-        compat.log_as_computed(adder, req, _tree.context_rows_of(req))
+        compat.log_as_computed(adder, req, _cache.context_rows(req))
     return result
 
 
 def _rank(original: Callable[..., Any], policy: Any, waiting: list[Any], *args: Any, **kwargs: Any) -> Any:
-    """Match the waiting requests, and do not count rows that their fusions compute as matched when they are ranked."""
+    """Rank waiting requests by matched tokens, without counting rows that their fusions compute as matched."""
     result = original(policy, waiting, *args, **kwargs)
-    if _tree is not None:
+    if _cache is not None:
         for req in waiting:
-            req.num_matched_prefix_tokens -= _tree.context_rows_of(req)
+            req.num_matched_prefix_tokens -= _cache.context_rows(req)
     return result

@@ -9,7 +9,7 @@ import torch
 
 from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
-from a3_sglang.integration.model import UnsupportedModelError
+from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
 from a3_sglang.rope import rotate

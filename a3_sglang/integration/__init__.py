@@ -1,0 +1,1 @@
+"""Everything that touches SGLang: the only part of the package that imports it."""

@@ -1,4 +1,4 @@
-"""Turns fusion off when it keeps failing, so that the server continues as stock SGLang."""
+"""Turns fusion off after repeated failures, so that the server continues as stock SGLang."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 LIMIT = 3
-"""Failures in a row after which fusion is turned off."""
+"""Consecutive failures after which fusion is turned off."""
 
 
 class CircuitBreaker:
-    """Counts failures in a row.
+    """Counts consecutive failures.
 
     Args:
-        on_failure: called with the stage of every failure, for the metrics.
+        on_failure: called with the stage of each failure, for the metrics.
         on_open: called once, when fusion is turned off.
+
+    Attributes:
+        open: fusion is off.
     """
 
     def __init__(self, on_failure: Callable[[str], None], on_open: Callable[[], None]) -> None:
         self._on_failure, self._on_open = on_failure, on_open
-        self._in_a_row = 0
+        self._failures = 0
         self.open = False
 
     def failed(self, stage: str) -> None:
-        """Log the exception being handled; after :data:`LIMIT` of them in a row, turn fusion off."""
+        """Log the exception that is being handled; after :data:`LIMIT` in a row, turn fusion off."""
         logger.exception("a3: %s failed", stage)
         self._on_failure(stage)
-        self._in_a_row += 1
-        if self._in_a_row >= LIMIT and not self.open:
+        self._failures += 1
+        if self._failures >= LIMIT and not self.open:
             self.open = True
             logger.error(
                 "a3: fusion is off after %d failures in a row; all requests get a full prefill until the server is "
@@ -39,4 +42,5 @@ class CircuitBreaker:
             self._on_open()
 
     def succeeded(self) -> None:
-        self._in_a_row = 0
+        """End a series of failures."""
+        self._failures = 0

@@ -1,8 +1,9 @@
-"""What ``verify``, ``eval`` and the tests look at inside a live engine; off unless asked for in the environment."""
+"""Dumps of KV and logits for ``verify``, ``eval`` and the tests; hooked in only if the environment asks for them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +12,78 @@ import torch
 from a3_sglang.integration import compat
 
 DUMP_VARIABLE = "A3_DUMP_KV"
-"""Folder that receives ``<request id>.pt`` with the KV of each request after each of its extends."""
+"""Folder that receives ``<request id>.pt``; see :func:`dump_kv`."""
+LOGITS_VARIABLE = "A3_DUMP_LOGITS"
+"""Folder that receives ``<request id>.pt``; see :func:`dump_logits`."""
+ANSWER_KEY = "a3_answer"
+"""Key of ``custom_params`` for :func:`dump_logits`."""
 
 
-def dump_kv(tree: Any, batch: Any) -> None:
+def dump_hook(cache: Callable[[], Any]) -> Callable[..., Any] | None:
+    """A hook around the worker's forward that dumps what the environment asks for; None if it asks for nothing.
+
+    Args:
+        cache: returns the process's tree, or None.
+    """
+    kv_folder, logits_folder = os.environ.get(DUMP_VARIABLE), os.environ.get(LOGITS_VARIABLE)
+    if not kv_folder and not logits_folder:
+        return None
+
+    def forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = original(worker, batch, *args, **kwargs)
+        tree = cache()
+        if tree is not None and batch is not None:
+            if kv_folder and batch.forward_mode.is_extend():
+                dump_kv(tree, batch, Path(kv_folder))
+            if logits_folder:
+                dump_logits(batch, result, Path(logits_folder))
+        return result
+
+    return forward
+
+
+def dump_kv(cache: Any, batch: Any, folder: Path) -> None:
     """Save ``{"k", "v"}`` of every request of an extend batch, each (layers, tokens, kv_heads, head_dim).
 
-    Beside them ``"recomputed"``: positions of the reused rows that were recomputed, None where nothing was fused.
-    Does nothing unless ``A3_DUMP_KV`` names a folder. Files are whole when they appear.
+    ``"recomputed"`` beside them has the positions of the reused tokens that were recomputed, or None if nothing was
+    fused. A file is complete when it appears.
     """
-    folder = os.environ.get(DUMP_VARIABLE)
-    if not folder or tree.executor is None:
-        return
-    model = tree.executor.model
+    model = cache.prefill.executor.model
     for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-        slots = compat.row(tree, req)[: prefix + length].to(torch.int64)
+        slots = compat.slot_row(cache, req)[: prefix + length].to(torch.int64)
+        admission = req.a3.admission
         kv = {
             "k": torch.stack([keys.index_select(0, slots) for keys in model.keys]).cpu(),
             "v": torch.stack([values.index_select(0, slots) for values in model.values]).cpu(),
-            "recomputed": req.a3.recomputed,
+            "recomputed": admission.recomputed_pos if admission is not None else None,
         }
-        target = Path(folder) / f"{req.rid}.pt"
-        torch.save(kv, target.with_suffix(".part"))
-        target.with_suffix(".part").rename(target)
+        _save(kv, folder / f"{req.rid}.pt")
 
 
-LOGITS_VARIABLE = "A3_DUMP_LOGITS"
-"""Folder that receives ``<request id>.pt`` with the logits of answers; see :func:`dump_logits`."""
-ANSWER_KEY = "a3_answer"
+def dump_logits(batch: Any, result: Any, folder: Path) -> None:
+    """Save the logits of each token of an answer, float32 (tokens, vocabulary).
 
-
-def dump_logits(batch: Any, result: Any) -> None:
-    """Save the logits behind each token of an answer, float32 (tokens, vocabulary).
-
-    Does nothing unless ``A3_DUMP_LOGITS`` names a folder and a request's ``custom_params["a3_answer"]`` asks for it:
-    with a number, that many tokens of the answer are saved; with a list of token ids, the answer is forced to be
-    these. Works with the overlap scheduler off and prefill in one chunk.
+    A request asks for it with ``custom_params["a3_answer"]``: a number is the count of tokens to save; a list of token
+    ids is an answer that is forced. Needs prefill in one chunk and no overlap scheduler.
     """
-    folder = os.environ.get(LOGITS_VARIABLE)
-    if not folder:
-        return
     for row, req in enumerate(batch.reqs):
         wanted = (req.sampling_params.custom_params or {}).get(ANSWER_KEY)
         if wanted is None:
             continue
         forced, count = (None, wanted) if isinstance(wanted, int) else (wanted, len(wanted))
-        at = len(req.output_ids)
-        if at >= count:
+        token = len(req.output_ids)
+        if token >= count:
             continue
-        kept = getattr(req, "a3_logits", None)
-        if kept is None:
-            kept = req.a3_logits = []
-        kept.append(result.logits_output.next_token_logits[row].float().cpu().clone())
+        saved = getattr(req, "a3_logits", None)
+        if saved is None:
+            saved = req.a3_logits = []
+        saved.append(result.logits_output.next_token_logits[row].float().cpu().clone())
         if forced is not None:
-            result.next_token_ids[row] = forced[at]
-        if at + 1 == count:
-            target = Path(folder) / f"{req.rid}.pt"
-            torch.save(torch.stack(kept), target.with_suffix(".part"))
-            target.with_suffix(".part").rename(target)
+            result.next_token_ids[row] = forced[token]
+        if token + 1 == count:
+            _save(torch.stack(saved), folder / f"{req.rid}.pt")
+
+
+def _save(value: Any, target: Path) -> None:
+    torch.save(value, target.with_suffix(".part"))
+    target.with_suffix(".part").rename(target)

@@ -1,4 +1,4 @@
-"""What a3 adds to requests and answers in the HTTP server's process: options by header, and reports."""
+"""What a3 adds in the HTTP server's process: request options from a header, and reports in answers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
 from a3_sglang.config import BACKEND, REQUEST_KEY, ServerOptions, resolve
+from a3_sglang.reporting.report import TIMINGS_KEY
 
 HEADER = "x-a3"
-"""Header with the options of a request, in JSON: for routes without ``custom_params``."""
+"""Header with a request's options as JSON, for routes without ``custom_params``."""
 
-_REPORTS = (REQUEST_KEY, "a3_ms")
+_REPORT_KEYS = (REQUEST_KEY, TIMINGS_KEY)
 
 _by_choice: ContextVar[dict[int, Any] | None] = ContextVar("a3_reports", default=None)
-"""Reports of the request that is being answered, by index of the choice."""
+"""Reports of the request that is being answered, keyed by index of the choice."""
 
 
 class BadRequestError(ValueError, HTTPException):
-    """A request with bad options: most routes answer a ValueError with status 400, Ollama's only an HTTPException."""
+    """A request has bad options. Most routes answer a ValueError with status 400, Ollama's only an HTTPException."""
 
     def __init__(self, message: str) -> None:
         HTTPException.__init__(self, 400, message)
@@ -32,7 +33,7 @@ class BadRequestError(ValueError, HTTPException):
 
 
 async def generate(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Check a request's options before it is sent to the scheduler; unpack its report afterwards.
+    """Check a request's options before it is sent to the scheduler, and unpack its report afterwards.
 
     Wraps ``TokenizerManager.generate_request``.
 
@@ -51,7 +52,7 @@ async def generate(original: Callable[..., Any], manager: Any, obj: Any, request
             if isinstance(one, dict):
                 resolve(options, one.get("custom_params"))
     except ValueError as error:
-        # SGLang aborts a streamed request that was refused, which takes a normalized one.
+        # SGLang aborts a streamed request that was refused, and can abort only a normalized one.
         obj.normalize_batch_and_arguments()
         raise BadRequestError(str(error)) from None
     async for out in original(manager, obj, request):
@@ -61,7 +62,7 @@ async def generate(original: Callable[..., Any], manager: Any, obj: Any, request
 
 
 def _take_header(request: Any, obj: Any) -> None:
-    """Make the header's options those of the request, unless its body has some."""
+    """Use the header's options for a request whose body has none."""
     text = request.headers.get(HEADER) if request is not None else None
     if text is None or not hasattr(obj, "sampling_params"):
         return
@@ -79,11 +80,11 @@ def _take_header(request: Any, obj: Any) -> None:
 
 
 def _unpack(out: Any, index: int) -> None:
-    """SGLang carries a report as the first element of a list with one element per token."""
+    """Take reports out of the lists, with one element per token, in which SGLang delivers them."""
     meta = out.get("meta_info") if isinstance(out, dict) else None
     if not meta:
         return
-    for key in _REPORTS:
+    for key in _REPORT_KEYS:
         if isinstance(meta.get(key), list):
             meta[key] = next((report for report in meta[key] if report is not None), None)
     reports = _by_choice.get()
@@ -92,15 +93,15 @@ def _unpack(out: Any, index: int) -> None:
 
 
 async def respond(original: Callable[..., Awaitable[Any]], serving: Any, request: Any, raw_request: Any) -> Any:
-    """Add the report to the usage of an OpenAI answer, in a stream to that of the last chunk.
+    """Add ``usage["a3"]`` to an OpenAI answer; in a stream, to the usage in the last chunk.
 
-    It is ``usage["a3"]``: a report, or for several choices the list of theirs. Wraps
+    Its value is the report, or a list of reports if there are several choices. Wraps
     ``OpenAIServingBase.handle_request``.
     """
     if serving.tokenizer_manager.server_args.radix_cache_backend != BACKEND:
         return await original(serving, request, raw_request)
     reports: dict[int, Any] = {}
-    # No reset is needed: each request is answered in its own task, and so in its own context.
+    # No reset is needed: each request is answered in its own task, which has its own context.
     _by_choice.set(reports)
     answer = await original(serving, request, raw_request)
     if isinstance(answer, StreamingResponse):
@@ -109,7 +110,7 @@ async def respond(original: Callable[..., Awaitable[Any]], serving: Any, request
     if not reports or getattr(answer, "usage", None) is None:
         return answer
     body = answer.model_dump(mode="json", by_alias=True)
-    body["usage"][REQUEST_KEY] = _said(reports)
+    body["usage"][REQUEST_KEY] = _merged(reports)
     return JSONResponse(body)
 
 
@@ -119,10 +120,10 @@ async def _with_reports(lines: AsyncIterable[Any], reports: dict[int, Any]) -> A
         if reports and isinstance(line, str) and line.startswith("data: {") and '"usage"' in line:
             chunk = json.loads(line.removeprefix("data: "))
             if chunk.get("usage") and not chunk.get("choices"):
-                chunk["usage"][REQUEST_KEY] = _said(reports)
+                chunk["usage"][REQUEST_KEY] = _merged(reports)
                 line = f"data: {json.dumps(chunk)}\n\n"
         yield line
 
 
-def _said(reports: dict[int, Any]) -> Any:
+def _merged(reports: dict[int, Any]) -> Any:
     return reports[0] if list(reports) == [0] else [reports[index] for index in sorted(reports)]

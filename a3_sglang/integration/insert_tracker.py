@@ -1,4 +1,4 @@
-"""For which request SGLang's tree inserts."""
+"""Tells for which request SGLang's tree inserts KV."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from a3_sglang.integration.compat import TreeBase
 
-class InsertTracker:
-    """Mixin in front of SGLang's tree class that knows on whose behalf :meth:`insert` is called."""
+
+class InsertTracker(TreeBase):
+    """Mixin in front of SGLang's tree class that knows the request on whose behalf ``insert`` is called.
+
+    SGLang 0.5.23 calls ``checkpoint`` and ``insert_req``; earlier releases call ``cache_unfinished_req`` and
+    ``cache_finished_req``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._inserting: Any = None
@@ -16,7 +22,7 @@ class InsertTracker:
 
     @contextmanager
     def inserting(self, req: Any) -> Iterator[None]:
-        """While the tree inserts what a request computed."""
+        """A context in which the tree inserts KV that this request has computed."""
         before, self._inserting = self._inserting, req
         try:
             yield
@@ -25,16 +31,16 @@ class InsertTracker:
 
     def checkpoint(self, req: Any, **kwargs: Any) -> None:
         with self.inserting(req):
-            super().checkpoint(req, **kwargs)  # type: ignore[misc]
+            super().checkpoint(req, **kwargs)
 
     def insert_req(self, req: Any, **kwargs: Any) -> None:
         with self.inserting(req):
-            super().insert_req(req, **kwargs)  # type: ignore[misc]
+            super().insert_req(req, **kwargs)
 
     def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
         with self.inserting(req):
-            super().cache_unfinished_req(req, *args, **kwargs)  # type: ignore[misc]
+            super().cache_unfinished_req(req, *args, **kwargs)
 
     def cache_finished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
         with self.inserting(req):
-            super().cache_finished_req(req, *args, **kwargs)  # type: ignore[misc]
+            super().cache_finished_req(req, *args, **kwargs)

@@ -16,11 +16,11 @@ from a3_sglang.reporting.report import Outcome
 
 
 class ObservedRequest:
-    """A request as the shadow sees it: attributes are read from the request and written only here.
+    """A view of a request for the shadow: attributes are read from the request, and written only to the view.
 
     Args:
         req: SGLang's request.
-        limit: tokens that may come from a cache.
+        limit: prompt tokens that may come from a cache.
     """
 
     def __init__(self, req: Any, limit: int) -> None:
@@ -33,46 +33,46 @@ class ObservedRequest:
 
 
 class ObservingRadixCache(InsertTracker):
-    """Mixin in front of SGLang's tree class that does not change what it does."""
+    """Mixin in front of SGLang's tree class that reports to a shadow and changes nothing the tree does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._shadow: Shadow | None = None
         super().__init__(*args, **kwargs)
 
     def observe(self, shadow: Shadow, log_each: bool) -> None:
-        """Begin to ask the shadow."""
+        """Start to report to the shadow."""
         self._shadow, self._exact = shadow, shadow.tree.options.report == "exact"
         self._breaker, self._metrics = shadow.tree.breaker, shadow.tree.metrics
-        self._account = PrefillLog(self._metrics, log_each, "A3 would reuse")
+        self._log = PrefillLog(self._metrics, log_each, "A3 would reuse")
 
     def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
+        super().reset()
         if self._shadow is not None:
             self._shadow.tree.reset()
 
     def match_prefix(self, params: Any) -> Any:
-        result = super().match_prefix(params)  # type: ignore[misc]
+        result = super().match_prefix(params)
         req = getattr(params, "req", None)
         if req is not None and self._inserting is None and self._on and not hasattr(req, "a3_observed"):
             with self._guarded("search"):
-                self._ask(req, len(params.key))
+                self._predict(req, len(params.key))
         return result
 
-    def _ask(self, req: Any, limit: int) -> None:
+    def _predict(self, req: Any, limit: int) -> None:
         assert self._shadow is not None
-        seen = ObservedRequest(req, limit)
-        outcome: Outcome = self._shadow.ask(seen)
-        req.a3_observed = seen
+        observed = ObservedRequest(req, limit)
+        outcome: Outcome = self._shadow.ask(observed)
+        req.a3_observed = observed
         compat.attach(req, REQUEST_KEY, {**outcome.report(self._exact), "mode": "observe"})
-        self._account.prefilled([(req.rid, outcome)])
+        self._log.completed([(req.rid, outcome)])
 
     def insert(self, params: Any) -> Any:
-        result = super().insert(params)  # type: ignore[misc]
-        seen = getattr(self._inserting, "a3_observed", None)
-        if seen is not None and self._on:
+        result = super().insert(params)
+        observed = getattr(self._inserting, "a3_observed", None)
+        if observed is not None and self._on:
             with self._guarded("indexing"):
                 assert self._shadow is not None
-                self._shadow.keep(seen, compat.key_tokens(params.key))
+                self._shadow.keep(observed, compat.key_tokens(params.key))
                 self._metrics.indexed(*map(len, (self._shadow.tree.index, self._shadow.tree.approximate)))
         return result
 

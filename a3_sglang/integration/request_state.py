@@ -1,9 +1,8 @@
-"""What the backend knows of one request, and why a request is not fused."""
+"""What the cache knows about one request, and which requests are never fused."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -15,37 +14,58 @@ from a3_sglang.fusion.executor import FusionRequest, Timings
 from a3_sglang.matching.branches import Branch
 from a3_sglang.matching.index import PromptSearch
 from a3_sglang.matching.plan import Plan
-
-
-class Reason(StrEnum):
-    """Why a request got a full prefill; the values of the report's ``reason``."""
-
-    OFF = "off"
-    DONOR = "donor"
-    INVALID = "invalid options"
-    LORA = "LoRA adapter"
-    EMBEDDINGS = "input embeddings"
-    MULTIMODAL = "multimodal"
-    SESSION = "session"
-    BEAM = "beam search"
-    NOTHING = "nothing to reuse"
-    TOO_LITTLE = "too little to reuse"
-    RENEWAL = "renews donors"
-    EVICTED = "donors evicted"
-    NO_ROOM = "no room"
-    ERROR = "error"
-    DISABLED = "disabled after errors"
+from a3_sglang.reporting.report import Reason
 
 
 @dataclass(slots=True)
-class Done:
+class Match:
+    """What was found for a request when it was last matched.
+
+    Attributes:
+        branch: where the KV of its prefix becomes approximate; None: the prefix is exact.
+        limit: prompt tokens that may come from a cache.
+        plan: what the next step of the prefill reuses; None: nothing.
+        next_pos: position at which the step after that can reuse tokens; None: there is no such step.
+        generation: of the branch that the plan begins, if it begins one.
+        reason: why there is no plan, or why everything was recomputed.
+        reusable: tokens that could have been reused, if they were too few.
+    """
+
+    branch: Branch | None = None
+    limit: int = 0
+    plan: Plan | None = None
+    next_pos: int | None = None
+    generation: int = 1
+    reason: Reason | None = None
+    reusable: int = 0
+
+
+@dataclass(slots=True)
+class Admission:
+    """The slots of an admitted request's fusion.
+
+    Attributes:
+        private_slots: int64, slots after the prefix that the fusion fills.
+        donor_slots: int64 (reused,), the donors' slots of the spans.
+        pending: the fusion has not run yet.
+        recomputed_pos: int64, prompt positions of the reused tokens that the fusion recomputed; None: it did not run.
+    """
+
+    private_slots: torch.Tensor
+    donor_slots: torch.Tensor
+    pending: bool = True
+    recomputed_pos: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class Progress:
     """What the steps of a request's prefill have done so far, in tokens of its prompt.
 
     Attributes:
-        prefix: came from the tree.
-        reused, recomputed, gap: of the fusions.
+        prefix: tokens that came from the tree.
+        reused, recomputed, gap: tokens of the fusions.
         charged: rows with freshly computed QKV in the fusions, in rows of the whole model.
-        complete: all of the prompt is computed.
+        complete: the whole prompt is computed.
     """
 
     prefix: int
@@ -57,64 +77,54 @@ class Done:
 
     @property
     def fused(self) -> int:
-        """Tokens between prefixes and tails of the fusions."""
+        """Tokens between the prefixes and the tails of the fusions."""
         return self.reused + self.recomputed + self.gap
 
 
 @dataclass(slots=True)
 class RequestState:
-    """What the backend knows of one request; kept on the request, so it lives as long as that.
+    """What the cache knows about one request; an attribute of the request, so both have the same lifetime.
 
     Attributes:
-        options: what the request runs with; None until it was first matched.
-        search: the search for its prompt among exact donors; None until it was first searched for.
-        search_approximate: the same among approximate ones.
-        hashes: of its prompt's beginnings (:func:`prefix_hashes`); None until they were first needed.
-        branch: where its KV becomes approximate; None: nowhere.
-        limit: tokens of the prompt that may come from a cache.
-        plan: what the next step of the prefill reuses.
-        stop: position from which the step after that can reuse tokens; None: there is none.
-        generation: of the branch that the plan begins, if it begins one.
-        reason: why there is no plan, or why everything was recomputed.
-        reusable: tokens that could have been reused, if they were too few.
-        private: slots that the fusion fills, after the prefix, int64.
-        sources: the donors' slots of its spans, int64 (reused,). Kept while the request lives, as it is made on
-            another CUDA stream than the one that reads it.
-        waiting: slots are allocated, the fusion has not run.
-        recomputed: positions of the reused rows that the last fusion recomputed, int64.
-        done: what the steps so far have done; None before the first.
-        accounted: the prompt was logged and counted in the metrics.
-        explained: the fusions so far and their times, if the request wants to know where its tokens came from.
+        options: the request's options; None until it is first matched.
+        exact_search: search for its prompt among exact donors; None until it is first searched for.
+        approximate_search: the same among approximate donors.
+        prefix_hashes: see :func:`a3_sglang.matching.branches.prefix_hashes`; None until they are first needed.
+        match: found by the last match.
+        admissions: of the steps that fuse, since the last match, in order. Their tensors are created on another CUDA
+            stream than the one that reads them, so they are kept as long as the request.
+        progress: None before the first step.
+        logged: the prompt was logged and counted in the metrics.
+        fusions: those that have run, with their times, if the request asks where its tokens came from.
     """
 
     options: ResolvedOptions | None = None
-    search: PromptSearch | None = None
-    search_approximate: PromptSearch | None = None
-    hashes: npt.NDArray[np.uint64] | None = None
-    branch: Branch | None = None
-    limit: int = 0
-    plan: Plan | None = None
-    stop: int | None = None
-    generation: int = 1
-    reason: Reason | None = None
-    reusable: int = 0
-    private: torch.Tensor | None = None
-    sources: torch.Tensor | None = None
-    waiting: bool = False
-    recomputed: torch.Tensor | None = None
-    done: Done | None = None
-    accounted: bool = False
-    explained: list[tuple[FusionRequest, Timings]] = field(default_factory=list)
+    exact_search: PromptSearch | None = None
+    approximate_search: PromptSearch | None = None
+    prefix_hashes: npt.NDArray[np.uint64] | None = None
+    match: Match = field(default_factory=Match)
+    admissions: list[Admission] = field(default_factory=list)
+    progress: Progress | None = None
+    logged: bool = False
+    fusions: list[tuple[FusionRequest, Timings]] = field(default_factory=list)
 
-    def renew(self) -> None:
-        """Before the request is matched again: what was found then does not count any more."""
-        self.branch = self.plan = self.stop = self.reason = self.private = self.sources = None
-        self.recomputed = self.done = None
-        self.reusable, self.waiting, self.explained = 0, False, []
+    @property
+    def admission(self) -> Admission | None:
+        """That of the last step that fuses; None: there was none."""
+        return self.admissions[-1] if self.admissions else None
+
+    @property
+    def pending(self) -> Admission | None:
+        """The admission whose fusion has not run yet; None: there is none."""
+        return self.admission if self.admission is not None and self.admission.pending else None
+
+    def forget_match(self) -> None:
+        """Forget the last match and the steps since, because the request is matched again."""
+        self.match, self.admissions, self.progress, self.fusions = Match(), [], None, []
 
 
 def state_of(req: Any) -> RequestState:
-    """The request's state, made on first use."""
+    """The request's state, created on first use."""
     state = getattr(req, "a3", None)
     if state is None:
         state = req.a3 = RequestState()
@@ -122,7 +132,7 @@ def state_of(req: Any) -> RequestState:
 
 
 def ineligible(req: Any, options: ResolvedOptions) -> Reason | None:
-    """Why this request gets a full prefill whatever the index holds; None if it may be fused."""
+    """Why this request gets a full prefill whatever can be reused; None if it may be fused."""
     params = req.sampling_params
     checks = (
         (not options.valid, Reason.INVALID),
@@ -133,7 +143,7 @@ def ineligible(req: Any, options: ResolvedOptions) -> Reason | None:
         (getattr(req, "input_embeds", None) is not None, Reason.EMBEDDINGS),
         (getattr(req, "multimodal_inputs", None) is not None, Reason.MULTIMODAL),
         (getattr(req, "session", None) is not None, Reason.SESSION),
-        # The rows of a beam share one prompt, and SGLang drops their custom_params.
+        # The beams share one prompt, and SGLang drops their custom_params.
         ((getattr(params, "beam_width", None) or 1) > 1 or getattr(req, "beam_group", None) is not None, Reason.BEAM),
     )
     return next((reason for applies, reason in checks if applies), None)

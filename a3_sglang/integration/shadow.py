@@ -1,4 +1,4 @@
-"""Predicts what a3 would reuse: SGLang's tree over a pool of slots without KV."""
+"""Predicts what a3 would reuse, with SGLang's tree over a pool of slots without KV."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.planning import PlanningRadixCache, usual
+from a3_sglang.integration.planning import PlanningRadixCache, typical_ratio
 from a3_sglang.integration.request_state import RequestState, state_of
 from a3_sglang.matching.plan import Plan
 from a3_sglang.reporting.metrics import Metrics
@@ -26,9 +26,9 @@ class Prompt:
 
     Attributes:
         origin_input_ids: tokens of the prompt.
-        a3_options: what ``custom_params["a3"]`` says.
-        extra_key, cache_salt: keep its KV apart from that of others.
-        limit: tokens that may come from a cache; None: all but the last.
+        a3_options: value of ``custom_params["a3"]``.
+        extra_key, cache_salt: keep its KV apart from that of other tenants.
+        limit: prompt tokens that may come from a cache; None: all but the last.
     """
 
     origin_input_ids: list[int]
@@ -47,16 +47,16 @@ class Prompt:
 
 
 class Shadow:
-    """Answers requests in order: :meth:`ask` says what would be reused, :meth:`keep` caches what a request leaves.
+    """Predicts requests in order: :meth:`ask` what would be reused, then :meth:`keep` what the request leaves.
 
     Args:
-        options: the server's.
+        options: of the server.
         slots: tokens that the KV pool would hold.
         chunk: rows of a step.
         page_size: tokens of a page.
-        line_ends: bool (vocabulary,), the tokens that end a line; None if that is not known.
-        metrics: where failures are counted.
-        on_fuse: is called with every plan that would be fused.
+        line_ends: bool (vocabulary,), the tokens that end a line; None if they are unknown.
+        metrics: counts failures.
+        on_fuse: called with every plan that would be fused.
     """
 
     def __init__(
@@ -72,43 +72,43 @@ class Shadow:
         self._on_fuse = on_fuse
         self.tree = compat.tree_without_kv(PlanningRadixCache, slots, page_size)
         overhead = options.overhead if isinstance(options.overhead, int) else 0
-        self.tree.start_planning(options, slots, chunk, overhead, metrics, line_ends)
+        self.tree.start_planning(options, slots, chunk, overhead, metrics=metrics, line_ends=line_ends)
 
     def ask(self, req: Any) -> Outcome:
-        """What would become of a prompt.
+        """How the KV of a prompt would be obtained.
 
         Args:
-            req: a :class:`Prompt`, or something with its attributes.
+            req: a :class:`Prompt`, or an object with its attributes.
         """
-        tree, state = self.tree, state_of(req)
-        tokens = np.asarray(req.origin_input_ids, dtype=np.int64)
+        tree, tokens = self.tree, np.asarray(req.origin_input_ids, dtype=np.int64)
         limit = len(tokens) - 1 if req.limit is None else req.limit
         key = compat.key_like(tree.namespace_of(req), tokens[:limit])
         req.prefix_len = compat.matched_length(tree.match_prefix(compat.match_params(key, req)))
-        tree.begin(req)
+        tree.start_progress(req)
+        match = state_of(req).match
         while True:
-            if state.plan is not None:
-                self._fuse(req, state)
-            if state.stop is None:
+            if match.plan is not None:
+                self._fuse(req)
+            if match.next_pos is None:
                 return tree.outcome(req)
-            begin = state.plan.end if state.plan is not None else req.prefix_len
-            req.prefix_len = begin + tree.tail_of(req)
-            tree.plan_step(req, state, req.prefix_len, tree.most_rows())
+            begin = match.plan.end if match.plan is not None else req.prefix_len
+            req.prefix_len = begin + tree.tail_limit(req)
+            tree.plan_step(req, req.prefix_len, tree.max_rows())
 
-    def _fuse(self, req: Any, state: RequestState) -> None:
-        slots = self.tree.obtain(req, state)
-        if slots is None:
-            state.plan = state.stop = None
+    def _fuse(self, req: Any) -> None:
+        match, admission = state_of(req).match, self.tree.reserve(req)
+        if admission is None:
+            match.plan = match.next_pos = None
             return
-        # `keep` allocates the slots of what the request leaves.
-        self.tree.token_to_kv_pool_allocator.free(slots)
-        self.tree.enter_branch(req, state)
-        assert state.plan is not None
-        options, plan = self.tree.options_of(req), state.plan
-        ratio = self.tree.ratio_of(plan, usual(options.ratio))
+        # `keep` allocates the slots that the request leaves.
+        self.tree.token_to_kv_pool_allocator.free(admission.private_slots)
+        self.tree.enter_branch(req)
+        assert match.plan is not None
+        options, plan = self.tree.options_of(req), match.plan
+        ratio = self.tree.ratio_of(plan, typical_ratio(options.ratio))
         recomputed = make_selector(options.selector).budget(ratio, plan.reused)[0]
-        self.tree.settle(state, plan, recomputed)
-        self.tree.count(req, plan, recomputed, 0.0)
+        self.tree.settle(req, plan, recomputed)
+        self.tree.add_fusion(req, plan, recomputed, 0.0)
         if not options.keep:
             req.skip_radix_cache_insert = True
         self._on_fuse(plan)
@@ -118,7 +118,7 @@ class Shadow:
 
         Args:
             req: passed to :meth:`ask` before.
-            tokens: the prompt's, followed by those of the answer so far; or a beginning of them.
+            tokens: of the prompt and of the answer so far, or the first ones of them.
         """
         if req.skip_radix_cache_insert:
             return
@@ -126,10 +126,11 @@ class Shadow:
         key = compat.key_like(tree.namespace_of(req), tokens[: len(tokens) // tree.page_size * tree.page_size])
         with tree.inserting(req):
             found = tree.match_prefix(compat.match_params(key))
-            release = compat.locked(tree, found.last_device_node)
+            unlock = compat.lock_path(tree, found.last_device_node)
             missing = len(key) - compat.matched_length(found)
-            slots = compat.allocate(tree, missing) if missing else torch.empty(0, dtype=torch.int64)
-            release()
-            if slots is not None:
-                known = compat.matched_slots(tree, found)
-                tree.insert(compat.insert_params(key, torch.cat([known, slots.to(known.dtype)]), len(known)))
+            new_slots = compat.allocate(tree, missing) if missing else torch.empty(0, dtype=torch.int64)
+            unlock()
+            if new_slots is not None:
+                owned = compat.matched_slots(tree, found)
+                slots = torch.cat([owned, new_slots.to(owned.dtype)])
+                tree.insert(compat.insert_params(key, slots, len(owned)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from a3_sglang.config import AUTO, ServerOptions
+from a3_sglang.config import AUTO, BACKEND, ServerOptions
 from a3_sglang.integration import compat
 from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
+
+BACKEND_OPTION = f"--radix-cache-backend {BACKEND}"
+"""Start of the messages that refuse a configuration."""
 
 
 class RefusedError(ValueError):

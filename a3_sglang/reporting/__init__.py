@@ -1,0 +1,1 @@
+"""Reports of requests, the log and the metrics."""

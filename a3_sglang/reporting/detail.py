@@ -1,4 +1,4 @@
-"""Where each token of a prompt came from, for requests that ask with ``{"a3": {"explain": true}}``."""
+"""The source of each token of a prompt, for requests that ask with ``{"a3": {"explain": true}}``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from a3_sglang.matching.plan import Span
 from a3_sglang.reporting.report import PARTS, Outcome
 
 _DIGITS = 4
+"""Significant digits of a relevance."""
 
 
 def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings]]) -> dict[str, Any]:
-    """What a report says token by token. Waits for the device.
+    """The part of a report that describes every token. Forces a host-device sync.
 
     Args:
         outcome: of the request.
-        fusions: of the steps of its prefill, in order, and how long each took.
+        fusions: of the steps of its prefill in order, each with its times.
 
     Returns:
         Plain values with these keys:
 
         - ``runs``: ``[part, start, end]`` for the whole prompt in order, the part one of :data:`PARTS`.
-        - ``spans``: what was reused, in order. ``start`` and ``end`` in the prompt; ``offset``, the position of the
+        - ``spans``: the reused spans in order. ``start`` and ``end`` in the prompt; ``offset``, the position of the
           first token in its donor; ``donor``, a number that spans of the same stretch of a donor have in common;
           ``generation``, 0 if the donor's KV is exact; ``relevance``, a number for every token, or None if the
           selector measured nothing.
@@ -42,12 +43,12 @@ def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings
     parts[prefix : prefix + counts["continued"]] = PARTS.index("continued")
     spans: list[dict[str, Any]] = []
     stages: Counter[str] = Counter()
-    for job, timings in fusions:
-        parts[job.plan.prefix : job.plan.end] = PARTS.index("gap")
-        for span in job.plan.spans:
+    for fusion, timings in fusions:
+        parts[fusion.plan.prefix : fusion.plan.end] = PARTS.index("gap")
+        for span in fusion.plan.spans:
             parts[span.start : span.end] = PARTS.index("reused")
-            spans.append(_origin(span) | {"relevance": _relevance(job, span)})
-        parts[job.recomputed.cpu().numpy()] = PARTS.index("recomputed")
+            spans.append(_origin(span) | {"relevance": _relevance(fusion, span)})
+        parts[fusion.recomputed.cpu().numpy()] = PARTS.index("recomputed")
         stages.update(timings.milliseconds())
     bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
     runs = [[PARTS[parts[start]], start, end] for start, end in pairwise(bounds)]
@@ -57,12 +58,12 @@ def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings
 def _origin(span: Span) -> dict[str, int]:
     segment = span.run.segment
     generation = segment.mark.generation if isinstance(segment.mark, Branch) else 0
-    place = {"start": span.start, "end": span.end, "offset": span.offset}
-    return place | {"donor": segment.number, "generation": generation}
+    position = {"start": span.start, "end": span.end, "offset": span.offset}
+    return position | {"donor": segment.number, "generation": generation}
 
 
-def _relevance(job: FusionRequest, span: Span) -> list[float | None] | None:
-    if job.relevance is None:
+def _relevance(fusion: FusionRequest, span: Span) -> list[float | None] | None:
+    if fusion.relevance is None:
         return None
-    values = job.relevance[span.start : span.end].tolist()
+    values = fusion.relevance[span.start : span.end].tolist()
     return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in values]

@@ -7,15 +7,15 @@ from typing import Any
 from a3_sglang.reporting.report import Outcome
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-"""Upper bounds of the buckets of stages' times."""
+"""Upper bounds of the histogram buckets of the stages' times, in seconds."""
 
 
 class Metrics:
-    """Counts nothing unless SGLang serves metrics (``--enable-metrics``).
+    """Counters, gauges and histograms; no-ops unless SGLang serves metrics (``--enable-metrics``).
 
     Args:
         server_args: SGLang's ServerArgs.
-        observing: the counts are of what would be reused; their names then start with ``sglang:a3_observed_``.
+        observing: they count predicted reuse, with names that start with ``sglang:a3_observed_``.
 
     Attributes:
         on: whether metrics are served.
@@ -25,7 +25,7 @@ class Metrics:
         self.on = bool(getattr(server_args, "enable_metrics", False))
         if not self.on:
             return
-        # Imported here, as SGLang does: it has set up the folder that the processes share by now.
+        # Imported here, as in SGLang, which by now has set up the folder that the processes share.
         from prometheus_client import Counter, Gauge, Histogram
 
         prefix = "sglang:a3_observed_" if observing else "sglang:a3_"
@@ -37,12 +37,12 @@ class Metrics:
 
         latest = {"multiprocess_mode": "mostrecent"}
         self._tokens = labelled(
-            Counter, "tokens_total", "Tokens of prompts, by where their KV came from (exact: from the tree).", "kind"
+            Counter, "tokens_total", "Tokens of prompts, by source of their KV (exact: from the tree).", "kind"
         )
         self._requests = labelled(
             Counter,
             "requests_total",
-            "Prompts, by what became of them (fused, continued, full) and why they were not fused.",
+            "Prompts, by result (fused, continued, full) and reason for a full prefill.",
             "result",
             "reason",
         )
@@ -55,29 +55,31 @@ class Metrics:
         self._enabled().set(1)
 
     def failed(self, stage: str) -> None:
+        """Count an error in a stage."""
         if self.on:
             self._failures(stage).inc()
 
     def turned_off(self) -> None:
+        """Note that fusion was turned off."""
         if self.on:
             self._enabled().set(0)
 
     def prefilled(self, outcome: Outcome) -> None:
-        """A prompt was computed."""
+        """Count a prompt whose prefill is complete."""
         if not self.on:
             return
         for part, count in outcome.parts.items():
             self._tokens("exact" if part == "prefix" else part).inc(count)
         self._requests(outcome.result, outcome.why).inc()
 
-    def took(self, milliseconds: dict[str, float]) -> None:
-        """The stages of a fused batch took so long; see :meth:`a3_sglang.fusion.executor.Timings.milliseconds`."""
+    def stages_took(self, milliseconds: dict[str, float]) -> None:
+        """Record the times of a fused batch; see :meth:`a3_sglang.fusion.executor.Timings.milliseconds`."""
         if self.on:
-            for stage, taken in milliseconds.items():
-                self._stages(stage.removesuffix("_ms")).observe(taken / 1e3)
+            for stage, duration in milliseconds.items():
+                self._stages(stage.removesuffix("_ms")).observe(duration / 1e3)
 
     def indexed(self, exact: int, approximate: int) -> None:
-        """So many tokens can be reused now."""
+        """Set the number of tokens that can be reused now."""
         if self.on:
             self._indexed("exact").set(exact)
             self._indexed("approximate").set(approximate)

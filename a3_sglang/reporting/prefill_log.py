@@ -1,4 +1,4 @@
-"""Reports in the log and in the metrics what became of each prompt."""
+"""Logs how the KV of prompts was obtained, and counts it in the metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PrefillLog:
 
     Args:
         metrics: of the process.
-        each: also log one line per request at level info; otherwise at level debug.
+        each: log one line per request at level info instead of debug.
         title: start of a batch's line.
     """
 
@@ -26,11 +26,11 @@ class PrefillLog:
         self._title, self._metrics, self._level = title, metrics, logging.INFO if each else logging.DEBUG
         self._running: list[Timings] = []
 
-    def prefilled(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
+    def completed(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
         """Record the prompts that one batch has completed.
 
         Args:
-            outcomes: id of each request and what became of its prompt.
+            outcomes: id and outcome of each request.
         """
         if not outcomes:
             return
@@ -53,7 +53,7 @@ class PrefillLog:
         logger.info("%s, %s", self._title, ", ".join(parts))
 
     def timed(self, timings: Timings) -> None:
-        """Record a fused batch's times in the metrics, once the device has finished it and those before it."""
+        """Record the times of a fused batch in the metrics, as soon as the device has finished it."""
         self._running.append(timings)
         while self._running and self._running[0].ready():
-            self._metrics.took(self._running.pop(0).milliseconds())
+            self._metrics.stages_took(self._running.pop(0).milliseconds())

@@ -1,30 +1,51 @@
-"""What became of a prompt, and the report of it that its request carries in ``meta_info["a3"]``."""
+"""How a prompt's KV was obtained, and the report of it in ``meta_info["a3"]``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
-from a3_sglang.integration.request_state import Reason
-
 PARTS = ("prefix", "continued", "reused", "recomputed", "gap", "tail")
-"""Where a prompt's tokens came from; their counts add up to the prompt. ``continued``: approximate KV that an earlier
-request left for the same beginning."""
+"""The sources of a prompt's KV; the counts of their tokens add up to the prompt. ``continued``: approximate KV that an
+earlier request left for the same beginning of a prompt."""
+TIMINGS_KEY = "a3_ms"
+"""Key of ``meta_info`` with the times of the stages of a request's fusion, in milliseconds."""
 ROUNDING = 64
-"""Counts are multiples of this many tokens unless exact ones are asked for: exact ones would tell how much of a guess
-is in somebody else's prompt (docs/security.md)."""
+"""Reported counts are multiples of this many tokens, unless exact ones are configured: an exact count reveals how much
+of a guessed text is in another client's prompt (docs/security.md)."""
+
+
+class Reason(StrEnum):
+    """Why a request got a full prefill; the values of the report's ``reason``."""
+
+    OFF = "off"
+    DONOR = "donor"
+    INVALID = "invalid options"
+    LORA = "LoRA adapter"
+    EMBEDDINGS = "input embeddings"
+    MULTIMODAL = "multimodal"
+    SESSION = "session"
+    BEAM = "beam search"
+    NOTHING = "nothing to reuse"
+    TOO_LITTLE = "too little to reuse"
+    RENEWAL = "renews donors"
+    EVICTED = "donors evicted"
+    NO_ROOM = "no room"
+    ERROR = "error"
+    DISABLED = "disabled after errors"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request's prompt.
+    """How the KV of one request's prompt was obtained.
 
     Attributes:
         counts: tokens of each of :data:`PARTS`.
         charged: rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail).
-        selector: the rule's name.
-        reason: why there was no fusion, or None.
+        selector: its name.
+        reason: why nothing was fused; None if something was.
         reusable: tokens that could have been reused; reported with :attr:`Reason.TOO_LITTLE`.
     """
 
@@ -36,27 +57,27 @@ class Outcome:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Tokens by where they came from, with the names of :data:`PARTS`."""
+        """Number of tokens from each of :data:`PARTS`."""
         return dict(zip(PARTS, self.counts, strict=True))
 
     @property
     def why(self) -> str:
-        """The reason for a prompt that was computed in full; empty for others."""
+        """The reason for a full prefill; an empty text if there was none."""
         return str(self.reason) if self.result == "full" and self.reason is not None else ""
 
     @property
     def result(self) -> Literal["fused", "continued", "full"]:
-        """Whether anything was reused by this request itself, or only what an earlier one had fused, or nothing."""
+        """Whether this request was fused, or only continues KV that an earlier one fused, or got a full prefill."""
         parts = self.parts
         if parts["reused"] + parts["recomputed"]:
             return "fused"
         return "continued" if parts["continued"] else "full"
 
     def report(self, exact: bool) -> dict[str, Any]:
-        """The report that the request carries.
+        """The report for the client.
 
         Args:
-            exact: whether counts are reported as they are; else in multiples of :data:`ROUNDING`.
+            exact: report exact counts; otherwise multiples of :data:`ROUNDING`.
         """
         counts: Sequence[int] = self.counts
         charged, reusable = self.charged, self.reusable
@@ -71,7 +92,7 @@ class Outcome:
 
 
 def _rounded(counts: Sequence[int]) -> list[int]:
-    """Round the boundaries between the parts, so that parts stay non-negative and add up to the prompt."""
+    """Round the boundaries between the parts, so that no part is negative and they add up to the prompt."""
     total, end, rounded = sum(counts), 0, [0]
     for count in counts[:-1]:
         end += count

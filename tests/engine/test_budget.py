@@ -24,7 +24,7 @@ TAIL = 40
 def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
     cache = Cache(options=ServerOptions(report="exact"), slots=30_000)
     cache.tree.chunk = CHUNK
-    monkeypatch.setattr(plugin, "_tree", cache.tree)
+    monkeypatch.setattr(plugin, "_cache", cache.tree)
     return cache
 
 
@@ -58,7 +58,7 @@ class Scheduler:
 
     def rows(self) -> int:
         """Rows that the step computes: extends and fusions, the question once more for the probe."""
-        return sum(req.extend_len + self.cache.tree.rows_of(req) for req in self.adder.can_run_list)
+        return sum(req.extend_len + self.cache.tree.fusion_rows(req) for req in self.adder.can_run_list)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def shuffled(documents: list[list[int]], generator: torch.Generator) -> list[int
 
 def test_a_step_computes_no_more_rows_than_its_chunk(scheduler, documents, generator):
     admitted = scheduler.admit([shuffled(documents, generator) for _ in range(10)])
-    assert all(state_of(req).plan is not None for req in admitted)
+    assert all(state_of(req).match.plan is not None for req in admitted)
     # 15% of 1,900 tokens, gaps, a tail and a question each: by their tails alone all ten would fit.
     assert 1 <= len(admitted) <= 2
     assert scheduler.rows() <= CHUNK
@@ -93,11 +93,11 @@ def test_a_plan_ends_where_its_rows_fill_the_chunk(scheduler, documents, generat
     new = [3, *tokens(generator, 999)]
     prompt = [2, *documents[0], *documents[1], *documents[2], *documents[4], *new, *documents[3], *tokens(generator, 9)]
     (req,) = scheduler.admit([prompt])
-    plan = state_of(req).plan
+    plan = state_of(req).match.plan
     assert plan is not None
     # Whole blocks of the donor.
     assert 1 + 4 * 320 - 16 < plan.end <= 1 + 4 * 320
-    assert 2281 <= state_of(req).stop < 2281 + 16
+    assert 2281 <= state_of(req).match.next_pos < 2281 + 16
     assert scheduler.adder.new_chunked_req is req
     assert scheduler.rows() == CHUNK
 
@@ -107,8 +107,8 @@ def test_a_step_ends_where_the_next_can_reuse(scheduler, documents, generator):
     known = [token for document in documents[1:4] for token in document]
     prompt = [2, *tokens(generator, 949), *known, *tokens(generator, TAIL)]
     (req,) = scheduler.admit([prompt, tokens(generator, 50)])
-    assert state_of(req).plan is None
-    assert 950 <= state_of(req).stop == req.extend_len < 950 + 16
+    assert state_of(req).match.plan is None
+    assert 950 <= state_of(req).match.next_pos == req.extend_len < 950 + 16
     assert scheduler.adder.new_chunked_req is req
     assert scheduler.adder.rem_chunk_tokens == 0
 
@@ -117,10 +117,10 @@ def test_a_step_that_decodes_takes_a_smaller_plan(scheduler, documents, generato
     """Running requests take a part of mixed chunks, and a plan that never fits would wait for ever."""
     scheduler.adder.rem_chunk_tokens = 300
     (req,) = scheduler.admit([shuffled(documents, generator)])
-    plan = state_of(req).plan
+    plan = state_of(req).match.plan
     assert plan is not None
     assert plan.reused > 900
-    assert state_of(req).stop == plan.end
+    assert state_of(req).match.next_pos == plan.end
     assert scheduler.rows() <= 300
 
 
@@ -133,9 +133,9 @@ def test_a_request_that_is_not_admitted_costs_nothing(scheduler, documents, gene
 
 
 def test_a_load_that_failed_is_charged_as_computed(scheduler, documents, generator, monkeypatch):
-    monkeypatch.setattr(scheduler.cache.tree, "obtain", lambda *_: None)
+    monkeypatch.setattr(scheduler.cache.tree, "reserve", lambda _: None)
     (req,) = scheduler.admit([shuffled(documents, generator)])
-    assert state_of(req).plan is None
+    assert state_of(req).match.plan is None
     assert scheduler.rows() == req.extend_len <= CHUNK
 
 
@@ -152,7 +152,7 @@ def test_a_fusion_has_to_save_its_overhead(cache, documents, generator, overhead
 
 def test_the_log_counts_what_a_fusion_computes(scheduler, documents, generator):
     (req,) = scheduler.admit([shuffled(documents, generator)])
-    computed = req.extend_len + scheduler.cache.tree.context_rows_of(req)
+    computed = req.extend_len + scheduler.cache.tree.context_rows(req)
     assert scheduler.adder.log_input_tokens == computed
     assert scheduler.adder.log_hit_tokens == len(req.origin_input_ids) - computed
 
@@ -165,7 +165,7 @@ def test_policies_rank_by_what_is_left_to_compute(cache, documents, generator):
     prompts = [shuffled(documents, generator), [1, *known], tokens(generator, 300)]
     reqs = [cache.request(prompt, f"r{number}") for number, prompt in enumerate(prompts)]
     plugin._rank(inspect.unwrap(SchedulePolicy._compute_prefix_matches), policy, reqs, CacheAwarePolicy.LPM)
-    plan = state_of(reqs[0]).plan
+    plan = state_of(reqs[0]).match.plan
     assert plan is not None
     assert reqs[0].num_matched_prefix_tokens == plan.end - plan.rows(0.15)
     assert [req.num_matched_prefix_tokens for req in reqs[2:]] == [0]

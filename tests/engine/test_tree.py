@@ -15,12 +15,17 @@ from a3_sglang.config import ServerOptions
 from a3_sglang.fusion import executor as executor_module
 from a3_sglang.integration import compat
 from a3_sglang.integration.circuit_breaker import LIMIT
-from a3_sglang.integration.request_state import Reason, state_of
-from a3_sglang.reporting.report import PARTS
+from a3_sglang.integration.request_state import state_of
+from a3_sglang.reporting.report import PARTS, Reason
 from helpers.tree import SLOTS, Cache, text, tokens
 
 # Their constructors are those of the newest SGLang.
 pytestmark = pytest.mark.engine
+
+
+def private_slots(req) -> torch.Tensor:
+    """The slots that the request's fusion fills."""
+    return state_of(req).admission.private_slots
 
 
 def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
@@ -31,7 +36,7 @@ def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
     assert cache.match(req) == 90
     cache.evict(SLOTS)
     assert cache.load(req) == 0
-    assert state_of(req).reason == Reason.EVICTED
+    assert state_of(req).match.reason == Reason.EVICTED
     assert cache.match(req) == 0
     assert cache.all_slots_back()
 
@@ -47,7 +52,7 @@ def test_the_copy_itself_cannot_evict_its_donors(generator):
     written = [keys.clone() for keys in cache.model.keys]
     assert cache.load(req) == 160
     cache.fuse(req)
-    private = state_of(req).private
+    private = private_slots(req)
     assert len(cache.slots_of(donor)) == 200
     assert not torch.isin(private, cache.slots_of(donor)).any()
     for keys, before in zip(cache.model.keys, written, strict=True):
@@ -65,7 +70,7 @@ def test_no_room_is_a_full_prefill(generator):
     req = cache.request(tokens(generator, 8) + donor + tokens(generator, 40))
     assert cache.match(req) > 0
     assert cache.load(req) == 0
-    assert state_of(req).reason == Reason.NO_ROOM
+    assert state_of(req).match.reason == Reason.NO_ROOM
     assert cache.match(cache.request(donor + tokens(generator, 4))) == 0
     assert cache.all_slots_back()
 
@@ -81,11 +86,16 @@ def admitted(cache: Cache, generator: torch.Generator, **options: Any) -> tuple[
 
 
 def assert_full_prefill(cache: Cache, req: Any, prompt: list[int]) -> None:
-    assert state_of(req).branch is None
+    assert state_of(req).match.branch is None
     exact = cache.model.prefill64(torch.tensor(prompt))
     for found, expected in zip((cache.model.keys, cache.model.values), exact, strict=False):
         for layer in range(cache.model.depth):
-            assert_close(found[layer][state_of(req).private].double(), expected[layer][:100], rtol=1e-4, atol=1e-4)
+            assert_close(
+                found[layer][private_slots(req)].double(),
+                expected[layer][:100],
+                rtol=1e-4,
+                atol=1e-4,
+            )
 
 
 def fails(*_args: Any, **_kwargs: Any) -> Any:
@@ -128,7 +138,7 @@ def test_an_error_in_any_stage_is_a_full_prefill(stage, selector, generator, mon
     assert report["reason"] == Reason.ERROR
     assert (report["reused"], report["recomputed"]) == (0, 100)
     assert not cache.tree.breaker.open
-    cache.allocator.free(state_of(req).private)
+    cache.allocator.free(private_slots(req))
     assert cache.all_slots_back()
 
 
@@ -137,7 +147,7 @@ def test_what_cannot_be_recomputed_is_aborted_alone(generator, monkeypatch):
     cache = Cache()
     (req, prompt), (other, _) = (admitted(cache, generator) for _ in "ab")
     for pool in (*cache.model.keys, *cache.model.values):
-        pool[state_of(other).private] = torch.nan
+        pool[private_slots(other)] = torch.nan
     real = cache.executor.recompute_all
     monkeypatch.setattr(cache.executor, "prepare", fails)
     monkeypatch.setattr(
@@ -148,7 +158,10 @@ def test_what_cannot_be_recomputed_is_aborted_alone(generator, monkeypatch):
     assert req.to_finish is None
     assert other.to_finish.status_code == 500
     for pool in (*cache.model.keys, *cache.model.values):
-        assert torch.equal(pool[state_of(other).private], torch.zeros_like(pool[state_of(other).private]))
+        assert torch.equal(
+            pool[private_slots(other)],
+            torch.zeros_like(pool[private_slots(other)]),
+        )
 
 
 def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, caplog):
@@ -161,7 +174,7 @@ def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, c
             assert not cache.tree.breaker.open
             req, _ = admitted(cache, generator)
             cache.fuse(req)
-            cache.allocator.free(state_of(req).private)
+            cache.allocator.free(private_slots(req))
         cache.evict(SLOTS)
         if number == failing[-1]:
             # Two in a row, then a good one, so the count began anew.
@@ -172,7 +185,7 @@ def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, c
             assert not cache.tree.breaker.open
             req, _ = admitted(cache, generator)
             cache.fuse(req)
-            cache.allocator.free(state_of(req).private)
+            cache.allocator.free(private_slots(req))
             cache.evict(SLOTS)
     assert cache.tree.breaker.open
     assert "fusion is off" in caplog.text
@@ -180,7 +193,7 @@ def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, c
     cache.donate(donor)
     req = cache.request(donor[20:] + tokens(generator, 40))
     assert cache.match(req) == 0
-    assert state_of(req).reason == Reason.DISABLED
+    assert state_of(req).match.reason == Reason.DISABLED
     assert cache.all_slots_back()
 
 
@@ -192,7 +205,7 @@ def test_errors_of_the_extend_itself_are_those_of_stock(generator):
 
 
 def test_an_error_after_admission_began_leaks_nothing(generator, monkeypatch):
-    for name in ("allocate", "locked", "matched_slots", "loaded"):
+    for name in ("allocate", "lock_path", "matched_slots", "load_back_result"):
         cache = Cache()
         donor = text(generator, 120)
         cache.donate(donor)
@@ -200,13 +213,13 @@ def test_an_error_after_admission_began_leaks_nothing(generator, monkeypatch):
         assert cache.match(req) == 100
         with monkeypatch.context() as patch:
             patch.setattr(compat, name, fails_once(getattr(compat, name)))
-            if name == "loaded":
+            if name == "load_back_result":
                 with pytest.raises(RuntimeError, match="injected"):
                     cache.load(req)
                 cache.tree.after_admission(req, admitted=False)
             else:
                 assert cache.load(req) == 0
-                assert state_of(req).reason == Reason.ERROR
+                assert state_of(req).match.reason == Reason.ERROR
         assert cache.all_slots_back()
 
 
@@ -217,7 +230,7 @@ def test_options_that_a_front_end_let_through_are_a_full_prefill(generator):
     cache.donate(donor)
     req = cache.request(donor[20:] + tokens(generator, 40), ratio=2)
     assert cache.match(req) == 0
-    assert state_of(req).reason == Reason.INVALID
+    assert state_of(req).match.reason == Reason.INVALID
     with cache.tree.inserting(req):
         cache.donate(tokens(generator, 40))
 
@@ -239,11 +252,11 @@ def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
     assert (cache.match(first), cache.load(first)) == (146, 146)
     # Used last, so what has to go is the first one's donor.
     assert (cache.match(second), cache.load(second)) == (146, 146)
-    assert torch.isin(state_of(second).private, held[0]).any()
+    assert torch.isin(private_slots(second), held[0]).any()
     cache.fuse(first, second)
     for req, copied in zip((first, second), values, strict=True):
         for layer in range(cache.model.depth):
-            assert torch.equal(cache.model.values[layer][state_of(req).private], copied[layer][4:])
+            assert torch.equal(cache.model.values[layer][private_slots(req)], copied[layer][4:])
 
 
 def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
@@ -254,7 +267,7 @@ def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
     monkeypatch.setattr(cache.tree.index, "search", fails)
     req = cache.request(donor[20:] + tokens(generator, 40))
     assert cache.match(req) == 0
-    assert state_of(req).reason == Reason.ERROR
+    assert state_of(req).match.reason == Reason.ERROR
 
 
 def test_an_admission_that_came_to_nothing_gives_its_slots_back(generator):
@@ -286,7 +299,7 @@ def test_a_donor_evicted_after_the_match_is_replaced_by_another(generator):
     cache.slots_of(older)
     cache.evict(116)
     assert cache.load(req) == 107
-    plan = state_of(req).plan
+    plan = state_of(req).match.plan
     assert plan.end == 107
     assert plan.reused == 60
     assert plan.gap == 47
@@ -339,7 +352,7 @@ def test_a_request_is_searched_once_while_it_waits(generator, monkeypatch):
         cache.donate(tokens(generator, 30))
         for _ in range(3):
             assert cache.match(req) == offered
-    assert state_of(req).search.searches == 1
+    assert state_of(req).exact_search.searches == 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -364,10 +377,10 @@ def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
     obtained = cache.load(req)
     assert obtained in (0, offered)
     if not obtained:
-        assert state_of(req).reason is not None
+        assert state_of(req).match.reason is not None
         return
     cache.fuse(req)
-    plan, private = state_of(req).plan, state_of(req).private
+    plan, private = state_of(req).match.plan, private_slots(req)
     assert plan.prefix % page_size == 0
     assert len(private) == plan.end - plan.prefix
     for span in plan.spans:
@@ -401,6 +414,6 @@ def test_counts_do_not_depend_on_guesses_of_another_clients_secret(generator):
             prompt += [4, *(form + known)[-45:], guess]
         req = cache.request([*prompt, 5, *tokens(generator, 60)])
         cache.match(req)
-        seen.add((len(known), state_of(req).plan.reused))
+        seen.add((len(known), state_of(req).match.plan.reused))
     # As many tokens, whatever was guessed.
     assert len(seen) == len(secret)

@@ -94,18 +94,18 @@ class Cache:
     def fuse(self, *reqs, run: Callable[[], Any] = lambda: None) -> Any:
         """A batch of these requests; ``run`` takes the place of its extend."""
         for row, req in enumerate(reqs):
-            prefix = list(req.origin_input_ids)[: state_of(req).plan.prefix]
-            slots = torch.cat([self.slots_of(prefix), state_of(req).private])
+            prefix = list(req.origin_input_ids)[: state_of(req).match.plan.prefix]
+            slots = torch.cat([self.slots_of(prefix), state_of(req).admission.private_slots])
             self.tree.req_to_token_pool.req_to_token[row, : len(slots)] = slots
             req.kv = SimpleNamespace(req_pool_idx=row)
         batch = SimpleNamespace(
             reqs=list(reqs),
-            prefix_lens=[state_of(req).plan.end for req in reqs],
+            prefix_lens=[state_of(req).match.plan.end for req in reqs],
             # An extend that is too long to take anything along.
             extend_lens=[self.executor.slice_rows for _ in reqs],
             out_cache_loc=torch.zeros(1, dtype=torch.int64),
         )
-        return self.tree.forward(batch, run)
+        return self.tree.prefill.forward(batch, run)
 
     def evict(self, count: int) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams

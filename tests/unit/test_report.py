@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a3_sglang.integration.request_state import Reason
-from a3_sglang.reporting.report import PARTS, ROUNDING, Outcome
+from a3_sglang.reporting.report import PARTS, ROUNDING, Outcome, Reason
 
 counts = st.lists(st.integers(0, 5000), min_size=len(PARTS), max_size=len(PARTS))
 

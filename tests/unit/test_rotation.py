@@ -155,7 +155,7 @@ def make_rope() -> Iterator[Callable[..., Any]]:
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("kind", sorted(SGLANG_KINDS))
 def test_start_check_accepts(make_rope, kind, neox, rotary_dim, dtype):
-    from a3_sglang.integration.model import ROTARY_CLASSES, check_rotation
+    from a3_sglang.integration.model_checks import ROTARY_CLASSES, check_rotation
 
     module = make_rope(kind, neox, rotary_dim, dtype)
     assert type(module).__name__ in ROTARY_CLASSES
@@ -189,7 +189,7 @@ def one_pair_backwards(table: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_start_check_refuses_a_tampered_table(make_rope, tamper, dtype):
-    from a3_sglang.integration.model import UnsupportedModelError, check_rotation
+    from a3_sglang.integration.model_checks import UnsupportedModelError, check_rotation
 
     module = make_rope(dtype=dtype)
     check_rotation(Disguised(module, module.cos_sin_cache, True), 64, dtype)
@@ -198,7 +198,7 @@ def test_start_check_refuses_a_tampered_table(make_rope, tamper, dtype):
 
 
 def test_start_check_refuses_another_pairing(make_rope):
-    from a3_sglang.integration.model import UnsupportedModelError, check_rotation
+    from a3_sglang.integration.model_checks import UnsupportedModelError, check_rotation
 
     module = make_rope()
     with pytest.raises(UnsupportedModelError, match="differ from the model's own"):

@@ -33,14 +33,14 @@ def register() -> None:
     if VARIABLE not in os.environ:
         return
     from a3_sglang.fusion import executor
-    from a3_sglang.integration import compat, radix_cache
+    from a3_sglang.integration import compat, prefill
     from a3_sglang.integration.radix_cache import A3RadixCache
     from a3_sglang.matching.index import AnyPositionIndex, PromptSearch
 
-    targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3RadixCache, "_sources"), (compat, "allocate")
+    targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3RadixCache, "donor_slots"), (compat, "allocate")
     more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
     last = (executor.Executor, "recompute"), (executor.RecomputePass, "attend"), (executor.Executor, "recompute_all")
-    report = ((radix_cache, "make_detail"),)
+    report = ((prefill, "make_detail"),)
     for stage, (owner, name) in zip(STAGES, (*targets, *more, *last, *report), strict=True):
         setattr(owner, name, _failing(stage, getattr(owner, name)))
 

@@ -1,0 +1,125 @@
+"""Checks that a loaded model computes KV in a way that can be moved and recomputed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from a3_sglang.rope import RopeTable, rotate
+
+
+class UnsupportedModelError(ValueError):
+    """The model's KV cannot be fused; the message is one line with the reason."""
+
+
+ROTARY_CLASSES = frozenset(
+    {
+        "RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "Llama3RotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+    }
+)
+"""Rotary modules whose angles depend only on the position."""
+
+
+def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
+    """The rotary module of every attention layer, by layer number from 0.
+
+    Raises:
+        UnsupportedModelError: a layer has none, one of an unknown kind, or attends in a way that is not plain
+            causal attention.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        for attention in (child for child in module.children() if isinstance(child, RadixAttention)):
+            rotary = getattr(module, "rotary_emb", None)
+            if rotary is None:
+                raise UnsupportedModelError(f"{name} attends without a rotary module of its own")
+            kind = type(rotary).__name__
+            if kind not in ROTARY_CLASSES:
+                raise UnsupportedModelError(
+                    f"RoPE of type {kind} is not supported ({', '.join(sorted(ROTARY_CLASSES))})"
+                )
+            if attention.sliding_window_size > -1:
+                raise UnsupportedModelError(f"{name} has a sliding window of {attention.sliding_window_size} tokens")
+            if attention.logit_cap:
+                raise UnsupportedModelError(f"{name} caps its logits")
+            kind = getattr(attention.attn_type, "value", attention.attn_type)
+            if kind != "decoder":
+                raise UnsupportedModelError(f"{name} attends in another way than causally ({kind})")
+            encoding = getattr(attention, "pos_encoding_mode", "NONE")
+            if encoding != "NONE" or getattr(attention, "use_irope", False):
+                raise UnsupportedModelError(f"{name} encodes positions in its attention ({encoding})")
+            if getattr(attention, "xai_temperature_len", -1) > 0:
+                raise UnsupportedModelError(f"{name} scales its logits by position")
+            if attention.is_cross_attention or attention.qk_head_dim != attention.v_head_dim:
+                raise UnsupportedModelError(f"{name} is not plain self-attention")
+            found[attention.layer_id] = rotary
+    if not found or sorted(found) != list(range(len(found))):
+        raise UnsupportedModelError("no plain stack of attention layers was found in the model")
+    return found
+
+
+def check_stack(model: torch.nn.Module) -> None:
+    """Check that the model has all its layers in one module, through which the executor's passes can run.
+
+    Raises:
+        UnsupportedModelError: it has not.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    stack = getattr(model, "model", None)
+    attentions = sum(isinstance(module, RadixAttention) for module in model.modules())
+    inside = sum(isinstance(module, RadixAttention) for module in stack.modules()) if stack is not None else 0
+    if stack is None or inside != attentions:
+        raise UnsupportedModelError(f"{type(model).__name__} does not keep its layers in one module named model")
+    names = list(inspect.signature(type(stack).forward).parameters)[1:4]
+    if len(names) < 3 or names[1:] != ["positions", "forward_batch"]:
+        raise UnsupportedModelError(
+            f"{type(stack).__name__}.forward takes ({', '.join(names)}, ...), not (input_ids, positions, forward_batch)"
+        )
+
+
+def query_heads(model: torch.nn.Module) -> int:
+    """Query heads of the first layer."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return int(next(layer.tp_q_head_num for layer in model.modules() if isinstance(layer, RadixAttention)))
+
+
+def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+    """Rotate random keys with the tables, and compare them with the model's own rotary module at the new positions.
+
+    Args:
+        module: SGLang's rotary module.
+        head_dim: dimensions of a key.
+        dtype: dtype of the KV pool.
+        generator: of keys and positions; by default a seeded one.
+
+    Raises:
+        UnsupportedModelError: the keys differ by more than rounding.
+    """
+    table = RopeTable(module.cos_sin_cache, module.is_neox_style)
+    device, reach = module.cos_sin_cache.device, module.cos_sin_cache.shape[0]
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, reach, (2, 64), generator=generator).to(device)
+    raw = torch.randn(64, 1, head_dim, generator=generator).to(device=device, dtype=dtype)
+
+    def model_rotates(at: torch.Tensor) -> torch.Tensor:
+        keys = raw.clone().view(64, head_dim)
+        return module(at, keys.clone(), keys)[1].view(64, 1, head_dim)
+
+    rotated = rotate(model_rotates(positions[0]), *table.turn(positions[0], positions[1]), table.neox)
+    expected = model_rotates(positions[1])
+    error = (rotated.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    # One rounding of the stored key and one of the result.
+    if not bool((error < 4 * torch.finfo(dtype).eps).all()):
+        raise UnsupportedModelError(
+            f"keys rotated with the tables of {type(module).__name__} differ from the model's (by {error.max():.3g})"
+        )
