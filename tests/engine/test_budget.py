@@ -13,7 +13,7 @@ from a3_sglang.config import ServerOptions
 from a3_sglang.integration.request_state import state_of
 from helpers.tree import Cache, text, tokens
 
-# Their constructors are those of the newest SGLang.
+# The constructors used here are those of the newest supported SGLang.
 pytestmark = pytest.mark.engine
 
 CHUNK = 1024
@@ -29,22 +29,22 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 
 class Scheduler:
-    """One step of admissions, as SGLang's scheduler makes them."""
+    """One step of admissions, as in SGLang's scheduler."""
 
     def __init__(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         from sglang.srt.managers.schedule_policy import PrefillAdder
 
-        # They ask for parts of a server that is not there.
+        # They need parts of a server, which does not exist here.
         monkeypatch.setattr(PrefillAdder, "_replay_len", lambda *_: 0)
         monkeypatch.setattr(PrefillAdder, "_account_prefill_cache_admission", lambda *_: None)
         self.cache = cache
         self.adder = PrefillAdder(1, cache.tree, cache.allocator, None, 0.5, 2 * CHUNK, CHUNK)
 
     def admit(self, prompts: list[list[int]]) -> list[Any]:
-        """The requests of these prompts that the step admits."""
+        """The requests for these prompts that the step admits."""
         from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
-        # Engines of other tests have put the hook in place already.
+        # Engines of other tests may have installed the hook already.
         add_one_req = inspect.unwrap(PrefillAdder.add_one_req)
         for number, prompt in enumerate(prompts):
             req = self.cache.request(prompt, f"r{number}")
@@ -57,7 +57,7 @@ class Scheduler:
         return admitted
 
     def rows(self) -> int:
-        """Rows that the step computes: extends and fusions, the question once more for the probe."""
+        """Rows that the step computes: extends, fusions, and the probe's rows of the question."""
         return sum(req.extend_len + self.cache.tree.fusion_rows(req) for req in self.adder.can_run_list)
 
 
@@ -75,21 +75,21 @@ def documents(cache: Cache, generator: torch.Generator) -> list[list[int]]:
 
 def shuffled(documents: list[list[int]], generator: torch.Generator) -> list[int]:
     order = torch.randperm(len(documents), generator=generator).tolist()
-    # Nothing of the donor is a prefix.
+    # No part of the donor is a prefix.
     return [2, *(token for i in order for token in documents[i]), *tokens(generator, TAIL)]
 
 
 def test_a_step_computes_no_more_rows_than_its_chunk(scheduler, documents, generator):
     admitted = scheduler.admit([shuffled(documents, generator) for _ in range(10)])
     assert all(state_of(req).match.plan is not None for req in admitted)
-    # 15% of 1,900 tokens, gaps, a tail and a question each: by their tails alone all ten would fit.
+    # Each has 15% of 1,900 tokens, gaps, a tail and a question; counted by their tails alone, all ten would fit.
     assert 1 <= len(admitted) <= 2
     assert scheduler.rows() <= CHUNK
     assert scheduler.adder.rem_chunk_tokens == CHUNK - scheduler.rows()
 
 
 def test_a_plan_ends_where_its_rows_fill_the_chunk(scheduler, documents, generator):
-    """What comes after is for the next steps."""
+    """The rest of the prompt is left to the next steps."""
     new = [3, *tokens(generator, 999)]
     prompt = [2, *documents[0], *documents[1], *documents[2], *documents[4], *new, *documents[3], *tokens(generator, 9)]
     (req,) = scheduler.admit([prompt])
@@ -103,7 +103,7 @@ def test_a_plan_ends_where_its_rows_fill_the_chunk(scheduler, documents, generat
 
 
 def test_a_step_ends_where_the_next_can_reuse(scheduler, documents, generator):
-    """New text that leaves no room for a fusion; nobody gets what is left of the chunk."""
+    """New text leaves no room for a fusion, and no other request gets the rest of the chunk."""
     known = [token for document in documents[1:4] for token in document]
     prompt = [2, *tokens(generator, 949), *known, *tokens(generator, TAIL)]
     (req,) = scheduler.admit([prompt, tokens(generator, 50)])
@@ -114,7 +114,7 @@ def test_a_step_ends_where_the_next_can_reuse(scheduler, documents, generator):
 
 
 def test_a_step_that_decodes_takes_a_smaller_plan(scheduler, documents, generator):
-    """Running requests take a part of mixed chunks, and a plan that never fits would wait for ever."""
+    """Running requests use a part of mixed chunks; a plan that never fits would wait forever."""
     scheduler.adder.rem_chunk_tokens = 300
     (req,) = scheduler.admit([shuffled(documents, generator)])
     plan = state_of(req).match.plan
@@ -141,7 +141,7 @@ def test_a_load_that_failed_is_charged_as_computed(scheduler, documents, generat
 
 @pytest.mark.parametrize("overhead", [0, 600])
 def test_a_fusion_has_to_save_its_overhead(cache, documents, generator, overhead):
-    """Of 1,961 rows about 290 are recomputed, 40 are the tail and 40 the probe's."""
+    """About 290 of 1,961 rows are recomputed; the tail and the probe have 40 each."""
     cache.tree.start(cache.tree.options, cache.executor, capacity=30_000, overhead=overhead)
     cache.donate([1, *tokens(generator, 19), *(token for one in documents for token in one)])
     req = cache.request(shuffled(documents, generator))

@@ -1,4 +1,4 @@
-"""Approximate KV stays in the tree: who continues it, who never sees it, and what it costs."""
+"""Approximate KV in the tree: which requests continue it, which never see it, and how many rows they compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def report(out: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def shuffled(traffic: Traffic) -> list[int]:
-    """A prompt over known documents in another order, nothing else in the cache."""
+    """A prompt over cached documents in another order; the cache holds nothing else."""
     flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2, 3]), False)
@@ -49,7 +49,7 @@ def test_a_chat_computes_what_is_new(traffic, shuffled):
         computed.append(said["recomputed"] + said["gap"] + said["tail"])
         assert out["meta_info"]["cached_tokens"] == len(prompt) - computed[-1]
         prompt = [*prompt, *out["output_ids"], *traffic.tokens(30)]
-    # Of an answer's last token there is no KV yet, but for releases before 0.5.21.
+    # An answer's last token has no KV yet, except in releases before 0.5.21.
     assert len(computed) == 4
     assert all(count in (30, 31) for count in computed[1:])
 
@@ -70,7 +70,7 @@ def test_documents_after_a_continued_prefix_are_reused(traffic, shuffled):
 
 
 def test_plain_requests_never_see_it(traffic, shuffled):
-    """The same KV, tokens and logprobs as on a cache that never held any, and exact KV for others to use."""
+    """They get the KV, tokens and logprobs of a cache without approximate KV, and leave exact KV."""
     first = report(traffic.ask(shuffled))
     plain = traffic.ask(shuffled, False)
     assert report(plain)["prefix"] == first["prefix"]
@@ -93,7 +93,7 @@ def test_donors_never_see_it(traffic, shuffled):
 
 
 def test_all_recomputed_is_exact(traffic, shuffled):
-    """It is a prefix for everybody and a donor."""
+    """It is a prefix for all requests, and a donor."""
     traffic.ask(shuffled, {"ratio": 1.0})
     assert report(traffic.ask(shuffled, False))["prefix"] == len(shuffled) - 1
 
@@ -114,7 +114,7 @@ def test_other_ratios_are_not_continued(traffic, shuffled):
 
 
 def test_many_samples_share_one_context(traffic, shuffled):
-    """SGLang computes the prompt once and then asks for all samples, which hold the same slots."""
+    """SGLang computes the prompt once and then runs all samples, which share its slots."""
     params = {"temperature": 1.0, "n": 8, "max_new_tokens": 8, "ignore_eos": True}
     outs = traffic.running.generate(input_ids=shuffled, sampling_params=params)
     said = [report(out) for out in outs]
@@ -134,12 +134,12 @@ def test_sixteen_samples_hold_one_context(traffic, shuffled):
             await asyncio.sleep(0.005)
 
     traffic.running.loop.run_until_complete(ask())
-    # What stock SGLang holds: the prompt once, and the answers.
+    # As in stock SGLang: the prompt once, and the answers.
     stock = len(shuffled) + 16 * 32
     assert len(shuffled) + 16 * 8 < max(held) <= 1.2 * stock
 
 
-def test_what_is_new_is_a_donor_from_its_second_sight_on(traffic, shuffled):
+def test_new_text_is_a_donor_from_its_second_prompt_on(traffic, shuffled):
     new = traffic.documents[5]
     prompt = [*shuffled[:-40], *new, *traffic.documents[2], *traffic.tokens(40)]
     first = report(traffic.ask(prompt))
@@ -161,8 +161,8 @@ def test_tenants_do_not_share_it(traffic, shuffled):
     assert out["prefix"] == out["continued"] == 0
 
 
-def test_it_is_evicted_like_everything_else(traffic, shuffled):
-    """Twice the pool goes through it; then the prompt is fused anew or computed in full, and all slots come back."""
+def test_it_is_evicted_like_other_kv(traffic, shuffled):
+    """After twice the pool's size of other prompts, it is fused again or computed in full, and no slot is lost."""
     traffic.ask(shuffled)
     for _ in range(2 * POOL["max_total_tokens"] // 1000):
         traffic.ask(traffic.tokens(1000), False, tokens=1)

@@ -1,4 +1,4 @@
-"""The invariants of the design on a real engine; their numbers are those of docs/architecture.md."""
+"""The invariants of docs/architecture.md, by their numbers, on a real engine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ pytestmark = [pytest.mark.engine, pytest.mark.core]
 
 @pytest.fixture(scope="module")
 def stock(engines: Engines, tiny: str) -> list:
-    """Prompts and their answers on a stock engine, which is stopped before the other starts."""
+    """Prompts and their answers on a stock engine, which stops before the other engine starts."""
     running, _ = engines.get(tiny, None)
     source = Traffic(running, seed=5)
     prompts = [source.prompt() for _ in range(10)]
-    # An option that is none for a stock engine, on a prompt that leaves no prefix for the others.
+    # A stock engine does not know this option. The prompt shares no prefix with the other ones.
     source.ask(source.tokens(60), {"ratio": "nonsense"})
-    # Twice: once computed whole, once after a cached prefix.
+    # Twice: once computed in full, once after a cached prefix.
     return [(ids, source.ask(ids), source.ask(ids)) for ids in prompts]
 
 
 def test_stock_engine_is_untouched(stock):
-    """1: without the option nothing of SGLang changes: no report, and nobody reads ``custom_params["a3"]``."""
+    """1: without the option SGLang is unchanged: no report, and ``custom_params["a3"]`` is ignored."""
     for _, first, _ in stock:
         assert "a3" not in first["meta_info"]
 
@@ -47,7 +47,7 @@ def test_plain_answers_are_stock_answers_among_fused_ones(stock, traffic):
 
 
 def beside_fused(traffic):
-    """A plain request in one batch with fused ones has the KV it has alone (kernels round by the batch's size)."""
+    """A plain request has the same KV alone and in a batch with fused ones, up to rounding by batch size."""
     plain = traffic.tokens(300)
     outs = traffic.running.generate(
         input_ids=[traffic.prompt(), traffic.prompt(), plain],
@@ -72,7 +72,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
         traffic.renew()
         traffic.ask(traffic.prompt(list(range(8))), False)
         ids = traffic.prompt(random.sample(range(7, -1, -1), 5))
-        # A passage that nobody has, before the last one.
+        # A passage that is not cached, before the last one.
         at = len(ids) - 110
         ids[at:at] = traffic.tokens(random.randrange(1, 60))
         fused = traffic.ask(ids, {"ratio": 1.0, "keep": False})
@@ -94,7 +94,7 @@ def test_ratio_one_is_a_full_prefill(traffic):
 
 
 def test_moved_spans_have_fresh_layer_zero_kv(traffic):
-    """5: layer 0 depends on token and position alone."""
+    """5: KV of layer 0 depends only on token and position."""
     flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2, 3, 4, 5]), False)
@@ -108,12 +108,12 @@ def test_moved_spans_have_fresh_layer_zero_kv(traffic):
     assert torch.equal(mine["v"][0, :end], theirs["v"][0, :end])
     error = (mine["k"][0, :end].float() - theirs["k"][0, :end].float()).norm(dim=-1)
     assert (error <= (roundings(8) + turned(end)) * theirs["k"][0, :end].float().norm(dim=-1)).all()
-    # And deeper layers differ, so the comparison above says something.
+    # Deeper layers differ, so the comparison above can fail.
     assert distance(mine["v"][5, :end], theirs["v"][5, :end]) > 0.05
 
 
 def test_exact_prefix_wins(traffic):
-    """2 and 5: what comes after the same tokens is a prefix, however many donors hold it elsewhere."""
+    """2 and 5: a cached prefix is used as such, even if donors hold the same text elsewhere."""
     flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([3, 2, 1, 0]), False)
@@ -126,7 +126,7 @@ def test_exact_prefix_wins(traffic):
 
 
 def test_namespaces_do_not_mix(traffic):
-    """6: a tenant's chunks are no donor for another."""
+    """6: a tenant's chunks are not donors for other tenants."""
     flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt([0, 1, 2, 3]), False, extra_key="one")
@@ -140,7 +140,7 @@ def test_namespaces_do_not_mix(traffic):
 
 
 def test_picked_rows_do_not_depend_on_the_batch(traffic):
-    """The same prompt, alone and among others, gives the same KV."""
+    """A prompt has the same KV alone and in a batch."""
     flush(traffic.running)
     traffic.renew()
     traffic.ask(traffic.prompt(list(range(8))), False)
@@ -197,7 +197,7 @@ def test_parallel_samples_and_streaming(traffic):
 
 
 def test_all_slots_come_back(traffic):
-    """7: SGLang refuses to flush while a slot is held, and checks for leaks itself when idle."""
+    """7: SGLang refuses to flush while a slot is in use, and checks for leaks when idle."""
     flush(traffic.running)
     time.sleep(1.5)
     usage = traffic.running.get_server_info()["internal_states"][0]

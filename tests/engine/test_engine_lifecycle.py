@@ -33,7 +33,7 @@ def configuration(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def stock(engines: Engines, tiny: str, configuration: str) -> list[tuple[list[int], list[int]]]:
-    """Plain prompts and a stock engine's answers, with the same pool and chunk size."""
+    """Plain prompts and their answers on a stock engine with the same pool and chunk size."""
     running, _ = engines.get(tiny, None, **SMALL, **CONFIGURATIONS[configuration])
     source = Traffic(running, seed=11)
     prompts = [source.prompt(question=30) for _ in range(12)]
@@ -47,16 +47,16 @@ def small(engines: Engines, tiny: str, configuration: str, stock: list) -> Traff
 
 
 def layer_zero(kv: dict[str, torch.Tensor], end: int) -> torch.Tensor:
-    """What layer 0 keeps of a token wherever it stands: its values and the size of its keys, (end, features)."""
+    """The part of layer 0's KV that does not depend on position: values and norms of keys, (end, features)."""
     values, keys = kv["v"][0, :end].float(), kv["k"][0, :end].float()
     return torch.cat([values.flatten(1), keys.norm(dim=-1)], 1)
 
 
 def test_random_requests(small, stock, configuration):
-    """Fused, continued, plain, aborted and bad ones: every slot back, plain answers those of a stock engine.
+    """Fused, continued, plain, aborted and bad requests: no slot is lost, and plain answers are those of a stock engine.
 
-    The pool holds a few prompts only, so donors are evicted and their slots written again all the time. A copy that
-    comes after that would bring another token's KV, which layer 0 shows.
+    The pool holds only a few prompts, so donors are constantly evicted and their slots overwritten. A copy that came
+    after that would hold another token's KV, which layer 0 shows.
     """
     chooser = random.Random(random.randrange(1 << 30))
     seen = dict.fromkeys((*KINDS, "continued"), 0)
@@ -100,7 +100,7 @@ def test_random_requests(small, stock, configuration):
                 small.running.tokenizer_manager.abort_request(rid)
                 await task
             else:
-                if kind == "again":  # A retry, or a next turn.
+                if kind == "again":  # A retry or a next turn.
                     out = await small.running.async_generate(input_ids=ids, sampling_params=params)
                     ids += chooser.choice([[], out["output_ids"] + small.tokens(30)])
                 out = await small.running.async_generate(input_ids=ids, sampling_params=params)
@@ -110,10 +110,10 @@ def test_random_requests(small, stock, configuration):
                 seen["again"] += kind == "again"
                 seen["continued"] += report["continued"] > 0
                 end = len(ids) - report["tail"]
-                # A last page may reach into the question.
+                # The last page may extend into the question.
                 known = [p for p, token in enumerate(ids[:end]) if token in of_token]
                 expected = torch.stack([of_token[ids[p]] for p in known])
-                # Some roundings: rows are computed and turned in groups of any size.
+                # A few roundings: rows are computed and rotated in groups of any size.
                 assert_close(layer_zero(small.kv(out), end)[known], expected, rtol=roundings(5), atol=roundings(5))
                 checked += report["reused"]
                 written += len(ids) - report["prefix"]
@@ -126,7 +126,7 @@ def test_random_requests(small, stock, configuration):
 
     small.running.loop.run_until_complete(traffic())
     assert min(seen[kind] for kind in KINDS) >= 2, seen
-    # How many retries find their first request's KV under traffic depends on evictions: one by itself always does.
+    # Under traffic, evictions decide how many retries find the KV of their first request. Without traffic, one does.
     for ids in small.documents:
         small.ask(small.system + ids, False, 1)
     kinds.append("again")
@@ -141,7 +141,7 @@ def test_random_requests(small, stock, configuration):
 
 
 def test_long_tail_is_chunked_after_fusion(small):
-    """A tail longer than a chunk: the fused part comes first, the rest in chunks."""
+    """A tail longer than a chunk: the fused part comes first, then the rest in chunks."""
     flush(small.running, 60)
     small.renew()
     small.ask(small.prompt([0, 1, 2, 3]), False)
@@ -151,14 +151,14 @@ def test_long_tail_is_chunked_after_fusion(small):
     assert fused["meta_info"]["a3"]["tail"] > 256
     full = small.ask(ids, False, 1)
     mine, theirs = small.kv(fused), small.kv(full)
-    # Kernels round by the chunks, which begin elsewhere.
+    # Kernels round by chunk, and the chunks begin at other positions.
     for part in ("k", "v"):
         assert distance(mine[part], theirs[part]) < roundings(5)
 
 
 @pytest.mark.parametrize("new", [0, 400])
 def test_long_prompts_are_fused_step_by_step(small, new):
-    """Rows for several chunks, with new text longer than a chunk in between: every document is reused."""
+    """Rows for several chunks and new text longer than a chunk between the documents: every document is reused."""
     flush(small.running, 60)
     small.renew()
     small.ask(small.prompt(list(range(8))), False, 1)
@@ -176,17 +176,17 @@ def test_long_prompts_are_fused_step_by_step(small, new):
         report = fused["meta_info"]["a3"]
         assert report["reason"] is None
         assert parts(report) == len(ids)
-        # Blocks of 16 at both ends, pages, and what a step leaves to the next.
+        # Hash blocks of 16 at both ends of a span, pages, and the rest of a span at the end of a step.
         assert known - 6 * (2 * 16 + 2 * 16) <= report["reused"] + report["recomputed"] <= known
         assert report["recomputed"] >= 0.9 * ratio * (report["reused"] + report["recomputed"]) - 6 * 30
         assert fused["meta_info"]["cached_tokens"] == report["prefix"] + report["reused"]
         distances.append(max(distance(small.kv(fused)[part], reference[part]) for part in ("k", "v")))
-    # Kernels round by the chunks, which begin elsewhere.
+    # Kernels round by chunk, and the chunks begin at other positions.
     assert distances[2] < roundings(5) < distances[1] < distances[0]
 
 
 def test_evicted_donors_are_a_miss(small):
-    """Donors that were evicted give a full prefill and a reason."""
+    """Evicted donors lead to a full prefill with a reason."""
     flush(small.running, 60)
     small.renew()
     small.ask(small.prompt([0, 1, 2, 3]), False)

@@ -1,4 +1,4 @@
-"""No error in a stage of the fusion ends the server, loses a slot or changes another request's answer."""
+"""No error in any stage of a fusion ends the server, loses a slot or changes another request's answer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from a3_test_faults import STAGES, VARIABLE  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
-# In float32 an answer does not depend on what else is in its batch.
+# In float32 an answer does not depend on the other requests of its batch.
 ARGUMENTS = {"chunked_prefill_size": 2048, "max_total_tokens": 16384, "dtype": "float32"}
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}
-"""SGLang's own checks of its pool after every batch."""
+"""SGLang's own checks of its pool, after every batch."""
 
 
 class Faulty:
-    """An engine whose stages can be made to fail, once each."""
+    """An engine in which each stage can be made to fail once."""
 
     def __init__(self, traffic: Traffic, faults: Path) -> None:
         self.traffic, self.running, self._faults = traffic, traffic.running, faults
@@ -49,7 +49,7 @@ class Faulty:
         self.traffic.ask(self.traffic.prompt(list(range(8))), False)
 
     def wave(self, fused: int = 3) -> list[dict[str, Any] | Exception]:
-        """Fused and plain requests at once; plain ones answer as ever. What became of the fused ones."""
+        """Send fused and plain requests at once, and check the plain answers. Returns the results of the fused ones."""
 
         async def one(ids: list[int], option: Any) -> Any:
             params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True, "custom_params": {"a3": option}}
@@ -92,7 +92,7 @@ def test_a_stage_that_fails_is_a_full_prefill(faulty: Faulty, stage: str) -> Non
         assert sum(report[part] for part in PARTS) == out["meta_info"]["prompt_tokens"]
     if stage not in ("indexing", "slots"):
         assert any(out["meta_info"]["a3"]["reason"] == "error" for out in outs)
-    # The next ones are fused, so the server did not turn fusion off, and what was held came back.
+    # The next requests are fused: fusion was not turned off, and no slot is still in use.
     faulty.donate()
     assert all(out["meta_info"]["a3"]["reason"] is None for out in faulty.wave())
     flush(faulty.running, 60)
@@ -124,8 +124,8 @@ def test_a_detail_that_fails_costs_nothing_else(faulty: Faulty) -> None:
     assert again["meta_info"]["a3"]["reason"] is None
 
 
-def test_after_errors_in_a_row_the_server_goes_on_as_stock(faulty: Faulty) -> None:
-    """The last test of this engine: fusion stays off."""
+def test_after_repeated_errors_the_server_continues_as_stock(faulty: Faulty) -> None:
+    """The last test of this engine, since fusion stays off."""
     faulty.donate()
     faulty.fail(*["copy"] * LIMIT)
     while faulty.pending:

@@ -1,4 +1,4 @@
-"""Every kind of model that is let in works: small random ones of many architectures, each on an engine of its own."""
+"""Every supported kind of model works: small random models of many architectures, each on a separate engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, Any] = {
 REFUSED = {
     "GPT-NeoX": r"RefusedError: .*no plain stack of attention layers|No accelerator|No module or parameter named",
 }
-"""What the log says of architectures that are not served.
+"""What the log says about architectures that are refused.
 
 SGLang runs GPT-NeoX by transformers' own code only; its release 0.5.17 cannot do that on a CPU.
 """
@@ -44,7 +44,7 @@ def tokens(count: int) -> list[int]:
 def test_a_model_equals_its_full_prefill_or_is_refused(name: str, tmp_path: Path) -> None:
     folder = save_random_model(tmp_path / "model", config_of(name), Path())
     if name in REFUSED:
-        # In a process of its own: SGLang ends the whole process if its scheduler cannot start.
+        # In a separate process, because SGLang ends the whole process if its scheduler cannot start.
         arguments = engine_arguments(str(folder), radix_cache_backend="a3", **ARGUMENTS)
         code = f"import sglang\nif __name__ == '__main__':\n    sglang.Engine(**{arguments!r})\n"
         (tmp_path / "start.py").write_text(code)
@@ -62,7 +62,7 @@ def test_a_model_equals_its_full_prefill_or_is_refused(name: str, tmp_path: Path
             out = generate(running, ids, 6, a3, return_logprob=True)
             return out, torch.load(tmp_path / f"{out['meta_info']['id']}.pt")
 
-        # Long passages with little between them, a gap, and a question.
+        # Long passages with little text between them, a gap and a question.
         passages = [tokens(200) for _ in range(4)]
         prompt = [*tokens(3), *passages[2], *passages[0], *tokens(30), *passages[1], *tokens(40)]
         full, exact = ask(prompt, False)
@@ -82,11 +82,11 @@ def test_a_model_equals_its_full_prefill_or_is_refused(name: str, tmp_path: Path
                     assert_close(kv[part][:, :end], exact[part][:, :end], rtol=1e-3, atol=1e-4)
                 continue
             assert report["reused"] > 400
-            # Layer 0 has seen no context; deeper layers have, so copied rows differ there.
+            # Layer 0 has attended to no context. Deeper layers have, so copied rows differ there.
             for part in "kv":
                 assert_close(kv[part][0, :end], exact[part][0, :end], rtol=1e-3, atol=1e-4)
             assert not torch.allclose(kv["v"][-1, :end], exact["v"][-1, :end], rtol=1e-3, atol=1e-4)
-        # A plain request afterwards answers as at the beginning, and all slots come back.
+        # A plain request afterwards gets the same answer as before, and no slot is lost.
         flush(running)
         assert ask(prompt, False)[0]["output_ids"] == full["output_ids"]
         flush(running)

@@ -1,4 +1,4 @@
-"""The engine's fused KV against a Llama written here, with the same weights, in float64."""
+"""The engine's fused KV against a float64 Llama of the tests with the same weights."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def test_fused_kv_is_the_oracles(traffic: Traffic, oracle: Llama, option: dict):
 
 
 def test_the_probe_picks_the_oracles_rows(traffic: Traffic, oracle: Llama):
-    # Rows near the threshold change places by rounding, on a random model more than on a trained one.
+    # Rows near the threshold swap by rounding, on a random model more than on a trained one.
     assert probe_agreement(traffic, oracle) > 0.8

@@ -1,4 +1,4 @@
-"""A trained model on the engine: its attention and its drift are not those of random weights."""
+"""A trained model on the engine, whose attention and drift differ from those of random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""8: what cannot be served is refused at start, in one line, by the command a user runs."""
+"""8: a configuration that cannot be served is refused at start with one line, by the command that users run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shadow's predictions against what the engine then reuses."""
+"""The shadow's predictions against the engine's actual reuse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLOTS, CHUNK = 49_152, 512
 
 
 def requests(traffic: Traffic) -> list[tuple[list[int], Any]]:
-    """200 over a moving corpus, with retries and next turns, and their options."""
+    """200 requests over a moving corpus, with retries, next turns and options."""
     chooser, made = traffic.random, []
     for number in range(200):
         if number % 20 == 0:
@@ -50,7 +50,7 @@ def reports(engines: Engines, tiny: str, asked: list[tuple[list[int], Any]], **o
 
 
 def differ(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
-    """Share of the tokens of which they say another thing."""
+    """Share of the tokens in which two reports differ."""
     off = sum(abs(one[part] - other[part]) for one, other in zip(some, others, strict=True) for part in PARTS) / 2
     return off / sum(map(parts, some))
 
@@ -58,7 +58,7 @@ def differ(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
 @pytest.mark.engine
 @pytest.mark.parametrize("donors", ["harvest", "compiled"])
 def test_observe_and_analyze_predict_what_a3_does(engines: Engines, tiny: str, donors: str):
-    """Within 1% of the tokens; the order of evictions may differ, so a pool of a few prompts is further off."""
+    """Within 1% of the tokens. Evictions may come in another order, so a pool of a few prompts is further off."""
     asked = requests(Traffic(None, seed=random.randrange(1 << 30)))
     done = reports(engines, tiny, asked, A3_DONORS=donors)
     assert sum(report["reused"] for report in done) > 0.05 * sum(map(parts, done))
@@ -120,7 +120,7 @@ def test_analyze_reads_logs_of_every_kind(tiny: str, tmp_path: Path):
     assert found["all"]["requests"] == 6
     assert found["all"]["results"]["full: off"] == 1
     assert found["all"]["results"]["fused"] >= 3
-    # Nothing but the template is a prefix, and most of the text comes back elsewhere.
+    # Only the template is a prefix, and most of the text recurs at other positions.
     assert found["all"]["stock_prefix"] < 0.2 * sum(found["all"][part] for part in PARTS)
     assert found["all"]["gain"] > 1.5
     assert found["documents"][0]["times"] >= 2

@@ -1,4 +1,4 @@
-"""What users do, in computed tokens: a3 on the real engine against stock SGLang's prefix cache over the same prompts.
+"""Typical workloads in computed tokens: a3 on the real engine against stock SGLang's prefix cache on the same prompts.
 
 Stock's count is that of a prefix cache that never evicts, so it is the least that stock could compute.
 """
@@ -19,7 +19,7 @@ OPTIONS = {"A3_MIN_SAVING": "0.3333", "A3_OVERHEAD": "0"}
 
 
 class Counted:
-    """Requests to the engine, and what they computed, beside what stock would have."""
+    """Sends requests to the engine, and counts the tokens that a3 and stock SGLang compute."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
@@ -35,12 +35,12 @@ class Counted:
         self.a3.append(len(ids) - out["meta_info"]["cached_tokens"])
         self.reasons.append(out["meta_info"]["a3"]["reason"])
         answer: list[int] = out["output_ids"]
-        # The last token of an answer has no KV, but for releases before 0.5.21.
+        # The last token of an answer has no KV, except in releases before 0.5.21.
         self.paths.append([*ids, *answer[:-1]])
         return answer
 
     def never_more(self, first: int) -> bool:
-        """Whether no request from the ``first`` on computed more than stock."""
+        """Whether no request from number ``first`` on computed more than stock."""
         return all(mine <= theirs for mine, theirs in zip(self.a3[first:], self.stock[first:], strict=True))
 
 
@@ -57,7 +57,7 @@ def counted(traffic: Traffic) -> Counted:
 
 @pytest.fixture
 def known(counted: Counted) -> Callable[[list[int]], list[int]]:
-    """Makes a prompt's beginning over documents that are known."""
+    """Makes the beginning of a prompt over cached documents."""
     counted.ask(counted.traffic.prompt(list(range(8))))
     return lambda order: counted.traffic.prompt(order, 0)
 
@@ -78,8 +78,8 @@ def test_a_chat_over_known_documents(counted, known):
     assert counted.never_more(2)
 
 
-def test_a_chat_over_an_own_document_behind_a_shared_text(counted):
-    """The shared text alone is not worth a fusion: the document is computed in full, once, and is exact."""
+def test_a_chat_over_a_new_document_after_a_shared_text(counted):
+    """The shared text alone is not worth a fusion: the document is computed in full once, and is exact."""
     traffic = counted.traffic
     shared = traffic.tokens(150)
     counted.ask([*traffic.tokens(8), *shared, *traffic.tokens(30)])
@@ -103,7 +103,7 @@ def test_nothing_to_reuse(counted):
 
 
 def test_new_documents_become_donors(counted):
-    """A corpus by Zipf's law of which a tenth is replaced every ten prompts, all with one common text."""
+    """Documents drawn by Zipf's law after a common text; a tenth of the corpus is replaced every ten prompts."""
     chooser, traffic = random.Random(3), counted.traffic
     shared, corpus = traffic.tokens(100), [traffic.tokens(150) for _ in range(24)]
     weights = [1 / (rank + 1) for rank in range(len(corpus))]

@@ -1,4 +1,4 @@
-"""A plugin for SGLang that makes stages of the fusion fail, for tests/engine/test_faults.py.
+"""A plugin for SGLang that makes stages of a fusion fail, for tests/engine/test_faults.py.
 
 The file that ``A3_TEST_FAULTS`` names holds the stages that are to fail, one per line; each fails once, in that order.
 """
@@ -25,7 +25,7 @@ STAGES = (
     "detail",
 )
 LAYER = 3
-"""Attention of this layer fails in the stage ``extend``: when some layers have KV already and others have not."""
+"""In the stage ``extend``, attention of this layer fails, so that only the layers before it have new KV."""
 
 
 def register() -> None:

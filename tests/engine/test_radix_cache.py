@@ -1,4 +1,4 @@
-"""What goes wrong between match and copy, on SGLang's own tree, allocator, pool and requests; no engine around them."""
+"""Errors and evictions between match and copy, on SGLang's own tree, allocator, pool and requests without an engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from a3_sglang.integration.request_state import state_of
 from a3_sglang.reporting.report import PARTS, Reason
 from helpers.tree import SLOTS, Cache, text, tokens
 
-# Their constructors are those of the newest SGLang.
+# The constructors used here are those of the newest supported SGLang.
 pytestmark = pytest.mark.engine
 
 
@@ -42,7 +42,7 @@ def test_donors_evicted_between_match_and_copy_are_a_miss(generator):
 
 
 def test_the_copy_itself_cannot_evict_its_donors(generator):
-    """Room for the private slots is made of what else there is, and where that is too little, there is no fusion."""
+    """Other KV is evicted to make room for the private slots; if that is not enough, there is no fusion."""
     cache = Cache()
     donor, other = text(generator, 200), tokens(generator, 300)
     cache.donate(donor)
@@ -103,7 +103,7 @@ def fails(*_args: Any, **_kwargs: Any) -> Any:
 
 
 def fails_once(function: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
-    """``function``, whose call after ``before`` good ones fails."""
+    """``function``, which fails once, after ``before`` successful calls."""
     calls = 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ def fails_once(function: Callable[..., Any], before: int = 0) -> Callable[..., A
 @pytest.mark.parametrize("selector", ["probe", "reuse", "epic", "a3"])
 @pytest.mark.parametrize("stage", ["copy", "probe", "select", "recompute", "extend"])
 def test_an_error_in_any_stage_is_a_full_prefill(stage, selector, generator, monkeypatch, caplog):
-    """And no other request pays for it: the batch runs once more, as in stock SGLang."""
+    """No other request is affected: the batch runs once more as in stock SGLang."""
     cache = Cache()
     req, prompt = admitted(cache, generator, selector=selector)
     executor, run = cache.executor, lambda: "result"
@@ -142,8 +142,8 @@ def test_an_error_in_any_stage_is_a_full_prefill(stage, selector, generator, mon
     assert cache.all_slots_back()
 
 
-def test_what_cannot_be_recomputed_is_aborted_alone(generator, monkeypatch):
-    """Two requests in a batch; the KV of one of them cannot be made."""
+def test_only_a_request_that_cannot_be_recomputed_is_aborted(generator, monkeypatch):
+    """Of two requests in a batch, the KV of one cannot be computed."""
     cache = Cache()
     (req, prompt), (other, _) = (admitted(cache, generator) for _ in "ab")
     for pool in (*cache.model.keys, *cache.model.values):
@@ -164,7 +164,7 @@ def test_what_cannot_be_recomputed_is_aborted_alone(generator, monkeypatch):
         )
 
 
-def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, caplog):
+def test_fusion_is_turned_off_after_repeated_errors(generator, monkeypatch, caplog):
     cache = Cache()
     failing = [*range(LIMIT - 1), *range(LIMIT + 1, 2 * LIMIT)]
     for number in range(2 * LIMIT + 1):
@@ -177,7 +177,7 @@ def test_fusion_turns_itself_off_after_errors_in_a_row(generator, monkeypatch, c
             cache.allocator.free(private_slots(req))
         cache.evict(SLOTS)
         if number == failing[-1]:
-            # Two in a row, then a good one, so the count began anew.
+            # A success after two failures resets the count.
             assert not cache.tree.breaker.open
     with monkeypatch.context() as patch:
         patch.setattr(cache.executor, "prepare", fails)
@@ -224,7 +224,7 @@ def test_an_error_after_admission_began_leaks_nothing(generator, monkeypatch):
 
 
 def test_options_that_a_front_end_let_through_are_a_full_prefill(generator):
-    """Not every front end loads plugins; what it does not check must not raise in the scheduler."""
+    """Not every front end loads plugins, so unchecked options must not raise in the scheduler."""
     cache = Cache()
     donor = text(generator, 120)
     cache.donate(donor)
@@ -235,8 +235,8 @@ def test_options_that_a_front_end_let_through_are_a_full_prefill(generator):
         cache.donate(tokens(generator, 40))
 
 
-def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
-    """Admitted first, copied first: the second one's private slots are those that the first one copies from."""
+def test_a_donors_slots_may_go_to_the_next_request_of_the_batch(generator):
+    """Fusions run in admission order: the private slots of the second request are the donor slots of the first."""
     cache = Cache()
     donors = [text(generator, 150) for _ in "ab"]
     for donor in donors:
@@ -250,7 +250,7 @@ def test_a_donor_may_go_to_the_next_request_of_its_batch(generator):
         for donor, rid in zip(donors, "ab", strict=True)
     )
     assert (cache.match(first), cache.load(first)) == (146, 146)
-    # Used last, so what has to go is the first one's donor.
+    # It is used last, so the donor of the first request has to be evicted.
     assert (cache.match(second), cache.load(second)) == (146, 146)
     assert torch.isin(private_slots(second), held[0]).any()
     cache.fuse(first, second)
@@ -270,8 +270,8 @@ def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
     assert state_of(req).match.reason == Reason.ERROR
 
 
-def test_an_admission_that_came_to_nothing_gives_its_slots_back(generator):
-    """Loaded, but not admitted by the scheduler, or matched again before its batch ran."""
+def test_an_admission_without_a_forward_gives_its_slots_back(generator):
+    """The request was not admitted after all, or was matched again before its batch ran."""
     cache = Cache()
     donor = text(generator, 152)
     cache.donate(donor)
@@ -288,7 +288,7 @@ def test_an_admission_that_came_to_nothing_gives_its_slots_back(generator):
 
 
 def test_a_donor_evicted_after_the_match_is_replaced_by_another(generator):
-    """The scheduler was promised where the tail starts; what no donor holds any more is a gap."""
+    """The scheduler knows the start of the tail already; text that no donor holds any more becomes a gap."""
     cache = Cache()
     known, more = tokens(generator, 60), tokens(generator, 40)
     older = [0, *tokens(generator, 19), *known]
@@ -322,7 +322,7 @@ def test_a_living_donor_is_found_past_stale_ones(generator):
 
 
 def test_searching_does_not_split_the_tree(generator, capfd):
-    """A donor is matched by its whole path; matching a part of it would leave a node for every request."""
+    """A donor is matched by its whole path, because matching a part of it would split a node for every request."""
     cache = Cache()
     donor = text(generator, 400)
     cache.donate(donor)
@@ -342,7 +342,7 @@ def test_searching_does_not_split_the_tree(generator, capfd):
 
 
 def test_a_request_is_searched_once_while_it_waits(generator, monkeypatch):
-    """Whatever the policy asks every round, and whatever unrelated requests leave in the tree meanwhile."""
+    """The policy matches it every round, and unrelated requests insert KV meanwhile."""
     cache = Cache()
     donor = text(generator, 200)
     cache.donate(donor)
@@ -357,8 +357,8 @@ def test_a_request_is_searched_once_while_it_waits(generator, monkeypatch):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.sampled_from([1, 16]))
-def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
-    """Random donors and evictions: what is obtained holds the donor's values at every covered position."""
+def test_copied_keys_are_the_rotated_keys_of_the_donor(data, page_size):
+    """Random donors and evictions: a fused prompt holds the donor's values at every reused position."""
     cache = Cache(page_size)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
     whole = page_size * data.draw(st.integers(64 // page_size, 128 // page_size))
@@ -393,7 +393,7 @@ def test_copied_keys_are_those_of_the_donor_turned(data, page_size):
 
 
 def test_counts_do_not_depend_on_guesses_of_another_clients_secret(generator):
-    """The attack of a client who knows the text before a secret, and asks with many guesses at once.
+    """A client who knows the text before a secret attacks with many guesses at once.
 
     Blocks have 16 tokens. The secret is within one, which ends after it, so that no guess completes it.
     """
@@ -415,5 +415,5 @@ def test_counts_do_not_depend_on_guesses_of_another_clients_secret(generator):
         req = cache.request([*prompt, 5, *tokens(generator, 60)])
         cache.match(req)
         seen.add((len(known), state_of(req).match.plan.reused))
-    # As many tokens, whatever was guessed.
+    # The counts are the same for every guess.
     assert len(seen) == len(secret)

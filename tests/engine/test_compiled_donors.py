@@ -1,4 +1,4 @@
-"""Compiled donors on the real engine: what an answer is does not depend on who asked before."""
+"""Compiled donors on the real engine: an answer does not depend on earlier requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compile_documents(traffic: Traffic) -> list[dict[str, Any]]:
 
 
 def test_own_turns_continue_and_other_questions_do_not(traffic: Traffic):
-    """An answer may depend on the turns of the same conversation, not on what others asked over the same text."""
+    """An answer may depend on the turns of its own conversation, not on other questions about the same text."""
     traffic.renew()
     flush(traffic.running)
     compile_documents(traffic)
@@ -36,7 +36,7 @@ def test_own_turns_continue_and_other_questions_do_not(traffic: Traffic):
     assert other["reused"] > 0
     turn = [*prompt, *out["output_ids"], *traffic.tokens(40)]
     report = traffic.ask(turn)["meta_info"]["a3"]
-    # Releases before 0.5.21 also have KV of an answer's last token.
+    # Releases before 0.5.21 also cache KV of an answer's last token.
     assert len(prompt) + len(out["output_ids"]) - (report["prefix"] + report["continued"]) in (0, 1)
     assert report["reused"] == 0
 
@@ -56,7 +56,7 @@ def test_answers_do_not_depend_on_other_traffic(traffic: Traffic):
     report = first["meta_info"]["a3"]
     assert report["reason"] is None
     assert report["reused"] > report["recomputed"] > 0
-    # Traffic that leaves other KV of the same chunks, and exact prefixes of the very prompt.
+    # Traffic that leaves other KV of the same chunks, and exact prefixes of the same prompt.
     for order in ([5, 0, 2, 7], [7, 2, 5, 0], [2, 5, 1, 3], ORDER[:2], ORDER):
         traffic.ask(traffic.prompt(order), False, tokens=2)
         traffic.ask(traffic.prompt(order), None, tokens=2)
@@ -77,7 +77,7 @@ def test_only_donors_are_reused(traffic: Traffic):
     assert report["reason"] is not None
 
 
-def test_the_answer_to_a_donor_is_no_donor(traffic: Traffic):
+def test_the_answer_to_a_donor_is_not_a_donor(traffic: Traffic):
     traffic.renew()
     flush(traffic.running)
     donor = traffic.system + traffic.tokens(120)
@@ -89,7 +89,7 @@ def test_the_answer_to_a_donor_is_no_donor(traffic: Traffic):
 
 
 def test_a_fresh_engine_with_other_traffic_has_the_same_kv(traffic: Traffic):
-    """Rounding aside: which request computed the system part first decides in which batch its KV was computed."""
+    """Up to rounding: the request that comes first decides in which batch the KV of the system part is computed."""
     traffic.renew()
     question = traffic.tokens(40)
     prompt = traffic.prompt(ORDER, 0) + question
@@ -104,7 +104,7 @@ def test_a_fresh_engine_with_other_traffic_has_the_same_kv(traffic: Traffic):
     (one_report, one), (other_report, other) = seen
     assert one_report == other_report
     chosen = [set(kv["recomputed"].tolist()) for kv in (one, other)]
-    # A row may give way to one that ranks as high; then the rows around these two differ a little, too.
+    # Rows with nearly equal scores may swap; then the rows around them differ a little, too.
     assert len(chosen[0] & chosen[1]) >= 0.75 * len(chosen[0])
     same = [at for at in range(one["k"].shape[1]) if at not in chosen[0] ^ chosen[1]]
     for part in "kv":
@@ -113,7 +113,7 @@ def test_a_fresh_engine_with_other_traffic_has_the_same_kv(traffic: Traffic):
 
 
 def test_steps_do_not_depend_on_other_traffic(engines: Engines, tiny: str):
-    """A prompt for several chunks, with new text that is longer than one; others take room in its chunks."""
+    """A prompt of several chunks, with new text longer than a chunk; other requests use rows of its chunks."""
     running, folder = engines.get(tiny, "a3", OPTIONS, chunked_prefill_size=256)
     traffic = Traffic(running, seed=random.randrange(1 << 30), folder=folder)
     compile_documents(traffic)
