@@ -53,9 +53,9 @@ def layer_zero(kv: dict[str, torch.Tensor], end: int) -> torch.Tensor:
 
 
 def test_random_requests(small, stock, configuration):
-    """Fused, continued, plain, aborted and bad requests: no slot is lost, and plain answers are those of a stock engine.
+    """Fused, continued, plain, aborted and bad requests: no slot is lost, and plain answers are as on a stock engine.
 
-    The pool holds only a few prompts, so donors are constantly evicted and their slots overwritten. A copy that came
+    The pool holds only a few prompts, so donors are constantly evicted and their slots overwritten. A copy that comes
     after that would hold another token's KV, which layer 0 shows.
     """
     chooser = random.Random(random.randrange(1 << 30))
