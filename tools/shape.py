@@ -75,25 +75,36 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def main() -> None:
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
+def sources(root: Path) -> list[Path]:
+    return sorted([*root.glob("a3_sglang/**/*.py"), *root.glob("kernels/*.py")])
+
+
+def wrong_imports(root: Path) -> tuple[list[str], list[str]]:
+    """Imports of SGLang outside ``integration`` and the entry point, and imports from a higher layer."""
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    sizes: dict[str, int] = {}
-    upward: list[str] = []
-    outside: list[str] = []
-    words: Counter[str] = Counter()
-    documented = total = ignores = 0
-    for path in sorted([*root.glob("a3_sglang/**/*.py"), *root.glob("kernels/*.py")]):
-        text, name = path.read_text(), str(path.relative_to(root))
-        tree = ast.parse(text)
-        sizes[name] = len(text.splitlines())
-        ignores += text.count("type: ignore")
+    outside, upward = [], []
+    for path in sources(root):
+        name = str(path.relative_to(root))
         own = "kernels" if name.startswith("kernels") else name.removesuffix(".py").split("/")[1]
-        for module in imported(tree):
+        for module in imported(ast.parse(path.read_text())):
             if module.split(".")[0] == "sglang" and own not in ("integration", "plugin"):
                 outside.append(name)
             if module.startswith("a3_sglang.") and rank.get(part_of(module), -1) > rank.get(own, 99):
                 upward.append(f"{name} -> {module}")
+    return outside, upward
+
+
+def main() -> None:
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
+    sizes: dict[str, int] = {}
+    words: Counter[str] = Counter()
+    documented = total = ignores = 0
+    outside, upward = wrong_imports(root)
+    for path in sources(root):
+        text, name = path.read_text(), str(path.relative_to(root))
+        tree = ast.parse(text)
+        sizes[name] = len(text.splitlines())
+        ignores += text.count("type: ignore")
         said = prose(text, tree)
         words.update({word: len(re.findall(pattern, said, re.IGNORECASE)) for word, pattern in PATTERNS.items()})
         nodes = list(definitions(tree))

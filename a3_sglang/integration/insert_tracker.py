@@ -1,4 +1,4 @@
-"""Tells for which request SGLang's tree inserts KV."""
+"""Tracks the request for which SGLang's tree inserts KV."""
 
 from __future__ import annotations
 

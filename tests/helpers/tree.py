@@ -1,4 +1,4 @@
-"""SGLang's own tree, allocator, pool and requests, with what a scheduler does to them spelled out."""
+"""SGLang's own tree, allocator, pool and requests, driven step by step as its scheduler drives them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS = ServerOptions(min_span=8, min_saving=0, report="exact")
 
 
 class Cache:
-    """A tree over a pool of slots, with what a scheduler does to it spelled out."""
+    """A tree over a pool of slots, with a method for each thing that a scheduler does to it."""
 
     def __init__(self, page_size: int = 1, options: ServerOptions | None = None, slots: int = 0) -> None:
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -60,7 +60,7 @@ class Cache:
         return RadixKey(array.array("q", tokens), None)
 
     def donate(self, tokens: list[int]) -> None:
-        """What a finished request leaves."""
+        """Insert the KV of a finished request."""
         from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 
         slots = self.allocator.alloc(len(tokens))
@@ -74,7 +74,7 @@ class Cache:
         return Req(rid, "", array.array("q", tokens), SamplingParams(custom_params={"a3": options}))
 
     def match(self, req) -> int:
-        """Tokens offered beyond the prefix."""
+        """Match a request; returns the tokens offered after the prefix."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 
         result = self.tree.match_prefix(MatchPrefixParams(key=self.key(list(req.origin_input_ids)), req=req))
@@ -82,17 +82,17 @@ class Cache:
         return result.host_hit_length
 
     def slots_of(self, tokens: list[int]) -> torch.Tensor:
-        """Where the tree holds what it has of these tokens."""
+        """The slots of the cached prefix of these tokens."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 
         return compat.matched_slots(self.tree, self.tree.match_prefix(MatchPrefixParams(key=self.key(tokens))))
 
     def load(self, req) -> int:
-        """Tokens obtained."""
+        """Admit a matched request; returns the tokens that it gets after the prefix."""
         return self.tree.init_load_back(SimpleNamespace(req=req))[0]
 
     def fuse(self, *reqs, run: Callable[[], Any] = lambda: None) -> Any:
-        """A batch of these requests; ``run`` takes the place of its extend."""
+        """Run a batch of these requests; ``run`` replaces its extend."""
         for row, req in enumerate(reqs):
             prefix = list(req.origin_input_ids)[: state_of(req).match.plan.prefix]
             slots = torch.cat([self.slots_of(prefix), state_of(req).admission.private_slots])
@@ -113,7 +113,7 @@ class Cache:
         self.tree.evict(EvictParams(num_tokens=count))
 
     def all_slots_back(self) -> bool:
-        """Available and evictable slots are all there are."""
+        """Whether all slots are available after everything was evicted."""
         self.evict(SLOTS)
         return self.allocator.available_size() == SLOTS
 
@@ -123,7 +123,7 @@ def tokens(generator: torch.Generator, count: int) -> list[int]:
 
 
 def text(generator: torch.Generator, count: int) -> list[int]:
-    """Tokens that no prompt below begins with, so that nothing of them is an exact prefix by chance."""
+    """Tokens that no prompt of the tests begins with, so that they are no exact prefix by chance."""
     drawn = tokens(generator, count)
     for token, position in enumerate((0, 4, 20, 40)):
         drawn[position] = token
