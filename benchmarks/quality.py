@@ -1,4 +1,4 @@
-"""Quality against charged budget, measured by ``a3-sglang eval``, as a table and a picture in ``docs/``.
+"""Quality against charged budget, measured by ``a3-sglang eval``, as tables and a picture.
 
 Run by ``make quality DATA=questions.json`` from the clone's root. Single results are kept beside the figures in
 ``benchmarks/results``, so a run that was cut off goes on where it was. What each run measures::
@@ -133,8 +133,7 @@ def main() -> None:
             drawn[name] = figures["rows"]
     if drawn.keys() >= {"questions", "equal"}:
         draw(drawn["questions"] + drawn["equal"], args.docs / "quality.svg")
-        parts.insert(0, "![mean KL to the full prefill against charged budget](quality.svg)\n")
-    page = args.docs / "quality.md"
+    page = args.results / "quality-tables.md"
     head, rest = page.read_text().split("<!-- figures -->\n")
     _, tail = rest.split("<!-- end of figures -->\n")
     figures_part = "\n".join(parts)
