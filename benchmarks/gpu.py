@@ -32,9 +32,8 @@ from typing import Any
 
 import torch
 
+from a3_sglang.attention.base import ProbeRows, RequestRows
 from a3_sglang.attention.flashinfer import FlashInferRowAttention
-from a3_sglang.attention.probe_attention import ProbeRows
-from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.drift.correction import DriftCorrection, correct_drift
 from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
 from a3_sglang.fusion.executor import Timings

@@ -26,8 +26,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
-from a3_sglang.attention.probe_attention import ProbeRows
-from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.attention.base import ProbeRows, RequestRows
 from a3_sglang.drift.correction import DriftCorrection
 from a3_sglang.drift.model import DriftPredictor, PaddedBlocks
 from a3_sglang.fusion.ops import TritonOps

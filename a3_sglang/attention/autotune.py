@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from a3_sglang.attention.row_attention import RequestRows, RowAttention, TorchRowAttention
+from a3_sglang.attention.base import RequestRows, RowAttention
+from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.timing import seconds
 
 logger = logging.getLogger(__name__)

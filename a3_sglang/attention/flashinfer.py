@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.row_attention import Attention, RequestRows, RowAttention, TritonRowAttention
+from a3_sglang.attention.base import Attention, RequestRows, RowAttention
+from a3_sglang.attention.triton import TritonRowAttention
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)

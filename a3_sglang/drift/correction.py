@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from a3_sglang.attention.probe_attention import KV
+from a3_sglang.attention.base import KV
 from a3_sglang.drift.model import DriftPredictor
 from a3_sglang.rope import RopeTable, Rotation, rotate
 

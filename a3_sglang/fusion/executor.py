@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.probe_attention import ProbeFn, ProbeRows
-from a3_sglang.attention.row_attention import Attention, RequestRows
+from a3_sglang.attention.base import Attention, ProbeFn, ProbeRows, RequestRows
 from a3_sglang.drift.correction import DriftCorrection
 from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
 from a3_sglang.fusion.ops import Ops

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from a3_sglang.attention.autotune import fastest
-from a3_sglang.attention.flashinfer import FlashInferRowAttention
-from a3_sglang.attention.probe_attention import (
-    KV,
-    ProbeAttention,
-    TorchProbeAttention,
-    TritonProbeAttention,
-)
-from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
+from a3_sglang.attention.base import KV, ProbeAttention, RowAttention
+from a3_sglang.attention.registry import ROW_ATTENTION, ROW_ATTENTION_NAMES
+from a3_sglang.attention.torch_cpu import TorchProbeAttention, TorchRowAttention
+from a3_sglang.attention.triton import TritonProbeAttention, TritonRowAttention
 from a3_sglang.drift.correction import DriftCorrection, correct_drift
 from a3_sglang.rope import RopeTable, Rotation, copy_rotated
 
@@ -107,13 +103,6 @@ class TritonOps(Ops):
         )
 
 
-ROW_ATTENTION: dict[str, Callable[[Any], RowAttention]] = {
-    "flashinfer": FlashInferRowAttention,
-    "triton": lambda _device: TritonRowAttention(),
-}
-"""Row attention on CUDA, by the names of ``--a3-row-attention``."""
-
-
 def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) -> Ops:
     """How fusions run where the KV lies.
 
@@ -121,7 +110,7 @@ def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) 
         pool: (slots, kv_heads, head_dim), a layer's keys.
         heads: query heads of a layer.
         layers: of the model.
-        row_attention: a name in :data:`ROW_ATTENTION`, or "auto" for the fastest that is right.
+        row_attention: a name in :data:`ROW_ATTENTION_NAMES`, or "auto" for the fastest that is right.
 
     Raises:
         ValueError: there is no such row attention here, or it gives wrong results.
@@ -130,6 +119,6 @@ def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) 
         if row_attention != "auto":
             raise ValueError(f"row_attention={row_attention} needs a CUDA device; leave it at auto")
         return TorchOps()
-    names = ROW_ATTENTION if row_attention == "auto" else [row_attention]
+    names = ROW_ATTENTION_NAMES if row_attention == "auto" else (row_attention,)
     candidates = {name: partial(ROW_ATTENTION[name], pool.device) for name in names}
     return TritonOps(fastest(candidates, heads, pool, layers))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.attention.base import RequestRows
 from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
 from a3_sglang.integration.model import UnsupportedModelError
 from a3_sglang.matching.index import AnyPositionIndex

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.attention.base import RequestRows
 from a3_sglang.drift import model as drift
 from a3_sglang.fusion.executor import AttentionHook, Executor, FusionRequest, RecomputePass, Slice, Timings
 from a3_sglang.matching.plan import MIN_TAIL, Plan, question_ranges

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.probe_attention import ProbeRows, TorchProbeAttention, TritonProbeAttention
+from a3_sglang.attention.base import ProbeRows
+from a3_sglang.attention.torch_cpu import TorchProbeAttention
+from a3_sglang.attention.triton import TritonProbeAttention
 from helpers.reference import random_tensor, weights64
 
 IMPLEMENTATIONS = {"torch": TorchProbeAttention, "triton": TritonProbeAttention}

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from a3_sglang.attention.row_attention import RequestRows, TorchRowAttention, TritonRowAttention
+from a3_sglang.attention.base import RequestRows
+from a3_sglang.attention.torch_cpu import TorchRowAttention
+from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.matching.plan import MIN_TAIL
 from helpers.reference import attention64, random_tensor
 

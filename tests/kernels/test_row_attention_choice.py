@@ -13,8 +13,10 @@ from test_row_attention import batches
 from torch.testing import assert_close
 
 from a3_sglang.attention.autotune import NoUsableBackendError, fastest
+from a3_sglang.attention.base import RowAttention
 from a3_sglang.attention.flashinfer import FlashInferRowAttention, PagedRows
-from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
+from a3_sglang.attention.torch_cpu import TorchRowAttention
+from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.fusion.ops import create_ops
 from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up

@@ -1,69 +1,23 @@
-"""Attention of arbitrary rows over paged KV: each row sees its own request's positions up to its own."""
+"""Attention by PyTorch's own operations, on a CPU."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from a3_sglang.attention.relevance import attention_weights, hidden_columns, key_columns, query_rows
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRows:
-    """Rows of one request within a batch of rows.
-
-    Attributes:
-        begin, end: the request's rows in the batch.
-        slots: int64 (n,), KV slots of the whole prompt by ascending position; those no row sees may be any.
-        visible: int64 (end - begin,), ascending: how many of ``slots`` each row sees.
-        exact: no KV of the request is approximate, so rows should round as in a full prefill where kernels allow.
-    """
-
-    begin: int
-    end: int
-    slots: torch.Tensor
-    visible: torch.Tensor
-    exact: bool
-
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""Attention of a pass's rows at one layer: ``(query, keys, values, scaling) -> out``.
-
-``query`` and ``out`` are (rows, heads, head_dim) of one dtype, ``keys`` and ``values`` (slots, kv_heads, head_dim) with
-the rows' own already written; ``scaling`` multiplies the logits.
-"""
-
-
-class RowAttention(ABC):
-    """How rows attend; one implementation for each kind of device."""
-
-    @abstractmethod
-    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
-        """Prepare a pass, once for all layers.
-
-        Args:
-            groups: who owns which rows; together they cover all rows in order.
-            heads: query heads of a layer.
-            kv_heads: KV heads of a layer.
-            dtype: of query, keys and values.
-        """
-
-
-class TritonRowAttention(RowAttention):
-    """One launch a layer for the rows of all requests, on CUDA devices."""
-
-    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
-        # Imported here: a machine without a GPU need not have Triton.
-        from a3_sglang.kernels.row_attention import make_tiles, row_attention
-
-        counts, slots = [g.end - g.begin for g in groups], [g.slots for g in groups]
-        tiles = make_tiles(counts, slots, [g.visible for g in groups], heads // kv_heads)
-        return lambda query, keys, values, scaling: row_attention(query, keys, values, tiles, scaling)
+from a3_sglang.attention.base import KV, Attention, ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention
+from a3_sglang.attention.relevance import (
+    Hidden,
+    attention_weights,
+    hidden_columns,
+    key_columns,
+    query_rows,
+    relevance,
+)
 
 
 class TorchRowAttention(RowAttention):
@@ -159,3 +113,62 @@ def _exact(group: RequestRows, heads: int, kv_heads: int, dtype: torch.dtype) ->
 def _query_block(length: int) -> int:
     """Rows that PyTorch's CPU kernel takes at once when as many rows as this attend causally."""
     return 256 if length >= 768 else 64 if length >= 192 else 32
+
+
+class TorchProbeAttention(ProbeAttention):
+    """One question after the other in plain matrix products."""
+
+    def plan(self, questions: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
+        alone = [_Alone(question) for question in questions]
+
+        def ask(query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None) -> torch.Tensor:
+            out, at = torch.empty_like(query), 0
+            for one in alone:
+                rows = slice(one.question.begin, one.question.end)
+                context = slice(at, at + len(one.question.known))
+                mine = None if scores is None else scores[context]
+                keys, values = own
+                out[rows] = one.ask(query[rows], (keys[rows], values[rows]), pools, scaling, mine)
+                at = context.stop
+            return out
+
+        return ask
+
+
+@dataclass(slots=True)
+class _Alone:
+    question: ProbeRows
+    _hidden: Hidden = field(init=False)
+    _room: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known, rows = self.question.known, self.question.end - self.question.begin
+        self._hidden = hidden_columns(torch.arange(1, rows + 1, device=known.device) + len(known))
+
+    def ask(self, query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None) -> torch.Tensor:
+        rows, heads, dim = query.shape
+        known, kv_heads = self.question.known, own[0].shape[1]
+        count, total = len(known), len(known) + rows
+        keys, values = (self._take(name, total, x[:0]) for name, x in zip("kv", own, strict=True))
+        for context, pool, fresh in zip((keys, values), pools, own, strict=True):
+            torch.index_select(pool, 0, known, out=context[:count])
+            context[count:] = fresh
+        size = heads // kv_heads * rows * total
+        logits = self._take("logits", size, torch.empty(0, device=query.device))
+        rounded = self._take("weights", size, query.new_empty(0))
+        out = torch.empty_like(query)
+        heads_out = out.view(rows, kv_heads, -1, dim)
+        asked, columns, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
+        for head in range(kv_heads):
+            weights = attention_weights(asked[head], columns[head], self._hidden, scaling, query.dtype, logits)
+            mixed = torch.mm(rounded.view_as(weights).copy_(weights), values[head])
+            heads_out[:, head] = mixed.view(rows, -1, dim)
+            if scores is not None:
+                scores += relevance(weights, rows, values[head])[:count]
+        return out
+
+    def _take(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for ``count`` rows like those of ``like``; the same for all layers."""
+        if name not in self._room:
+            self._room[name] = like.new_empty(count, *like.shape[1:])
+        return self._room[name]

@@ -1,0 +1,19 @@
+"""The attention backends of CUDA devices. To add one: a file beside this one, and a line in :data:`ROW_ATTENTION`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from a3_sglang.attention.base import RowAttention
+from a3_sglang.attention.flashinfer import FlashInferRowAttention
+from a3_sglang.attention.triton import TritonRowAttention
+
+ROW_ATTENTION: dict[str, Callable[[torch.device], RowAttention]] = {
+    "flashinfer": FlashInferRowAttention,
+    "triton": lambda _device: TritonRowAttention(),
+}
+"""Makes the row attention of a device, by the names of ``--a3-row-attention``."""
+
+ROW_ATTENTION_NAMES = tuple(ROW_ATTENTION)
