@@ -34,8 +34,9 @@ import torch
 
 from a3_sglang.attention.base import ProbeRows, RequestRows
 from a3_sglang.attention.flashinfer import FlashInferRowAttention
-from a3_sglang.drift.correction import DriftCorrection, correct_drift
-from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
+from a3_sglang.drift.correction import DriftCorrection, DriftPredictor, correct_drift
+from a3_sglang.drift.model import PaddedBlocks
+from a3_sglang.drift.selection import candidates_per_block
 from a3_sglang.fusion.executor import Timings
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.kernels.row_attention import Shape, make_tiles, row_attention

@@ -27,8 +27,8 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
 from a3_sglang.attention.base import ProbeRows, RequestRows
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DriftPredictor, PaddedBlocks
+from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
+from a3_sglang.drift.model import PaddedBlocks
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.rope import RopeTable
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from a3_sglang.attention.base import Attention, ProbeFn, ProbeRows, RequestRows
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
+from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
+from a3_sglang.drift.model import PaddedBlocks
+from a3_sglang.drift.selection import candidates_per_block
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable

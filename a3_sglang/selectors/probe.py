@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift.model import PaddedBlocks, select_a_optimal
+from a3_sglang.drift.model import PaddedBlocks
+from a3_sglang.drift.selection import select_a_optimal
 from a3_sglang.selectors.base import Rows, Selector
 
 

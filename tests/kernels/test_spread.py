@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import BLOCK, DriftPredictor, PaddedBlocks
+from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
+from a3_sglang.drift.model import BLOCK, PaddedBlocks
 from a3_sglang.fusion.ops import TorchOps, TritonOps
 from a3_sglang.rope import RopeTable
 from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64

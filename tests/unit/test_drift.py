@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.drift import model as drift
-from a3_sglang.drift.model import BLOCK, KEYS, PaddedBlocks, select_a_optimal
+from a3_sglang.drift import model, selection
+from a3_sglang.drift.model import BLOCK, KEYS, PaddedBlocks
+from a3_sglang.drift.selection import select_a_optimal
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
 
@@ -40,7 +41,7 @@ def left(covariance: torch.Tensor, weight: torch.Tensor, known: torch.Tensor) ->
 def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
     """In rounds, each row by the variance that knowing it alone would take away."""
     chosen: list[int] = []
-    for part in torch.arange(count).tensor_split(drift.ROUNDS):
+    for part in torch.arange(count).tensor_split(selection.ROUNDS):
         if chosen:
             toward = covariance[:, chosen]
             given_chosen = covariance - toward @ torch.linalg.inv(toward[chosen]) @ toward.T
@@ -60,8 +61,8 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
     offsets = offsets_of(spans)
     weight, count = drawn_weights(seed, len(offsets)), max(1, int(share * len(offsets)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "BLOCK", block)
-        patch.setattr(drift, "CANDIDATE_FACTOR", float("1e9"))
+        patch.setattr(model, "BLOCK", block)
+        patch.setattr(selection, "CANDIDATE_FACTOR", float("1e9"))
         chosen = select_a_optimal(weight, PaddedBlocks(spans, "cpu"), count)
     assert chosen.dtype == torch.int64
     assert len(chosen) == len(set(chosen.tolist())) == count
@@ -106,7 +107,7 @@ def test_a_row_beside_a_known_one_can_wait():
     weight = torch.zeros(800)
     weight[[600, 601, 700]] = torch.tensor([1.0, 0.95, 0.9])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "ROUNDS", 2)
+        patch.setattr(selection, "ROUNDS", 2)
         assert sorted(select_a_optimal(weight, PaddedBlocks([800], "cpu"), 2).tolist()) == [600, 700]
 
 
