@@ -1,4 +1,7 @@
-"""What an attention backend implements: attention of recomputed rows, and of the probe."""
+"""What an attention backend implements: attention of arbitrary rows, and the attention of the probe.
+
+Either is planned once per pass, on the host, and then run once per layer.
+"""
 
 from __future__ import annotations
 
@@ -8,84 +11,84 @@ from dataclasses import dataclass
 
 import torch
 
+KV = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRows:
-    """Rows of one request within a batch of rows.
+    """The rows of one request in a pass.
 
     Attributes:
-        begin, end: the request's rows in the batch.
-        slots: int64 (n,), KV slots of the whole prompt by ascending position; those no row sees may be any.
-        visible: int64 (end - begin,), ascending: how many of ``slots`` each row sees.
-        exact: no KV of the request is approximate, so rows should round as in a full prefill where kernels allow.
+        begin, end: the request's first row of the pass, and the row after its last.
+        slots: int64 (n,), KV slots of the whole prompt by position; arbitrary after the longest of ``kv_lens``.
+        kv_lens: int64 (end - begin,), ascending: how many of ``slots`` each row attends to.
+        exact: no KV of the request is approximate, so rows should round as in a full prefill if the backend can.
     """
 
     begin: int
     end: int
     slots: torch.Tensor
-    visible: torch.Tensor
+    kv_lens: torch.Tensor
     exact: bool
 
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+RowAttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Attention of a pass's rows at one layer: ``(query, keys, values, scaling) -> out``.
 
-``query`` and ``out`` are (rows, heads, head_dim) of one dtype, ``keys`` and ``values`` (slots, kv_heads, head_dim) with
-the rows' own already written; ``scaling`` multiplies the logits.
+``query`` and ``out`` are (rows, heads, head_dim) of one dtype; ``keys`` and ``values`` (slots, kv_heads, head_dim)
+already hold the KV of the rows themselves; ``scaling`` multiplies the logits.
 """
 
 
 class RowAttention(ABC):
-    """How rows attend; one implementation for each kind of device."""
+    """Attention of arbitrary rows over paged KV: each row attends to its own request up to its own position."""
 
     @abstractmethod
-    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
-        """Prepare a pass, once for all layers.
+    def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
+        """Plan one pass, for all layers at once.
 
         Args:
-            groups: who owns which rows; together they cover all rows in order.
-            heads: query heads of a layer.
-            kv_heads: KV heads of a layer.
+            requests: together they cover all rows of the pass, in order.
+            heads: query heads per layer.
+            kv_heads: KV heads per layer.
             dtype: of query, keys and values.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeRows:
-    """Rows of one request within a batch of rows.
+    """The rows of one request in a probe.
 
     Attributes:
-        begin, end: the request's rows in the batch.
-        known: int64 (context,), slots of the positions that all its rows see.
+        begin, end: the request's first row of the probe, and the row after its last.
+        context_slots: int64 (context,), slots of the positions that all its rows attend to.
     """
 
     begin: int
     end: int
-    known: torch.Tensor
+    context_slots: torch.Tensor
 
-
-KV = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values."""
 
 ProbeFn = Callable[[torch.Tensor, KV, KV, float, torch.Tensor | None], torch.Tensor]
-"""Attention of all rows at one layer: ``(query, own, pools, scaling, scores) -> out``.
+"""Attention of a probe's rows at one layer: ``(query, own, pools, scaling, scores) -> out``.
 
 ``query`` and ``out`` are (rows, heads, head_dim); ``own`` the rows' keys and values, each (rows, kv_heads, head_dim),
-which get no slots; ``pools`` those of the layer, each (slots, kv_heads, head_dim). A row sees its request's known
-context and its request's rows up to itself. To ``scores``, float32 (sum of contexts,), is added what each known
-position gives to its question (:func:`a3_sglang.attention.relevance.relevance`); None: that is not wanted.
+which get no slots; ``pools`` those of the layer, each (slots, kv_heads, head_dim). A row attends to the context of its
+request and to the request's rows up to itself. The relevance of each context position
+(:func:`a3_sglang.attention.relevance.relevance`) is added to ``scores``, float32 (sum of contexts,), unless it is None.
 """
 
 
 class ProbeAttention(ABC):
-    """How questions attend; one implementation for each kind of device."""
+    """Attention of the probe, and the relevance of each context position to it."""
 
     @abstractmethod
-    def plan(self, questions: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
-        """Prepare a pass, once for all layers.
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
+        """Plan one pass, for all layers at once.
 
         Args:
-            questions: who owns which rows; together they cover all rows in order.
-            heads: query heads of a layer.
-            kv_heads: KV heads of a layer.
+            requests: together they cover all rows of the probe, in order.
+            heads: query heads per layer.
+            kv_heads: KV heads per layer.
         """

@@ -1,4 +1,4 @@
-"""The attention backends of CUDA devices. To add one: a file beside this one, and a line in :data:`ROW_ATTENTION`."""
+"""Row attention on CUDA devices. A backend is added by a file beside this one and a line in :data:`ROW_ATTENTION`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ROW_ATTENTION: dict[str, Callable[[torch.device], RowAttention]] = {
     "flashinfer": FlashInferRowAttention,
     "triton": lambda _device: TritonRowAttention(),
 }
-"""Makes the row attention of a device, by the names of ``--a3-row-attention``."""
+"""Constructors by name, called with the device. Neither FlashInfer nor Triton is imported before a pass is planned."""
 
 ROW_ATTENTION_NAMES = tuple(ROW_ATTENTION)
+"""Values of ``--a3-row-attention``, besides "auto"."""

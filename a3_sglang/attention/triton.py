@@ -1,4 +1,7 @@
-"""Attention on CUDA by the kernels in ``kernels/``."""
+"""Attention on CUDA by the kernels in ``kernels/``.
+
+These are imported when a pass is planned: a machine without a GPU need not have Triton.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,27 @@ from collections.abc import Sequence
 
 import torch
 
-from a3_sglang.attention.base import Attention, ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention
+from a3_sglang.attention.base import ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention, RowAttentionFn
 
 
 class TritonRowAttention(RowAttention):
-    """One launch a layer for the rows of all requests, on CUDA devices."""
+    """One launch per layer for the rows of all requests."""
 
-    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
-        # Imported here: a machine without a GPU need not have Triton.
+    def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
         from a3_sglang.kernels.row_attention import make_tiles, row_attention
 
-        counts, slots = [g.end - g.begin for g in groups], [g.slots for g in groups]
-        tiles = make_tiles(counts, slots, [g.visible for g in groups], heads // kv_heads)
+        counts, slots = [r.end - r.begin for r in requests], [r.slots for r in requests]
+        tiles = make_tiles(counts, slots, [r.kv_lens for r in requests], heads // kv_heads)
         return lambda query, keys, values, scaling: row_attention(query, keys, values, tiles, scaling)
 
 
 class TritonProbeAttention(ProbeAttention):
-    """A few launches a layer for the questions of all requests, on CUDA devices."""
+    """Three launches per layer for the probes of all requests."""
 
-    def plan(self, questions: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
-        # Imported here: a machine without a GPU need not have Triton.
-        from a3_sglang.kernels.probe_attention import make_layout, probe_attention
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
+        from a3_sglang.kernels.probe_attention import probe_attention
+        from a3_sglang.kernels.probe_layout import make_layout
 
-        counts, known = [q.end - q.begin for q in questions], [q.known for q in questions]
-        layout = make_layout(counts, known, heads, kv_heads)
-        return lambda query, own, pools, scaling, scores: probe_attention(query, own, *pools, layout, scaling, scores)
+        counts, slots = [r.end - r.begin for r in requests], [r.context_slots for r in requests]
+        layout = make_layout(counts, slots, heads, kv_heads)
+        return lambda query, own, pools, scaling, scores: probe_attention(query, *own, *pools, layout, scaling, scores)

@@ -6,60 +6,66 @@ import math
 
 import torch
 
-from a3_sglang.drift.model import KEYS, PaddedBlocks, cholesky_factor, known_first
+from a3_sglang.drift.model import KEYS, PaddedBlocks, cholesky_factor, observed_first
 
 ROUNDS = 16
-"""In so many rounds :func:`select_a_optimal` chooses; within one, rows do not know of each other."""
+"""Greedy rounds. Rows picked in one round are scored independently of each other."""
 CANDIDATE_FACTOR = 2.5
-"""Of every block it looks at so many times the share of rows that are wanted: those with the highest weight times
-variance."""
+"""Candidates per block, as a multiple of its share of the budget: the rows with the largest weight x prior variance."""
 
 
 def candidates_per_block(blocks: PaddedBlocks, count: int) -> int:
-    """How many rows of a block :func:`select_a_optimal` chooses at most, where it chooses ``count`` of all."""
-    return min(blocks.shape[1], math.ceil(CANDIDATE_FACTOR * count / max(1, len(blocks.place)) * blocks.shape[1]))
+    """Upper bound of the rows per block that :func:`select_a_optimal` picks if it picks ``count`` in all."""
+    return min(blocks.shape[1], math.ceil(CANDIDATE_FACTOR * count / max(1, len(blocks.cell)) * blocks.shape[1]))
 
 
 def select_a_optimal(weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> torch.Tensor:
-    """The rows to know, so that the least of the others' drift stays unknown.
+    """Pick the rows whose recompute most reduces the weighted posterior variance of the drift of keys.
 
-    Each round takes the rows whose drift of keys, once known, lowers the most the variance that is left, summed over
-    rows times their weights: ``sum_j weight[j] cov(i, j)**2 / var(i)``, given the rows of the rounds before (greedy
-    A-optimal design). Rows that others tell about already gain little, rows that tell about many gain more.
+    Greedy A-optimal design: each round picks the rows i with the largest gain
+    ``sum_j weight[j] cov(i, j)**2 / var(i)``, conditioned on the rows of the rounds before. Rows that others already
+    predict well gain little, rows that predict many others gain more.
 
     Args:
-        weight: float32 (n,), not negative; what a row's drift matters.
-        blocks: of the n rows; rows of different blocks tell nothing about each other.
-        count: rows to choose, at most n.
+        weight: float32 (reused,), not negative; how much a row's drift matters.
+        blocks: of the reused rows; rows of different blocks are independent.
+        count: rows to pick, at most ``reused``.
 
     Returns:
-        int64 (count,), indices, in the order in which they were chosen.
+        int64 (count,), ordinals among the reused rows, in the order in which they were picked.
     """
-    weights = blocks.spread(weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny), -1)
-    worth = weights * KEYS.variance(blocks.offsets)
-    play = worth.sort(dim=1, descending=True, stable=True).indices[:, : candidates_per_block(blocks, count)]
-    number = blocks.spread(torch.arange(len(weight), device=weight.device), 0).gather(1, play).flatten()
-    weights, offsets = weights.gather(1, play), blocks.offsets.gather(1, play)
-    taken, weights = (weights < 0).flatten(), weights.clamp(min=0)
-    covariance, own = KEYS(offsets, offsets), KEYS.own(offsets)
-    chosen: list[torch.Tensor] = []
-    for part in torch.arange(count).tensor_split(max(1, min(ROUNDS, count))):
-        spread = covariance.diagonal(dim1=1, dim2=2)
-        told = (covariance.square() @ weights[..., None]).squeeze(-1) + own * (own + 2 * spread) * weights
-        gain = (told / (spread + own)).flatten().masked_fill(taken, -1)
-        best = gain.sort(descending=True, stable=True).indices[: len(part)]
-        chosen.append(number[best])
-        # What is known has nothing left to gain.
-        taken.index_fill_(0, best, True)
+    weights = blocks.pad(weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny), -1)
+    prior = weights * KEYS.variance(blocks.offsets)
+    candidates = prior.sort(dim=1, descending=True, stable=True).indices[:, : candidates_per_block(blocks, count)]
+    ordinals = torch.arange(len(weight), device=weight.device)
+    reused_idx = blocks.pad(ordinals, 0).gather(1, candidates).flatten()
+    weights, offsets = weights.gather(1, candidates), blocks.offsets.gather(1, candidates)
+    # Cells without a row have weight -1 and count as picked.
+    picked, weights = (weights < 0).flatten(), weights.clamp(min=0)
+    covariance, nugget = KEYS(offsets, offsets), KEYS.nugget(offsets)
+    selected: list[torch.Tensor] = []
+    for chunk in torch.arange(count).tensor_split(max(1, min(ROUNDS, count))):
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        # (variance + nugget)**2 of the row itself, of which the sum over all rows has only variance**2.
+        own = nugget * (nugget + 2 * variance) * weights
+        explained = (covariance.square() @ weights[..., None]).squeeze(-1) + own
+        gain = (explained / (variance + nugget)).flatten().masked_fill(picked, -1)
+        best = gain.sort(descending=True, stable=True).indices[: len(chunk)]
+        selected.append(reused_idx[best])
+        # An observed row has no variance left, so its weight gains nothing.
+        picked.index_fill_(0, best, True)
         weights.view(-1).index_fill_(0, best, 0)
-        known = torch.zeros_like(taken).index_fill_(0, best, True).view(play.shape)
-        _condition(covariance, own, *known_first(known, len(part)))
-    return torch.cat(chosen)
+        observed = torch.zeros_like(picked).index_fill_(0, best, True).view(candidates.shape)
+        _condition(covariance, nugget, *observed_first(observed, len(chunk)))
+    return torch.cat(selected)
 
 
-def _condition(covariance: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> None:
-    """Condition (blocks, n, n) in place on the drift of the rows in ``columns``, where they are ``real``."""
-    toward = covariance.gather(1, columns[..., None].expand(-1, -1, covariance.shape[2])) * real[..., None]
-    among = toward.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) * real[:, None]
-    part = torch.linalg.solve_triangular(cholesky_factor(among, own.gather(1, columns), real), toward, upper=False)
-    covariance.baddbmm_(part.transpose(1, 2), part, alpha=-1)
+def _condition(
+    covariance: torch.Tensor, nugget: torch.Tensor, columns: torch.Tensor, is_observed: torch.Tensor
+) -> None:
+    """Condition (blocks, n, n) in place on the drift of the rows in ``columns`` that are observed."""
+    cross = covariance.gather(1, columns[..., None].expand(-1, -1, covariance.shape[2])) * is_observed[..., None]
+    among = cross.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) * is_observed[:, None]
+    factor = cholesky_factor(among, nugget.gather(1, columns), is_observed)
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
+    covariance.baddbmm_(half.transpose(1, 2), half, alpha=-1)

@@ -46,10 +46,10 @@ def build_tree(context: Any) -> Any:
     except UnsupportedModelError as error:
         raise RefusedError(f"--radix-cache-backend a3: {error}") from None
     try:
-        device = create_ops(model.keys[0], model.heads, model.depth, options.row_attention)
+        ops = create_ops(model.keys[0], model.heads, model.depth, options.row_attention)
     except ValueError as error:
         raise RefusedError(f"--a3-row-attention: {error}") from None
-    executor = Executor(model, device, _slice_rows(context.server_args))
+    executor = Executor(model, ops, _slice_rows(context.server_args))
     try:
         with model.checking_keys():
             warm_up(executor, make_selector(options.selector))
@@ -76,7 +76,7 @@ def build_tree(context: Any) -> Any:
         options.selector,
         options.recompute_ratio,
         options.donors,
-        type(device.rows).__name__,
+        type(ops.row_attention).__name__,
         overhead,
     )
     return tree

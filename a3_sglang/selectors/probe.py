@@ -31,7 +31,7 @@ class Probe(Selector):
 
     name: ClassVar[str] = "probe"
     attention: ClassVar[bool] = True
-    spreads: ClassVar[bool] = True
+    corrects_drift: ClassVar[bool] = True
     first: float = 0.25
     last: float = 0.8
 
