@@ -17,8 +17,8 @@ class DriftPredictor:
     """Predicts the drift of all reused rows of a request from that of the rows observed in one pass.
 
     Args:
-        observed: int64 (n,), ascending: for each row of the pass, its ordinal among the reused rows; their number for a
-            row that is not reused, which is not observed.
+        observed: int64 (n,), ascending: ordinal among the reused rows of each row of the pass; for gap rows, which are
+            not observed, the number of reused rows.
         blocks: of the reused rows.
         most: upper bound of the observed rows per block.
         wanted: bool (reused,), which rows are predicted at all; by default all of them.

@@ -83,12 +83,12 @@ class PaddedBlocks:
     All sizes are known on the host, so nothing here forces a host-device sync.
 
     Args:
-        lengths: rows of each span; ``_idx`` counts through the rows of all spans.
+        lengths: rows of each span, in prompt order.
         device: of the tensors.
 
     Attributes:
         shape: (blocks, size).
-        cell: int64 (rows,), index of each row in a flattened (blocks, size).
+        cell: int64 (reused,), index of each row in a flattened (blocks, size).
         offsets: int64 (blocks, size), offset of each row from the beginning of its span.
     """
 
@@ -105,13 +105,13 @@ class PaddedBlocks:
         self.offsets = begins[:, None] + torch.arange(size, device=device)
 
     def pad(self, by_row: torch.Tensor, fill: float) -> torch.Tensor:
-        """Arrange ``by_row`` (rows,) as (blocks, size), with ``fill`` in cells that have no row."""
+        """Arrange ``by_row`` (reused,) as (blocks, size), with ``fill`` in cells that have no row."""
         cells = by_row.new_full((self.shape[0] * self.shape[1],), fill)
         return cells.index_copy_(0, self.cell, by_row).view(self.shape)
 
 
 def observed_first(observed: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of each block's observed rows, moved to the front, and whether each of them is one, both (blocks, width).
+    """Columns of each block, observed rows first, and which of these are observed, both (blocks, width).
 
     Args:
         observed: bool (blocks, size).

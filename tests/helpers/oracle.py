@@ -18,7 +18,7 @@ from helpers.reference import Llama, backwards, gaps, reused, rope64
 from helpers.tolerance import distance, rope_error, roundings
 from helpers.traffic import Traffic
 
-SPREAD = {"ratio": 0.25}
+CORRECTED = {"ratio": 0.25}
 """The option with which the rows between the recomputed ones are corrected."""
 
 INDEX_BLOCK = 16
@@ -78,8 +78,8 @@ class Fused:
 def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
     """Copied, rotated, recomputed and corrected KV, layer by layer."""
     fused = Fused(traffic, oracle, option, documents)
-    spread = option == SPREAD
-    correct = drift_correction64(oracle, fused.plan, fused.recomputed, MAX_BLOCK) if spread else None
+    corrected = option == CORRECTED
+    correct = drift_correction64(oracle, fused.plan, fused.recomputed, MAX_BLOCK) if corrected else None
     expected = oracle.rows64(fused.tokens, fused.rows, *fused.copied, correct)[:2]
     context = torch.arange(fused.plan.end)
     kept = fused.reused[~torch.isin(fused.reused, fused.recomputed)]
@@ -88,7 +88,7 @@ def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> 
     ]
     # A deep layer of the engine is some tens of roundings away from float64.
     assert max(map(max, errors)) < roundings(12) + rope_error(len(fused.tokens))
-    if spread:
+    if corrected:
         # In the middle of the model the correction is larger than rounding, so that its absence would show.
         middle = range(oracle.depth // 4, oracle.depth * 4 // 5)
         for part in (0, 1):
