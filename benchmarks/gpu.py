@@ -137,9 +137,7 @@ PARTS: dict[str, Part] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=list(PARTS), type=numbers(str), help="any of " + ", ".join(PARTS))
-    parser.add_argument(
-        "--row-attention", default="auto", help="of the engines: auto or " + ", ".join(ROW_ATTENTION_NAMES)
-    )
+    parser.add_argument("--row-attention", default="auto", help=", ".join(("auto", *ROW_ATTENTION_NAMES)))
     parser.add_argument("--models", default=",".join(MODELS), type=numbers(str))
     parser.add_argument("--contexts", default="16384,4096,8192,32768,65536", type=numbers(int))
     parser.add_argument("--ratios", default="0.15,0.05,0.3", type=numbers(float))
