@@ -1,4 +1,4 @@
-"""Time of work on a device, as the host sees it."""
+"""Measures how long work on a device takes, as the host sees it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """How long each of ``repeats`` runs takes, in seconds, device work included."""
+    """Seconds that each of ``repeats`` runs takes, device work included."""
     taken = []
     for _ in range(repeats):
         _synchronize(device)

@@ -1,11 +1,10 @@
-"""Drift as it is, beside the model of it in ``a3_sglang/drift/model.py``.
+"""Measures drift and prints it beside the model in ``a3_sglang/drift/model.py``.
 
     python benchmarks/drift.py --model DIR --data questions.json [--limit 10]
 
 Runs the model in float32 over the prompts of ``a3-sglang eval`` and over their donors, and compares keys before RoPE
-and values of the same tokens, layer by layer. Energies and covariances are in units of the energy of rows 100 to 180
-behind the beginning of their span, averaged over layers, questions and spans longer than 320 rows; in brackets what
-the model says.
+and values of the same tokens, layer by layer. Variances and covariances are in units of the variance of rows 100 to 180
+of their span, averaged over layers, questions and spans longer than 320 rows; the model's values are in brackets.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ KINDS = {"keys": KEYS, "values": VALUES}
 
 def projected(model: PreTrainedModel, prompt: list[int]) -> dict[str, torch.Tensor]:
     """Keys before RoPE and values of all layers, (layers, tokens, kv_heads * head_dim)."""
-    seen: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
+    outputs: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
     hooks = [
-        part.register_forward_hook(lambda _, __, out, kind=kind: seen[kind].append(out[0]))
+        part.register_forward_hook(lambda _, __, out, kind=kind: outputs[kind].append(out[0]))
         for layer in model.model.layers
         for kind, part in (("keys", layer.self_attn.k_proj), ("values", layer.self_attn.v_proj))
     ]
     model.model(torch.tensor([prompt]))
     for hook in hooks:
         hook.remove()
-    return {kind: torch.stack(layers) for kind, layers in seen.items()}
+    return {kind: torch.stack(layers) for kind, layers in outputs.items()}
 
 
 def spans(
     model: PreTrainedModel, case: Case, donors: str, fresh: dict[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Drift of every span that the prompt, ``fresh``, reuses of such donors, each (layers, tokens, kv_heads * dim)."""
+    """Drift of every span that is reused from donors of this mode, each (layers, tokens, kv_heads * head_dim)."""
     index, given = AnyPositionIndex(), []
     for donor in case.donors[donors]:
         index.add(None, np.array(donor, dtype=np.int32))
@@ -69,10 +68,10 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     writer, questions = Writer(AutoTokenizer.from_pretrained(args.model), 5, 400, 0), load(args.data)
-    energies: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
+    variances: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
     shared: defaultdict[tuple[str, str, str, int], list[float]] = defaultdict(list)
-    for number in range(args.limit):
-        case = writer.case(questions, number)
+    for i in range(args.limit):
+        case = writer.case(questions, i)
         fresh = projected(model, case.prompt)
         for donors in DONOR_MODES:
             for span in spans(model, case, donors, fresh):
@@ -80,27 +79,27 @@ def main() -> None:
                     if drift.shape[1] <= 64 + DISTANCES[-1]:
                         continue
                     unit = drift[1:, 100:180].square().sum(2).mean(1)
-                    alike = (drift[1:] @ drift[1:].transpose(1, 2) / unit[:, None, None]).mean(0)
+                    covariance = (drift[1:] @ drift[1:].transpose(1, 2) / unit[:, None, None]).mean(0)
                     for offset in OFFSETS:
-                        energies[donors, kind, offset].append(float(alike[offset, offset]))
+                        variances[donors, kind, offset].append(float(covariance[offset, offset]))
                     for distance in DISTANCES:
-                        along = alike.diagonal(distance)
+                        along = covariance.diagonal(distance)
                         shared[donors, kind, "beginning", distance].append(float(along[0]))
                         shared[donors, kind, "deep", distance].append(float(along[64:].mean()))
     for donors in DONOR_MODES:
-        for kind, model_of in KINDS.items():
-            row = torch.arange(512)
-            said, variance = model_of(row, row), model_of.variance(row)
+        for kind, predicted in KINDS.items():
+            offsets = torch.arange(512)
+            modelled, variance = predicted(offsets, offsets), predicted.variance(offsets)
             print(f"\n{donors}, {kind}")
             print(
-                "energy by offset:        ",
-                *(f"{o}: {np.mean(energies[donors, kind, o]):.2f} ({variance[o]:.2f})" for o in OFFSETS),
+                "variance by offset:      ",
+                *(f"{o}: {np.mean(variances[donors, kind, o]):.2f} ({variance[o]:.2f})" for o in OFFSETS),
             )
-            for where, at in (("beginning", 0), ("deep", 128)):
+            for place, offset in (("beginning", 0), ("deep", 128)):
                 print(
-                    f"covariance, {where:9s} by distance:",
+                    f"covariance, {place:9s} by distance:",
                     *(
-                        f"{d}: {np.mean(shared[donors, kind, where, d]):.2f} ({said[at, at + d]:.2f})"
+                        f"{d}: {np.mean(shared[donors, kind, place, d]):.2f} ({modelled[offset, offset + d]:.2f})"
                         for d in DISTANCES
                     ),
                 )

@@ -1,4 +1,10 @@
-"""What the attention kernels share: how rows are laid out in a program, and a step of online softmax."""
+"""Parts that the kernels share: layout of query rows, loads, and one step of online softmax.
+
+Names in all kernels: ``BLOCK_M`` query lanes or rows, ``BLOCK_N`` context positions or observed rows, ``BLOCK_D`` head
+dimensions and ``BLOCK_R`` rotary pairs of a tile; ``offs_*`` its indices, ``mask_*`` which of them exist; ``stride_xy``
+the stride of tensor ``x`` along its axis ``y`` (slot, row or head; the last axis is contiguous); ``acc``, ``m_i`` and
+``l_i`` the running output, maximum and sum of the softmax. Logits, and with them ``m_i``, are in units of log2.
+"""
 
 from __future__ import annotations
 
@@ -14,58 +20,58 @@ LOG2E = 1.4426950408889634
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def padded(dim: int) -> int:
-    """Width of a tile that holds a head."""
+def tile_width(dim: int) -> int:
+    """Width of a tile that holds ``dim`` columns and can go through a matrix product."""
     return max(16, triton.next_power_of_2(dim))
 
 
 @triton.jit
-def lanes(first, count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """The heads of a group side by side: row and head of each lane, and whether there is such a row."""
-    lane = tl.arange(0, ROWS)
-    return (first + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP, lane // GROUP < count
+def query_lanes(first_row, row_count, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row and head of each lane, and whether there is such a row; the heads of a GQA group are adjacent lanes."""
+    lane = tl.arange(0, BLOCK_M)
+    return (first_row + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP, lane // GROUP < row_count
 
 
 @triton.jit
-def queries(query, row, head, live, row_stride, head_stride, dim, inside, DTYPE: tl.constexpr):
-    """The query of each lane, zero where there is no row."""
-    at = query + row[:, None] * row_stride + head[:, None] * head_stride + dim[None, :]
-    return tl.load(at, mask=live[:, None] & inside[None, :], other=0.0).to(DTYPE)
+def load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE: tl.constexpr):
+    """The query of each lane, zero if there is no row."""
+    pointers = query + row[:, None] * stride_qm + head[:, None] * stride_qh + offs_d[None, :]
+    return tl.load(pointers, mask=mask_m[:, None] & mask_d[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
-def columns(pair, HALF: tl.constexpr, NEOX: tl.constexpr):
-    """Where the two dimensions of each rotated pair stand: in the halves, or beside each other."""
+def rotary_columns(pair, HALF: tl.constexpr, NEOX: tl.constexpr):
+    """Columns of the two dimensions of each rotary pair: i and i + HALF (NeoX), or 2i and 2i + 1."""
     return (pair, HALF + pair) if NEOX else (2 * pair, 2 * pair + 1)
 
 
 @triton.jit
-def fold(q, k, v, seen, scaling, top, total, mixed, MASKED: tl.constexpr):
+def softmax_step(q, k, v, visible, scaling, m_i, l_i, acc, MASKED: tl.constexpr):
     """One step of online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
 
-    Over the keys that are ``seen``; where nothing is ``MASKED``, over all.
+    Over the keys that are ``visible``; over all of them unless ``MASKED``.
     """
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
     if MASKED:
-        logits = tl.where(seen, logits, float("-inf"))
-    higher = tl.maximum(top, tl.max(logits, 1))
-    shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
-    total = total * shrink + tl.sum(weights, 1)
-    mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return higher, total, mixed
+        logits = tl.where(visible, logits, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    rescale, p = tl.exp2(m_i - m_new), tl.exp2(logits - m_new[:, None])
+    l_i = l_i * rescale + tl.sum(p, 1)
+    acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return m_new, l_i, acc
 
 
-INTERPRETED = not isinstance(fold, triton.JITFunction)
+INTERPRETED = not isinstance(softmax_step, triton.JITFunction)
 
 
 def product_dtype(query: torch.Tensor) -> Any:
-    """What matrix products take; the interpreter multiplies bf16 wrongly."""
+    """Dtype of the factors of matrix products; the interpreter multiplies bf16 incorrectly, so it gets float32."""
     return tl.float32 if INTERPRETED else DTYPES[query.dtype]
 
 
 def has_wide_products() -> bool:
-    """Whether a matrix product takes its factors from shared memory (Hopper, data centre's Blackwell).
+    """Whether matrix products read their factors from shared memory (Hopper, data centre Blackwell).
 
-    Others keep them in registers, of which blocks of 64 positions then need more than there are.
+    Other GPUs keep them in registers, and blocks of 64 positions would spill.
     """
     return INTERPRETED or triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)

@@ -1,4 +1,4 @@
-"""Takes the drift that recomputed rows show off the reused rows between them, in place; two launches a layer."""
+"""Corrects the reused rows between recomputed ones by their predicted drift, in place; two launches per layer."""
 
 from __future__ import annotations
 
@@ -6,239 +6,274 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import INTERPRETED, columns, padded
+from a3_sglang.kernels.common import INTERPRETED, rotary_columns, tile_width
+from a3_sglang.rope import Rotation
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-SEEN = 16
-"""Rows of the pass that one program takes, of one head."""
-ROWS = 64
-"""Reused rows that one program takes, of one head."""
-KNOWN = 32
-"""Known rows that a program reads at a time."""
+OBSERVED_PER_PROGRAM = 16
+"""Rows of the pass whose drift one program computes, of one head."""
+CORRECTED_PER_PROGRAM = 64
+"""Reused rows that one program corrects, of one head."""
+OBSERVED_PER_STEP = 32
+"""Observed rows that a correcting program reads per step."""
 
 
 @triton.jit(do_not_specialize=["count"])
-def _observe(
+def _observe_drift_kernel(
     keys,
     values,
     fresh_keys,
     fresh_values,
     rows,
     slots,
-    real,
+    is_reused,
     cos,
     sin,
     key_drift,
     value_drift,
     count,
-    key_slot,
-    key_head,
-    value_slot,
-    value_head,
-    fresh_key_row,
-    fresh_key_head,
-    fresh_value_row,
-    fresh_value_head,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
+    stride_fkm,
+    stride_fkh,
+    stride_fvm,
+    stride_fvh,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     NEOX: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """What the rows of the pass show: fresh less copied, keys turned back to position 0; zero where not ``real``."""
+    """Drift of the pass's rows, for one head: fresh minus copied KV, keys rotated to position 0; zero if not reused.
+
+    Grid: (blocks of rows, heads).
+    """
     head = tl.program_id(1)
-    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = i < count
-    row = tl.load(rows + i, mask=live, other=0)
-    slot = tl.load(slots + i, mask=live, other=0)
-    shown = live & (tl.load(real + i, mask=live, other=0) != 0)
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    mask_m = offs_m < count
+    row = tl.load(rows + offs_m, mask=mask_m, other=0)
+    slot = tl.load(slots + offs_m, mask=mask_m, other=0)
+    # Slots of gap rows may hold NaN, so they are not read.
+    mask_reused = mask_m & (tl.load(is_reused + offs_m, mask=mask_m, other=0) != 0)
 
-    at = (i * tl.num_programs(1) + head)[:, None] * DIM
-    dim, pair = tl.arange(0, WIDTH)[None, :], tl.arange(0, PAIRS)[None, :]
-    stale = values + slot[:, None] * value_slot + head * value_head
-    fresh = fresh_values + row[:, None] * fresh_value_row + head * fresh_value_head
-    some = shown[:, None] & (dim < DIM)
-    drift = tl.load(fresh + dim, mask=some, other=0.0).to(tl.float32)
-    drift -= tl.load(stale + dim, mask=some, other=0.0).to(tl.float32)
-    tl.store(value_drift + at + dim, drift, mask=live[:, None] & (dim < DIM))
+    # Values.
+    offs_out = (offs_m * tl.num_programs(1) + head)[:, None] * DIM
+    offs_d, pair = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_R)[None, :]
+    copied = values + slot[:, None] * stride_vn + head * stride_vh
+    fresh = fresh_values + row[:, None] * stride_fvm + head * stride_fvh
+    mask_md = mask_reused[:, None] & (offs_d < DIM)
+    drift = tl.load(fresh + offs_d, mask=mask_md, other=0.0).to(tl.float32)
+    drift -= tl.load(copied + offs_d, mask=mask_md, other=0.0).to(tl.float32)
+    tl.store(value_drift + offs_out + offs_d, drift, mask=mask_m[:, None] & (offs_d < DIM))
 
-    stale = keys + slot[:, None] * key_slot + head * key_head
-    fresh = fresh_keys + row[:, None] * fresh_key_row + head * fresh_key_head
-    first, second = columns(pair, HALF, NEOX)
-    some = shown[:, None] & (pair < HALF)
-    a = tl.load(fresh + first, mask=some, other=0.0).to(tl.float32)
-    a -= tl.load(stale + first, mask=some, other=0.0).to(tl.float32)
-    b = tl.load(fresh + second, mask=some, other=0.0).to(tl.float32)
-    b -= tl.load(stale + second, mask=some, other=0.0).to(tl.float32)
-    c = tl.load(cos + i[:, None] * HALF + pair, mask=some, other=0.0)
-    s = tl.load(sin + i[:, None] * HALF + pair, mask=some, other=0.0)
-    every = live[:, None] & (pair < HALF)
-    tl.store(key_drift + at + first, a * c - b * s, mask=every)
-    tl.store(key_drift + at + second, b * c + a * s, mask=every)
+    # Rotary dimensions of the keys.
+    copied = keys + slot[:, None] * stride_kn + head * stride_kh
+    fresh = fresh_keys + row[:, None] * stride_fkm + head * stride_fkh
+    first, second = rotary_columns(pair, HALF, NEOX)
+    mask_mr = mask_reused[:, None] & (pair < HALF)
+    a = tl.load(fresh + first, mask=mask_mr, other=0.0).to(tl.float32)
+    a -= tl.load(copied + first, mask=mask_mr, other=0.0).to(tl.float32)
+    b = tl.load(fresh + second, mask=mask_mr, other=0.0).to(tl.float32)
+    b -= tl.load(copied + second, mask=mask_mr, other=0.0).to(tl.float32)
+    c = tl.load(cos + offs_m[:, None] * HALF + pair, mask=mask_mr, other=0.0)
+    s = tl.load(sin + offs_m[:, None] * HALF + pair, mask=mask_mr, other=0.0)
+    mask_stored = mask_m[:, None] & (pair < HALF)
+    tl.store(key_drift + offs_out + first, a * c - b * s, mask=mask_stored)
+    tl.store(key_drift + offs_out + second, b * c + a * s, mask=mask_stored)
+    # Their other dimensions.
     if 2 * HALF < DIM:
-        rest = (dim >= 2 * HALF) & (dim < DIM)
-        drift = tl.load(fresh + dim, mask=shown[:, None] & rest, other=0.0).to(tl.float32)
-        drift -= tl.load(stale + dim, mask=shown[:, None] & rest, other=0.0).to(tl.float32)
-        tl.store(key_drift + at + dim, drift, mask=live[:, None] & rest)
+        mask_unrotated = (offs_d >= 2 * HALF) & (offs_d < DIM)
+        drift = tl.load(fresh + offs_d, mask=mask_reused[:, None] & mask_unrotated, other=0.0).to(tl.float32)
+        drift -= tl.load(copied + offs_d, mask=mask_reused[:, None] & mask_unrotated, other=0.0).to(tl.float32)
+        tl.store(key_drift + offs_out + offs_d, drift, mask=mask_m[:, None] & mask_unrotated)
 
 
 @triton.jit(do_not_specialize=["size", "width"])
-def _correct(
+def _correct_drift_kernel(
     keys,
     values,
     key_drift,
     value_drift,
     key_weights,
     value_weights,
-    source,
-    number,
+    observed_idx,
+    reused_idx,
     slots,
     cos,
     sin,
     size,
     width,
-    key_slot,
-    key_head,
-    value_slot,
-    value_head,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     NEOX: tl.constexpr,
-    ROWS: tl.constexpr,
-    KNOWN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to a tile of a block's rows what the block's known ones tell of them."""
+    """A tile of a block's rows plus the weighted drift of the block's observed rows, for one head.
+
+    Grid: (tiles of a block, blocks, heads).
+    """
     block, head = tl.program_id(1), tl.program_id(2)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = place < size
-    at = (block * size + place).to(tl.int64)
-    row = tl.load(number + at, mask=here, other=-1)
-    live = row >= 0
-    slot = tl.load(slots + row, mask=live, other=0)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_block = offs_m < size
+    cell = (block * size + offs_m).to(tl.int64)
+    row = tl.load(reused_idx + cell, mask=in_block, other=-1)
+    mask_m = row >= 0
+    slot = tl.load(slots + row, mask=mask_m, other=0)
 
-    dim, pair = tl.arange(0, WIDTH)[None, :], tl.arange(0, PAIRS)[None, :]
-    inside, turned = dim < DIM, pair < HALF
-    first, second = columns(pair, HALF, NEOX)
-    value = tl.zeros((ROWS, WIDTH), tl.float32)
-    a = tl.zeros((ROWS, PAIRS), tl.float32)
-    b = tl.zeros((ROWS, PAIRS), tl.float32)
-    rest = tl.zeros((ROWS, WIDTH), tl.float32)
-    kept = (dim >= 2 * HALF) & inside
-    for begin in range(0, width, KNOWN):
-        column = begin + tl.arange(0, KNOWN)
-        known = column < width
-        told = tl.load(source + block * width + column, mask=known, other=0)
-        from_row = (told * tl.num_programs(2) + head)[:, None] * DIM
-        weight = at[:, None] * width + column[None, :]
-        real = live[:, None] & known[None, :]
-        w = tl.load(value_weights + weight, mask=real, other=0.0)
-        drift = tl.load(value_drift + from_row + dim, mask=known[:, None] & inside, other=0.0)
-        value += tl.dot(w, drift, input_precision=PRECISION)
-        w = tl.load(key_weights + weight, mask=real, other=0.0)
-        drift = tl.load(key_drift + from_row + first, mask=known[:, None] & turned, other=0.0)
-        a += tl.dot(w, drift, input_precision=PRECISION)
-        drift = tl.load(key_drift + from_row + second, mask=known[:, None] & turned, other=0.0)
-        b += tl.dot(w, drift, input_precision=PRECISION)
+    offs_d, pair = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_R)[None, :]
+    mask_d, mask_r = offs_d < DIM, pair < HALF
+    first, second = rotary_columns(pair, HALF, NEOX)
+    acc_v = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Keys: the two dimensions of each rotary pair, and the dimensions that are not rotated.
+    acc_a = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc_b = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc_unrotated = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    mask_unrotated = (offs_d >= 2 * HALF) & mask_d
+    # Predict: weights (BLOCK_M, BLOCK_N) times drift (BLOCK_N, dimensions).
+    for begin in range(0, width, BLOCK_N):
+        offs_n = begin + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
+        observed = tl.load(observed_idx + block * width + offs_n, mask=mask_n, other=0)
+        offs_drift = (observed * tl.num_programs(2) + head)[:, None] * DIM
+        offs_weight = cell[:, None] * width + offs_n[None, :]
+        mask_mn = mask_m[:, None] & mask_n[None, :]
+        w = tl.load(value_weights + offs_weight, mask=mask_mn, other=0.0)
+        drift = tl.load(value_drift + offs_drift + offs_d, mask=mask_n[:, None] & mask_d, other=0.0)
+        acc_v += tl.dot(w, drift, input_precision=PRECISION)
+        w = tl.load(key_weights + offs_weight, mask=mask_mn, other=0.0)
+        drift = tl.load(key_drift + offs_drift + first, mask=mask_n[:, None] & mask_r, other=0.0)
+        acc_a += tl.dot(w, drift, input_precision=PRECISION)
+        drift = tl.load(key_drift + offs_drift + second, mask=mask_n[:, None] & mask_r, other=0.0)
+        acc_b += tl.dot(w, drift, input_precision=PRECISION)
         if 2 * HALF < DIM:
-            drift = tl.load(key_drift + from_row + dim, mask=known[:, None] & kept, other=0.0)
-            rest += tl.dot(w, drift, input_precision=PRECISION)
+            drift = tl.load(key_drift + offs_drift + offs_d, mask=mask_n[:, None] & mask_unrotated, other=0.0)
+            acc_unrotated += tl.dot(w, drift, input_precision=PRECISION)
 
-    some = live[:, None] & inside
-    target = values + slot[:, None] * value_slot + head * value_head + dim
-    value += tl.load(target, mask=some, other=0.0).to(tl.float32)
-    tl.store(target, value.to(values.dtype.element_ty), mask=some)
+    # Add to the values.
+    mask_md = mask_m[:, None] & mask_d
+    target = values + slot[:, None] * stride_vn + head * stride_vh + offs_d
+    acc_v += tl.load(target, mask=mask_md, other=0.0).to(tl.float32)
+    tl.store(target, acc_v.to(values.dtype.element_ty), mask=mask_md)
 
-    target = keys + slot[:, None] * key_slot + head * key_head
-    some = live[:, None] & turned
-    c = tl.load(cos + row[:, None] * HALF + pair, mask=some, other=0.0)
-    s = tl.load(sin + row[:, None] * HALF + pair, mask=some, other=0.0)
-    one = tl.load(target + first, mask=some, other=0.0).to(tl.float32) + a * c - b * s
-    other = tl.load(target + second, mask=some, other=0.0).to(tl.float32) + b * c + a * s
-    tl.store(target + first, one.to(keys.dtype.element_ty), mask=some)
-    tl.store(target + second, other.to(keys.dtype.element_ty), mask=some)
+    # Rotate to the rows' positions and add to the keys.
+    target = keys + slot[:, None] * stride_kn + head * stride_kh
+    mask_mr = mask_m[:, None] & mask_r
+    c = tl.load(cos + row[:, None] * HALF + pair, mask=mask_mr, other=0.0)
+    s = tl.load(sin + row[:, None] * HALF + pair, mask=mask_mr, other=0.0)
+    new_a = tl.load(target + first, mask=mask_mr, other=0.0).to(tl.float32) + acc_a * c - acc_b * s
+    new_b = tl.load(target + second, mask=mask_mr, other=0.0).to(tl.float32) + acc_b * c + acc_a * s
+    tl.store(target + first, new_a.to(keys.dtype.element_ty), mask=mask_mr)
+    tl.store(target + second, new_b.to(keys.dtype.element_ty), mask=mask_mr)
     if 2 * HALF < DIM:
-        some = live[:, None] & kept
-        rest += tl.load(target + dim, mask=some, other=0.0).to(tl.float32)
-        tl.store(target + dim, rest.to(keys.dtype.element_ty), mask=some)
+        mask_md = mask_m[:, None] & mask_unrotated
+        acc_unrotated += tl.load(target + offs_d, mask=mask_md, other=0.0).to(tl.float32)
+        tl.store(target + offs_d, acc_unrotated.to(keys.dtype.element_ty), mask=mask_md)
 
 
 def correct_drift(
-    pools: Pair,
-    fresh: Pair,
-    pass_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
-    weights: Pair,
-    places: Pair,
-    turns: tuple[Pair, Pair],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    fresh_keys: torch.Tensor,
+    fresh_values: torch.Tensor,
+    *,
+    observed_rows: torch.Tensor,
+    observed_slots: torch.Tensor,
+    is_reused: torch.Tensor,
+    reused_slots: torch.Tensor,
+    key_weights: torch.Tensor,
+    value_weights: torch.Tensor,
+    observed_idx: torch.Tensor,
+    reused_idx: torch.Tensor,
+    to_zero: Rotation,
+    from_zero: Rotation,
     neox: bool,
 ) -> None:
-    """Correct one layer's reused rows in place by what the pass's rows show; sums in float32 (TF32 factors on a GPU).
+    """Correct one layer's reused rows in place by the drift of the pass's rows.
+
+    Sums are in float32, on a GPU of factors rounded to TF32. The tensors are those of
+    :class:`a3_sglang.drift.correction.DriftCorrection` and its predictor.
 
     Args:
-        pools: keys and values of the layer, each (slots, heads, head_dim), fp16, bf16 or fp32; the last dimension is
-            contiguous, here and below.
-        fresh: keys and values of the pass, each (rows, heads, head_dim), keys after RoPE.
-        pass_rows: int64, int64 and bool (n,): rows of the pass, their slots, and whether they tell anything.
-        slots: int64 (reused,).
-        weights: of keys and values, each float32 (blocks, size, width), contiguous: what each row of a block takes
-            from its known ones.
-        places: int64 (blocks, width), which of the n rows these are, and int64 (blocks, size), which of the reused
-            rows stands where, -1 for none.
-        turns: cosine and sine that take the n rows' keys to position 0, each float32 (n, rotary_dim / 2), and the
-            reused rows' from there to their positions, each float32 (reused, rotary_dim / 2), contiguous.
-        neox: halves of the turned dimensions are paired (True), or neighbours are (False).
+        keys: of the layer, (slots, heads, head_dim), fp16, bf16 or fp32; the last dimension is contiguous, here and
+            below.
+        values: like ``keys``.
+        fresh_keys: of the pass, (rows, heads, head_dim), after RoPE.
+        fresh_values: like ``fresh_keys``.
+        observed_rows: int64 (n,), rows of the pass that belong to the request.
+        observed_slots: int64 (n,), their slots.
+        is_reused: bool (n,), whether they are reused rows; the others have no drift.
+        reused_slots: int64 (reused,), slots of all reused rows.
+        key_weights: float32 (blocks, size, width), contiguous: how much of each of its block's observed rows goes into
+            the prediction of each row.
+        value_weights: like ``key_weights``.
+        observed_idx: int64 (blocks, width), which of the n rows are observed in a block.
+        reused_idx: int64 (blocks, size), which of the reused rows is in each cell, -1 in padding.
+        to_zero: rotation of the n rows to position 0.
+        from_zero: rotation of the reused rows from position 0 to their positions.
+        neox: pairing of the rotary dimensions, see :class:`a3_sglang.rope.RopeTable`.
     """
-    (keys, values), (back, forth), (source, number) = pools, turns, places
     heads, dim = keys.shape[1:]
-    count, half = back[0].shape
-    blocks, size, width = weights[0].shape
+    count, half = to_zero.cos.shape
+    blocks, size, width = key_weights.shape
     if not count * blocks * size * width:
         return
     key_drift, value_drift = (torch.empty((count, heads, dim), device=keys.device) for _ in "kv")
     shape = {
         "DIM": dim,
-        "WIDTH": padded(dim),
+        "BLOCK_D": tile_width(dim),
         "HALF": half,
-        "PAIRS": padded(half),
+        "BLOCK_R": tile_width(half),
         "NEOX": neox,
     }
-    strides = *keys.stride()[:2], *values.stride()[:2]
-    _observe[(triton.cdiv(count, SEEN), heads)](
+    _observe_drift_kernel[(triton.cdiv(count, OBSERVED_PER_PROGRAM), heads)](
         keys,
         values,
-        *fresh,
-        *pass_rows,
-        *back,
+        fresh_keys,
+        fresh_values,
+        observed_rows,
+        observed_slots,
+        is_reused,
+        to_zero.cos,
+        to_zero.sin,
         key_drift,
         value_drift,
         count,
-        *strides,
-        *fresh[0].stride()[:2],
-        *fresh[1].stride()[:2],
-        ROWS=SEEN,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *fresh_keys.stride()[:2],
+        *fresh_values.stride()[:2],
+        BLOCK_M=OBSERVED_PER_PROGRAM,
         num_warps=4,
         **shape,
     )
-    _correct[(triton.cdiv(size, ROWS), blocks, heads)](
+    _correct_drift_kernel[(triton.cdiv(size, CORRECTED_PER_PROGRAM), blocks, heads)](
         keys,
         values,
         key_drift,
         value_drift,
-        *weights,
-        source,
-        number,
-        slots,
-        *forth,
+        key_weights,
+        value_weights,
+        observed_idx,
+        reused_idx,
+        reused_slots,
+        from_zero.cos,
+        from_zero.sin,
         size,
         width,
-        *strides,
-        ROWS=ROWS,
-        KNOWN=KNOWN,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        BLOCK_M=CORRECTED_PER_PROGRAM,
+        BLOCK_N=OBSERVED_PER_STEP,
         PRECISION="ieee" if INTERPRETED else "tf32",
         num_warps=8,
         **shape,

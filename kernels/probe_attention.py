@@ -1,290 +1,259 @@
-"""A question's attention over paged KV, and what it takes from each position; several requests in one launch.
+"""The probe's attention over paged KV, and the relevance of each context position; several requests in one launch.
 
-Two passes over the keys. The first attends: every program takes a piece of one request's context and leaves its share
-of the output and of the softmax's sum; a small kernel adds the question's own rows and joins the shares (split
-softmax, FlashDecoding). The second knows each row's sum and turns keys into relevance, without the attention matrix
-ever being written. No atomic additions: the result does not depend on the order of programs.
+Two passes over the keys. The first one attends: each program takes a piece of one request's context and writes its
+partial output, maximum and sum; a small kernel attends over the probe's own rows and merges the pieces (split softmax
+as in FlashDecoding). The second pass reads the keys again with each row's log-sum-exp, and computes relevance without
+ever writing the attention matrix. There are no atomic additions, so results do not depend on the order of programs.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import LOG2E, fold, has_wide_products, lanes, padded, product_dtype, queries
-
-ROWS = 64
-"""Rows of a question, at most."""
-LANES = 128
-"""Rows times heads of a group that one program takes while it attends."""
-BLOCK = 64
-"""Context positions that a program reads at a time."""
-PROGRAMS = 256
-"""How many programs the attention of one layer is cut into where there is enough context: about two for each
-multiprocessor of a large GPU. More would leave more shares to join."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Which program takes what; made on the host once for all layers.
-
-    Attributes:
-        pieces: int32 (pieces, 4): first row, number of rows, first position in ``slots``, number of positions. Pieces
-            of the same positions are neighbours, so that these are read from memory once.
-        tiles: int32 (tiles, 6): first row, number of rows, the request's first row, then first, number and distance of
-            the tile's pieces.
-        blocks: int32 (blocks, 4): first position in ``slots``, number of positions, the request's first row and
-            number of rows.
-        slots: int64 (sum of contexts,): the requests' known slots behind each other.
-        rows: of all requests.
-    """
-
-    pieces: torch.Tensor
-    tiles: torch.Tensor
-    blocks: torch.Tensor
-    slots: torch.Tensor
-    rows: int
-
-
-def make_layout(counts: Sequence[int], slots: Sequence[torch.Tensor], heads: int, kv_heads: int) -> Layout:
-    """Cut the questions of several requests and their contexts; reads nothing back from the device.
-
-    Args:
-        counts: question rows of each request, at most :data:`ROWS`, the last rows of its prompt.
-        slots: int64 (context,) of each request: the slots that all its rows see.
-        heads: query heads, at most :data:`LANES` for each KV head.
-        kv_heads: KV heads.
-    """
-    step = LANES // (heads // kv_heads)
-    work = sum(-(-count // step) * len(own) for count, own in zip(counts, slots, strict=True)) * kv_heads
-    size = max(4 * BLOCK, work // PROGRAMS // BLOCK * BLOCK)
-    pieces: list[tuple[int, ...]] = []
-    tiles: list[tuple[int, ...]] = []
-    blocks: list[tuple[int, ...]] = []
-    row = begin = 0
-    for count, own in zip(counts, slots, strict=True):
-        parts, cuts = range(0, count, step), range(0, len(own), size)
-        tiles += [
-            (row + at, min(step, count - at), row, len(pieces) + i, len(cuts), len(parts)) for i, at in enumerate(parts)
-        ]
-        pieces += [(row + at, min(step, count - at), begin + c, min(size, len(own) - c)) for c in cuts for at in parts]
-        blocks += [(begin + c, min(BLOCK, len(own) - c), row, count) for c in range(0, len(own), BLOCK)]
-        row, begin = row + count, begin + len(own)
-
-    def table(entries: list[tuple[int, ...]], width: int) -> torch.Tensor:
-        return torch.tensor(entries, dtype=torch.int32).view(-1, width).to(slots[0].device, non_blocking=True)
-
-    return Layout(table(pieces, 4), table(tiles, 6), table(blocks, 4), torch.cat(list(slots)), row)
+from a3_sglang.kernels.common import (
+    LOG2E,
+    has_wide_products,
+    load_queries,
+    product_dtype,
+    query_lanes,
+    softmax_step,
+    tile_width,
+)
+from a3_sglang.kernels.probe_layout import LANES, MAX_ROWS, POSITIONS, Layout
 
 
 @triton.jit(do_not_specialize=["contexts"])
-def _attend(
+def _probe_split_kernel(
     query,
     keys,
     values,
     pieces,
     slots,
-    mixed_out,
-    top_out,
-    total_out,
-    sizes,
+    acc_out,
+    m_out,
+    l_out,
+    value_norms,
     scaling,
     contexts,
-    query_row,
-    query_head,
-    key_slot,
-    key_head,
-    value_slot,
-    value_head,
+    stride_qm,
+    stride_qh,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LANES: tl.constexpr,
-    CONTEXT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
-    SIZED: tl.constexpr,
+    WRITE_NORMS: tl.constexpr,
 ):
-    """A tile of a question over a piece of its context: its share of output and sum, and the sizes of the values."""
+    """A tile of a probe over a piece of its context: partial output and softmax state, and the norms of the values.
+
+    Grid: (pieces, kv_heads).
+    """
     piece, kv_head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(pieces + 4 * piece)
-    count = tl.load(pieces + 4 * piece + 1)
-    begin = tl.load(pieces + 4 * piece + 2)
+    first_row = tl.load(pieces + 4 * piece)
+    row_count = tl.load(pieces + 4 * piece + 1)
+    first_position = tl.load(pieces + 4 * piece + 2)
     length = tl.load(pieces + 4 * piece + 3)
 
-    row, head, live = lanes(first, count, kv_head, GROUP, LANES)
-    dim = tl.arange(0, WIDTH)
-    inside = dim < DIM
-    q = queries(query, row, head, live, query_row, query_head, dim, inside, DTYPE)
+    # Load the queries.
+    row, head, mask_m = query_lanes(first_row, row_count, kv_head, GROUP, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < DIM
+    q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
 
-    top = tl.full((LANES,), float("-inf"), tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    mixed = tl.zeros((LANES, WIDTH), tl.float32)
-    keys += kv_head * key_head + dim[None, :]
-    values += kv_head * value_head + dim[None, :]
-    for at in range(0, length, CONTEXT):
-        place = at + tl.arange(0, CONTEXT)
-        here = place < length
-        known = here[:, None] & inside[None, :]
-        slot = tl.load(slots + begin + place, mask=here, other=0)
-        k = tl.load(keys + slot[:, None] * key_slot, mask=known, other=0.0).to(DTYPE)
-        v = tl.load(values + slot[:, None] * value_slot, mask=known, other=0.0).to(DTYPE)
-        if SIZED:  # Every tile of a request writes the same here.
-            size = tl.sqrt(tl.sum(v.to(tl.float32) * v.to(tl.float32), 1))
-            tl.store(sizes + kv_head.to(tl.int64) * contexts + begin + place, size, mask=here)
-        top, total, mixed = fold(q, k, v, here[None, :], scaling, top, total, mixed, MASKED=True)
+    # Attend to the piece.
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    keys += kv_head * stride_kh + offs_d[None, :]
+    values += kv_head * stride_vh + offs_d[None, :]
+    for begin in range(0, length, BLOCK_N):
+        offs_n = begin + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        mask_nd = mask_n[:, None] & mask_d[None, :]
+        slot = tl.load(slots + first_position + offs_n, mask=mask_n, other=0)
+        k = tl.load(keys + slot[:, None] * stride_kn, mask=mask_nd, other=0.0).to(DTYPE)
+        v = tl.load(values + slot[:, None] * stride_vn, mask=mask_nd, other=0.0).to(DTYPE)
+        if WRITE_NORMS:  # All tiles of a request write the same here.
+            norm = tl.sqrt(tl.sum(v.to(tl.float32) * v.to(tl.float32), 1))
+            tl.store(value_norms + kv_head.to(tl.int64) * contexts + first_position + offs_n, norm, mask=mask_n)
+        m_i, l_i, acc = softmax_step(q, k, v, mask_n[None, :], scaling, m_i, l_i, acc, MASKED=True)
 
-    at = (piece.to(tl.int64) * tl.num_programs(1) + kv_head) * LANES + tl.arange(0, LANES)
-    tl.store(mixed_out + at[:, None] * WIDTH + dim[None, :], mixed)
-    tl.store(top_out + at, top)
-    tl.store(total_out + at, total)
+    # Store the partial results.
+    offs_state = (piece.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(acc_out + offs_state[:, None] * BLOCK_D + offs_d[None, :], acc)
+    tl.store(m_out + offs_state, m_i)
+    tl.store(l_out + offs_state, l_i)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _join(
+def _probe_merge_kernel(
     query,
     own_keys,
     own_values,
-    mixed_in,
-    top_in,
-    total_in,
+    acc_in,
+    m_in,
+    l_in,
     tiles,
     out,
-    sums,
+    lse,
     scaling,
     rows,
-    query_row,
-    query_head,
-    own_key_row,
-    own_key_head,
-    own_value_row,
-    own_value_head,
-    out_row,
-    out_head,
+    stride_qm,
+    stride_qh,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
+    stride_om,
+    stride_oh,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LANES: tl.constexpr,
-    OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """A tile of a question over its request's own rows up to each, joined with the shares of its pieces."""
+    """A tile of a probe over its request's own rows, causally, merged with its pieces; and the log-sum-exp of each row.
+
+    Grid: (tiles, kv_heads).
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(tiles + 6 * tile)
-    count = tl.load(tiles + 6 * tile + 1)
-    begin = tl.load(tiles + 6 * tile + 2)
-    piece = tl.load(tiles + 6 * tile + 3)
-    number = tl.load(tiles + 6 * tile + 4)
-    stride = tl.load(tiles + 6 * tile + 5)
+    first_row = tl.load(tiles + 6 * tile)
+    row_count = tl.load(tiles + 6 * tile + 1)
+    request_row = tl.load(tiles + 6 * tile + 2)
+    first_piece = tl.load(tiles + 6 * tile + 3)
+    piece_count = tl.load(tiles + 6 * tile + 4)
+    piece_step = tl.load(tiles + 6 * tile + 5)
 
-    row, head, live = lanes(first, count, kv_head, GROUP, LANES)
-    lane, dim, place = tl.arange(0, LANES), tl.arange(0, WIDTH), tl.arange(0, OWN)
-    inside = dim < DIM
-    q = queries(query, row, head, live, query_row, query_head, dim, inside, DTYPE)
-    # Rows behind the tile's last are seen by none of its rows.
-    index = (begin + place).to(tl.int64)[:, None]
-    known = (begin + place < first + count)[:, None] & inside[None, :]
-    k = tl.load(own_keys + index * own_key_row + kv_head * own_key_head + dim[None, :], mask=known, other=0.0)
-    v = tl.load(own_values + index * own_value_row + kv_head * own_value_head + dim[None, :], mask=known, other=0.0)
-    # Lanes without a row see the first one, so that their softmax stays finite.
-    seen = place[None, :] <= tl.where(live, row - begin, 0)[:, None]
-    top = tl.full((LANES,), float("-inf"), tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    mixed = tl.zeros((LANES, WIDTH), tl.float32)
-    top, total, mixed = fold(q, k.to(DTYPE), v.to(DTYPE), seen, scaling, top, total, mixed, MASKED=True)
+    # Load the queries and the request's own keys and values.
+    row, head, mask_m = query_lanes(first_row, row_count, kv_head, GROUP, BLOCK_M)
+    lane, offs_d, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    mask_d = offs_d < DIM
+    q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
+    # No row of the tile attends to rows after the tile's last.
+    own_row = (request_row + offs_n).to(tl.int64)[:, None]
+    mask_nd = (request_row + offs_n < first_row + row_count)[:, None] & mask_d[None, :]
+    k = tl.load(own_keys + own_row * stride_kn + kv_head * stride_kh + offs_d[None, :], mask=mask_nd, other=0.0)
+    v = tl.load(own_values + own_row * stride_vn + kv_head * stride_vh + offs_d[None, :], mask=mask_nd, other=0.0)
 
-    for i in range(0, number):
-        at = ((piece + i * stride).to(tl.int64) * tl.num_programs(1) + kv_head) * LANES + lane
-        here = tl.load(top_in + at)
-        higher = tl.maximum(top, here)
-        shrink, share = tl.exp2(top - higher), tl.exp2(here - higher)
-        total = total * shrink + tl.load(total_in + at) * share
-        mixed = mixed * shrink[:, None] + tl.load(mixed_in + at[:, None] * WIDTH + dim[None, :]) * share[:, None]
-        top = higher
+    # Attend to them. Lanes without a row attend to the first one, so that their softmax stays finite.
+    visible = offs_n[None, :] <= tl.where(mask_m, row - request_row, 0)[:, None]
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), visible, scaling, m_i, l_i, acc, MASKED=True)
+
+    # Merge the pieces of the context.
+    for i in range(0, piece_count):
+        offs_state = ((first_piece + i * piece_step).to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + lane
+        m_piece = tl.load(m_in + offs_state)
+        m_new = tl.maximum(m_i, m_piece)
+        rescale, rescale_piece = tl.exp2(m_i - m_new), tl.exp2(m_piece - m_new)
+        l_i = l_i * rescale + tl.load(l_in + offs_state) * rescale_piece
+        acc_piece = tl.load(acc_in + offs_state[:, None] * BLOCK_D + offs_d[None, :])
+        acc = acc * rescale[:, None] + acc_piece * rescale_piece[:, None]
+        m_i = m_new
+
+    # Normalize and store.
     tl.store(
-        out + row[:, None] * out_row + head[:, None] * out_head + dim[None, :],
-        (mixed / total[:, None]).to(out.dtype.element_ty),
-        mask=live[:, None] & inside[None, :],
+        out + row[:, None] * stride_om + head[:, None] * stride_oh + offs_d[None, :],
+        (acc / l_i[:, None]).to(out.dtype.element_ty),
+        mask=mask_m[:, None] & mask_d[None, :],
     )
-    tl.store(sums + head.to(tl.int64) * rows + row, top + tl.log2(total), mask=live)
+    tl.store(lse + head.to(tl.int64) * rows + row, m_i + tl.log2(l_i), mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["contexts", "rows"])
-def _rank(
+def _probe_relevance_kernel(
     query,
     keys,
     blocks,
     slots,
-    sums,
-    sizes,
-    scores,
+    lse,
+    value_norms,
+    relevance,
     scaling,
     contexts,
     rows,
-    query_row,
-    query_head,
-    key_slot,
-    key_head,
+    stride_qm,
+    stride_qh,
+    stride_kn,
+    stride_kh,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    CONTEXT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """What the heads of one group take from a block of context."""
+    """Relevance of a block of context to its request's probe, for the heads of one GQA group. Grid: (blocks, kv_heads).
+
+    Keys are read and multiplied again: keeping the attention of all rows would take rows x context x heads floats.
+    """
     block, kv_head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(blocks + 4 * block)
+    first_position = tl.load(blocks + 4 * block)
     length = tl.load(blocks + 4 * block + 1)
-    first = tl.load(blocks + 4 * block + 2)
-    count = tl.load(blocks + 4 * block + 3)
-    place, lane, dim = tl.arange(0, CONTEXT), tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    here, live, inside = place < length, lane < count, dim < DIM
-    slot = tl.load(slots + begin + place, mask=here, other=0)
-    row = (first + lane).to(tl.int64)
+    first_row = tl.load(blocks + 4 * block + 2)
+    row_count = tl.load(blocks + 4 * block + 3)
+
+    # Load the keys.
+    offs_n, offs_m, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    mask_n, mask_m, mask_d = offs_n < length, offs_m < row_count, offs_d < DIM
+    slot = tl.load(slots + first_position + offs_n, mask=mask_n, other=0)
+    row = (first_row + offs_m).to(tl.int64)
     k = tl.load(
-        keys + slot[:, None] * key_slot + kv_head * key_head + dim[None, :],
-        mask=here[:, None] & inside[None, :],
+        keys + slot[:, None] * stride_kn + kv_head * stride_kh + offs_d[None, :],
+        mask=mask_n[:, None] & mask_d[None, :],
         other=0.0,
     ).to(DTYPE)
-    taken = tl.zeros((CONTEXT,), tl.float32)
+
+    # Root mean square of the attention over the probe's rows, summed over the heads of the group.
+    attention = tl.zeros((BLOCK_N,), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         q = tl.load(
-            query + row[:, None] * query_row + head * query_head + dim[None, :],
-            mask=live[:, None] & inside[None, :],
+            query + row[:, None] * stride_qm + head * stride_qh + offs_d[None, :],
+            mask=mask_m[:, None] & mask_d[None, :],
             other=0.0,
         ).to(DTYPE)
-        of_row = tl.load(sums + head * rows + row, mask=live, other=float("inf"))
-        weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling - of_row[:, None])
-        taken += tl.sqrt(tl.sum(weights * weights, 0) / count)
-    at = kv_head.to(tl.int64) * contexts + begin + place
-    tl.store(scores + at, taken * tl.load(sizes + at, mask=here, other=0.0), mask=here)
+        row_lse = tl.load(lse + head * rows + row, mask=mask_m, other=float("inf"))
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling - row_lse[:, None])
+        attention += tl.sqrt(tl.sum(p * p, 0) / row_count)
+
+    # Multiply by the norm of the value and store.
+    offs_out = kv_head.to(tl.int64) * contexts + first_position + offs_n
+    tl.store(relevance + offs_out, attention * tl.load(value_norms + offs_out, mask=mask_n, other=0.0), mask=mask_n)
 
 
 def probe_attention(
     query: torch.Tensor,
-    own: tuple[torch.Tensor, torch.Tensor],
+    own_keys: torch.Tensor,
+    own_values: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     layout: Layout,
     scaling: float,
     scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of questions over their contexts and, causally, themselves; softmax in float32.
+    """Attention of probes over their contexts and, causally, over their own rows; softmax in float32.
 
     Args:
         query: (rows, heads, head_dim), fp16, bf16 or fp32; the last dimension is contiguous, here and below.
-        own: keys and values of the rows, each (rows, kv_heads, head_dim), which have no slots.
+        own_keys: of the rows, (rows, kv_heads, head_dim); they have no slots.
+        own_values: like ``own_keys``.
         keys: (slots, kv_heads, head_dim), the dtype of ``query`` or fp8.
         values: like ``keys``.
-        layout: see :func:`make_layout`.
+        layout: see :func:`a3_sglang.kernels.probe_layout.make_layout`.
         scaling: factor of the logits.
-        scores: float32 (sum of contexts,), to which is added what each position gives to its question: over heads,
-            the root mean square of the rows' attention to it times the norm of its value
+        scores: float32 (sum of contexts,), to which the relevance of each position is added: over heads, the root mean
+            square of the rows' attention to it times the norm of its value
             (:func:`a3_sglang.attention.relevance.relevance`).
 
     Returns:
@@ -292,79 +261,77 @@ def probe_attention(
     """
     heads, dim = query.shape[1:]
     kv_heads, contexts = keys.shape[1], len(layout.slots)
-    width = padded(dim)
-    shares, device = (len(layout.pieces), kv_heads, LANES), query.device
+    block_d = tile_width(dim)
+    states, device = (len(layout.pieces), kv_heads, LANES), query.device
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    mixed = torch.empty((*shares, width), device=device)
-    top, total = torch.empty(shares, device=device), torch.empty(shares, device=device)
-    sizes, taken = (torch.empty((kv_heads, contexts), device=device) for _ in range(2))
-    sums = torch.empty((heads, layout.rows), device=device)
-    own_keys, own_values = own
-    ranked = scores is not None and contexts > 0
-    shape = {"GROUP": heads // kv_heads, "DIM": dim, "WIDTH": width, "DTYPE": product_dtype(query)}
+    acc = torch.empty((*states, block_d), device=device)
+    m_i, l_i = torch.empty(states, device=device), torch.empty(states, device=device)
+    value_norms, relevance = (torch.empty((kv_heads, contexts), device=device) for _ in range(2))
+    lse = torch.empty((heads, layout.rows), device=device)
+    shape = {"GROUP": heads // kv_heads, "DIM": dim, "BLOCK_D": block_d, "DTYPE": product_dtype(query)}
     if contexts:
-        _attend[(len(layout.pieces), kv_heads)](
+        _probe_split_kernel[(len(layout.pieces), kv_heads)](
             query,
             keys,
             values,
             layout.pieces,
             layout.slots,
-            mixed,
-            top,
-            total,
-            sizes,
+            acc,
+            m_i,
+            l_i,
+            value_norms,
             scaling * LOG2E,
             contexts,
             *query.stride()[:2],
             *keys.stride()[:2],
             *values.stride()[:2],
-            LANES=LANES,
-            CONTEXT=BLOCK if has_wide_products() else BLOCK // 2,
-            SIZED=ranked,
+            BLOCK_M=LANES,
+            BLOCK_N=POSITIONS if has_wide_products() else POSITIONS // 2,
+            WRITE_NORMS=scores is not None,
             num_warps=8,
             num_stages=3,
             **shape,
         )
-    _join[(len(layout.tiles), kv_heads)](
+    _probe_merge_kernel[(len(layout.tiles), kv_heads)](
         query,
         own_keys,
         own_values,
-        mixed,
-        top,
-        total,
+        acc,
+        m_i,
+        l_i,
         layout.tiles,
         out,
-        sums,
+        lse,
         scaling * LOG2E,
         layout.rows,
         *query.stride()[:2],
         *own_keys.stride()[:2],
         *own_values.stride()[:2],
         *out.stride()[:2],
-        LANES=LANES,
-        OWN=ROWS,
+        BLOCK_M=LANES,
+        BLOCK_N=MAX_ROWS,
         num_warps=8,
         **shape,
     )
-    if ranked:
-        _rank[(len(layout.blocks), kv_heads)](
+    if scores is not None and contexts:
+        _probe_relevance_kernel[(len(layout.blocks), kv_heads)](
             query,
             keys,
             layout.blocks,
             layout.slots,
-            sums,
-            sizes,
-            taken,
+            lse,
+            value_norms,
+            relevance,
             scaling * LOG2E,
             contexts,
             layout.rows,
             *query.stride()[:2],
             *keys.stride()[:2],
-            ROWS=ROWS,
-            CONTEXT=BLOCK,
+            BLOCK_M=MAX_ROWS,
+            BLOCK_N=POSITIONS,
             num_warps=4,
             num_stages=2,
             **shape,
         )
-        scores += taken.sum(0)
+        scores += relevance.sum(0)
     return out

@@ -1,9 +1,9 @@
-"""Compile all kernels for a GPU that need not be there, as one layer of Llama-3.1-8B would launch them.
+"""Compiles all kernels for a GPU that need not be present, as one layer of Llama-3.1-8B would launch them.
 
     python tools/compile_kernels.py 90
 
-prints what each needs as JSON: registers of a thread, bytes spilled, bytes of shared memory of a program, and how many
-instructions it has: matrix products of two kinds, accesses to global memory of 16 bytes and of less than 4.
+prints as JSON, for each kernel: registers per thread, bytes spilled, bytes of shared memory per program, and numbers of
+instructions: matrix products of two kinds, accesses to global memory of 16 bytes and of less than 4.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
-from a3_sglang.attention.probe_attention import ProbeRows
-from a3_sglang.attention.row_attention import RequestRows
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DriftPredictor, PaddedBlocks
+from a3_sglang.attention.base import ProbeRows, RequestRows
+from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
+from a3_sglang.drift.model import PaddedBlocks
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.rope import RopeTable
 
@@ -37,7 +36,7 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 
 
 class Absent(CudaDriver):
-    """A driver of a device that is only compiled for."""
+    """The driver of a GPU that is absent: enough of it to compile."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -50,38 +49,38 @@ class Absent(CudaDriver):
 
 
 def launch(dtype: torch.dtype) -> None:
-    """Everything a fused prefill launches, over zeros."""
-    device, context, rows = TritonOps(), 1024, 160
+    """Launch all kernels of a fused prefill, over zeros."""
+    ops, context, rows = TritonOps(), 1024, 160
     keys, values = (torch.zeros(2 * context, KV_HEADS, DIM, dtype=dtype) for _ in "kv")
-    slots, visible = torch.arange(context), torch.arange(rows) * 6 + 1
+    slots, observed = torch.arange(context), torch.arange(rows) * 6 + 1
     rope = RopeTable(torch.zeros(context, DIM), True)
 
-    device.copy(device.pools([keys], [values]), slots, slots + context, rope.turn(slots, slots), True)
+    ops.copy(ops.pools([keys], [values]), slots, slots + context, rope.rotation(slots, slots), True)
 
-    query, question = (torch.zeros(n, HEADS, DIM, dtype=dtype) for n in (rows, 64))
+    query, probe = (torch.zeros(n, HEADS, DIM, dtype=dtype) for n in (rows, 64))
     fresh = tuple(torch.zeros(n, KV_HEADS, DIM, dtype=dtype) for n in (rows, rows))
     own = tuple(part[:64] for part in fresh)
-    ask = device.questions.plan([ProbeRows(0, 64, slots)], HEADS, KV_HEADS)
-    ask(question, own, (keys, values), 1.0, torch.zeros(context))
+    attend = ops.probe_attention.plan([ProbeRows(0, 64, slots)], HEADS, KV_HEADS)
+    attend(probe, own, (keys, values), 1.0, torch.zeros(context))
 
-    attend = device.rows.plan([RequestRows(0, rows, slots, visible, False)], HEADS, KV_HEADS, dtype)
+    attend = ops.row_attention.plan([RequestRows(0, rows, slots, observed, False)], HEADS, KV_HEADS, dtype)
     attend(query, keys, values, 1.0)
 
     blocks = PaddedBlocks([context], "cpu")
-    spread = DriftCorrection(
-        DriftPredictor(visible, blocks, context),
+    correction = DriftCorrection(
+        DriftPredictor(observed, blocks, context),
         torch.arange(rows),
-        slots[visible],
-        visible,
+        slots[observed],
+        observed,
         torch.ones(rows, dtype=torch.bool),
         slots,
         slots,
     )
-    device.spread((keys, values), fresh, spread, rope)
+    ops.correct_drift((keys, values), fresh, correction, rope)
 
 
 def needs(kernel: Any, arch: int) -> dict[str, int]:
-    """What the assembler says of a compiled kernel."""
+    """Resources and instructions of a compiled kernel, from the assembler and the PTX."""
     ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")

@@ -1,4 +1,4 @@
-"""Which row attention a device gets: of those that are right on it, the fastest."""
+"""Chooses the row attention of a device: the fastest backend that gives right results there."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from a3_sglang.attention.row_attention import RequestRows, RowAttention, TorchRowAttention
+from a3_sglang.attention.base import RequestRows, RowAttention
+from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.timing import seconds
 
 logger = logging.getLogger(__name__)
 
 CONTEXTS = (6000, 2300)
-"""Prompts of the trial, tokens."""
+"""Tokens of the trial's prompts."""
 SHARE = 0.15
-"""Of their rows, those that attend."""
+"""Fraction of the positions that are used as queries."""
 TOLERANCE = 1e-2
 """Relative error against float32; rounding to bf16 alone costs a third of it."""
 SAMPLE = 64
@@ -25,7 +26,7 @@ REPEATS = 5
 
 
 class NoUsableBackendError(ValueError):
-    """No implementation gives right results on this device; the message says what is wrong with each."""
+    """No backend gives right results on this device; the message says what is wrong with each."""
 
 
 def fastest(
@@ -35,17 +36,17 @@ def fastest(
     layers: int,
     contexts: Sequence[int] = CONTEXTS,
 ) -> RowAttention:
-    """Try all on rows of random prompts and keep the fastest right one.
+    """Try all candidates on rows of random prompts and return the fastest that is right.
 
     Args:
-        candidates: makers by name.
-        heads: query heads of a layer.
-        pool: (slots, kv_heads, head_dim), a layer's keys; tells shapes, dtype and device, and is not touched.
-        layers: of the model; so many calls share a plan.
+        candidates: constructors by name.
+        heads: query heads per layer.
+        pool: (slots, kv_heads, head_dim), a layer's keys; gives shapes, dtype and device, and is not read.
+        layers: of the model, which share one plan.
         contexts: tokens of the prompts.
 
     Raises:
-        NoUsableBackendError: none is right.
+        NoUsableBackendError: no candidate is right.
     """
     trial, times, wrong = _Trial(heads, pool, contexts), dict[str, float](), dict[str, str]()
     made: dict[str, RowAttention] = {}
@@ -56,7 +57,7 @@ def fastest(
         except Exception as failure:
             wrong[name] = f"{type(failure).__name__}: {failure}"
             continue
-        if error <= TOLERANCE:  # Not so where it is no number.
+        if error <= TOLERANCE:  # False for NaN.
             times[name] = trial.milliseconds(made[name], layers)
         else:
             wrong[name] = f"off by {error:.3g} from float32"
@@ -70,17 +71,19 @@ def fastest(
 
 
 class _Trial:
+    """Random prompts, some of whose rows attend, and what a sample of these should get."""
+
     def __init__(self, heads: int, pool: torch.Tensor, contexts: Sequence[int]) -> None:
         _, self._kv_heads, dim = pool.shape
         self._heads, self._dtype, self._scaling = heads, pool.dtype, dim**-0.5
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(sum(contexts), generator=generator).split(list(contexts))
-        self._groups, rows = [], 0
+        self._requests, rows = [], 0
         for slots in order:
             count = max(1, int(SHARE * len(slots)))
-            visible = torch.randperm(len(slots), generator=generator)[:count].sort().values + 1
-            self._groups.append(
-                RequestRows(rows, rows + count, slots.to(pool.device), visible.to(pool.device), exact=False)
+            kv_lens = torch.randperm(len(slots), generator=generator)[:count].sort().values + 1
+            self._requests.append(
+                RequestRows(rows, rows + count, slots.to(pool.device), kv_lens.to(pool.device), exact=False)
             )
             rows += count
 
@@ -89,27 +92,28 @@ class _Trial:
 
         self._keys, self._values = (random(sum(contexts), self._kv_heads, dim) for _ in "kv")
         self._query = random(rows, heads, dim)
-        some = [torch.linspace(0, len(group.visible) - 1, SAMPLE).long().to(pool.device) for group in self._groups]
-        self._sample = torch.cat([group.begin + rows for group, rows in zip(self._groups, some, strict=True)])
+        samples = [torch.linspace(0, len(r.kv_lens) - 1, SAMPLE).long().to(pool.device) for r in self._requests]
+        self._sample = torch.cat([r.begin + sample for r, sample in zip(self._requests, samples, strict=True)])
         sampled = [
-            RequestRows(i * SAMPLE, (i + 1) * SAMPLE, group.slots, group.visible[rows], exact=False)
-            for i, (group, rows) in enumerate(zip(self._groups, some, strict=True))
+            RequestRows(i * SAMPLE, (i + 1) * SAMPLE, r.slots, r.kv_lens[sample], exact=False)
+            for i, (r, sample) in enumerate(zip(self._requests, samples, strict=True))
         ]
         reference = TorchRowAttention().plan(sampled, heads, self._kv_heads, torch.float32)
-        exact = reference(self._query[self._sample].float(), self._keys.float(), self._values.float(), self._scaling)
-        self._exact = exact.split(SAMPLE)
+        expected = reference(self._query[self._sample].float(), self._keys.float(), self._values.float(), self._scaling)
+        self._expected = expected.split(SAMPLE)
 
     def run(self, attention: RowAttention, layers: int = 1) -> torch.Tensor:
-        attend = attention.plan(self._groups, self._heads, self._kv_heads, self._dtype)
+        attend = attention.plan(self._requests, self._heads, self._kv_heads, self._dtype)
         for _ in range(layers):
             out = attend(self._query, self._keys, self._values, self._scaling)
         return out
 
     def error(self, attention: RowAttention) -> float:
-        """Largest relative error of a prompt, on a sample of its rows."""
+        """Relative error on a sample of rows, the largest of all prompts."""
         out = self.run(attention)[self._sample].float().split(SAMPLE)
-        return max(float((one - exact).norm() / exact.norm()) for one, exact in zip(out, self._exact, strict=True))
+        pairs = zip(out, self._expected, strict=True)
+        return max(float((found - expected).norm() / expected.norm()) for found, expected in pairs)
 
     def milliseconds(self, attention: RowAttention, layers: int) -> float:
-        """Median of a whole pass."""
+        """Median time of a whole pass."""
         return statistics.median(seconds(lambda: self.run(attention, layers), self._query.device, REPEATS)) * 1e3

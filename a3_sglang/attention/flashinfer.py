@@ -1,4 +1,4 @@
-"""Attention of arbitrary rows through FlashInfer's prefill over paged KV."""
+"""Attention of arbitrary rows by FlashInfer's prefill over paged KV."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.row_attention import Attention, RequestRows, RowAttention, TritonRowAttention
+from a3_sglang.attention.base import RequestRows, RowAttention, RowAttentionFn
+from a3_sglang.attention.triton import TritonRowAttention
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
-MOST_PAIRS = 1 << 31
-"""Rows times positions of a group, above which the bits for them are counted wrongly; they would be a lot, too."""
+MAX_PAIRS = 1 << 31
+"""Rows x positions per request: above it FlashInfer's int32 count of mask bits overflows, and the mask has 256 MiB."""
 WORKSPACE = 384 << 20
-"""Bytes for the shares of long contexts, as much as SGLang gives its own FlashInfer backend."""
+"""Bytes for partial results over long contexts, as much as SGLang gives its own FlashInfer backend."""
 
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """Rows of several requests as FlashInfer takes them: a group is a sequence, a slot is a page.
+    """Rows of several requests as FlashInfer takes them: a request is a sequence, a slot is a page.
 
-    FlashInfer knows no rows that see less than those behind them and are no neighbours; it takes a bit for every row
-    and position instead. So that rows begin at whole bytes, contexts are filled up to a multiple of 8 positions.
+    FlashInfer's causal mask assumes consecutive query positions. Ours have gaps, so each (row, position) pair gets a
+    bit of an explicit mask. Contexts are padded to a multiple of 8 positions, so that rows begin at whole bytes.
 
     Attributes:
-        row_ends: int32 (groups + 1,), on the host; where each group's rows begin and end.
+        row_ends: int32 (requests + 1,), on the host; the bounds of each request's rows.
         slot_ends: like ``row_ends``, in ``slots``.
         byte_ends: like ``row_ends``, in ``mask``.
-        slots: int32 (sum of filled-up contexts,).
-        mask: uint8 (sum of rows x filled-up context / 8,), the first position in the lowest bit.
+        slots: int32 (sum of padded contexts,).
+        mask: uint8 (sum of rows x padded context / 8,), the first position in the lowest bit.
     """
 
     row_ends: torch.Tensor
@@ -40,16 +41,16 @@ class PagedRows:
     mask: torch.Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[RequestRows]) -> PagedRows:
-        """Lay out a batch of rows; reads nothing back from the device."""
-        rows = [len(group.visible) for group in groups]
-        contexts = [len(group.slots) + -len(group.slots) % 8 for group in groups]
+    def of(cls, requests: Sequence[RequestRows]) -> PagedRows:
+        """Lay out the rows of a pass; forces no host-device sync."""
+        rows = [len(request.kv_lens) for request in requests]
+        contexts = [len(request.slots) + -len(request.slots) % 8 for request in requests]
         return cls(
             _ends(rows),
             _ends(contexts),
             _ends([count * context // 8 for count, context in zip(rows, contexts, strict=True)]),
-            torch.cat([_slots(group, context) for group, context in zip(groups, contexts, strict=True)]).int(),
-            torch.cat([_bits(group, context).flatten() for group, context in zip(groups, contexts, strict=True)]),
+            torch.cat([_padded_slots(request, n) for request, n in zip(requests, contexts, strict=True)]).int(),
+            torch.cat([_mask_bytes(request, n).flatten() for request, n in zip(requests, contexts, strict=True)]),
         )
 
 
@@ -57,25 +58,28 @@ def _ends(counts: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _slots(group: RequestRows, context: int) -> torch.Tensor:
-    """What no row sees is read all the same, and a mask does not stop NaN: it is the first slot, which all see."""
-    first = group.slots[:1]
-    filled = torch.cat([group.slots, first.expand(context - len(group.slots))])
-    return filled.where(torch.arange(context, device=first.device) < group.visible[-1], first)
+def _padded_slots(request: RequestRows, context: int) -> torch.Tensor:
+    """Slots of the context; those that no row attends to are the first slot.
+
+    FlashInfer reads masked positions too, and NaN survives the mask.
+    """
+    first = request.slots[:1]
+    padded = torch.cat([request.slots, first.expand(context - len(request.slots))])
+    return padded.where(torch.arange(context, device=first.device) < request.kv_lens[-1], first)
 
 
-def _bits(group: RequestRows, context: int) -> torch.Tensor:
+def _mask_bytes(request: RequestRows, context: int) -> torch.Tensor:
     """uint8 (rows, context / 8)."""
-    before = torch.arange(0, context, 8, dtype=torch.int32, device=group.visible.device)
-    bits = (group.visible.int()[:, None] - before).clamp_(0, 8)
+    byte_begins = torch.arange(0, context, 8, dtype=torch.int32, device=request.kv_lens.device)
+    bits = (request.kv_lens.int()[:, None] - byte_begins).clamp_(0, 8)
     return ((1 << bits) - 1).to(torch.uint8)
 
 
 class FlashInferRowAttention(RowAttention):
-    """One launch a layer for the rows of all requests, planned once a pass. A pass is over when the next is planned.
+    """One launch per layer for the rows of all requests, planned once per pass; passes must not overlap.
 
-    FlashInfer could leave out what no row sees if it were told on the host which rows there are; that would wait for
-    the device. So every row goes over its whole context.
+    FlashInfer could skip the context that no row attends to if the positions were known on the host; reading them would
+    force a host-device sync. So every row goes over its whole context.
 
     Args:
         device: of the KV pool.
@@ -85,16 +89,16 @@ class FlashInferRowAttention(RowAttention):
         self._workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
         self._planned: list[tuple[Any, torch.cuda.Event]] = []
 
-    def plan(self, groups: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> Attention:
-        if any(len(group.visible) * len(group.slots) >= MOST_PAIRS for group in groups):
-            return TritonRowAttention().plan(groups, heads, kv_heads, dtype)
-        paged, wrapper = PagedRows.of(groups), None
+    def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
+        if any(len(request.kv_lens) * len(request.slots) >= MAX_PAIRS for request in requests):
+            return TritonRowAttention().plan(requests, heads, kv_heads, dtype)
+        paged, wrapper = PagedRows.of(requests), None
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
             nonlocal wrapper
             if wrapper is None:
                 wrapper = self._wrapper(paged, heads, kv_heads, query.shape[2], dtype)
-            # A factor of the keys is one of the logits, and is not part of the plan.
+            # The scaling is not known when the plan is made. Scaling the keys has the same effect on the logits.
             return wrapper.run(query, (keys.unsqueeze(1), values.unsqueeze(1)), k_scale=scaling)
 
         return attend
@@ -117,8 +121,8 @@ class FlashInferRowAttention(RowAttention):
             q_data_type=dtype,
             kv_data_type=dtype,
         )
-        # FlashInfer 0.6 and 0.7 take a packed mask's beginnings for counts of bits, as they are without packing, but
-        # read them as bytes.
+        # FlashInfer 0.6 and 0.7 compute the offsets of a packed mask in bits, as for an unpacked one, but read them as
+        # bytes.
         wrapper._mask_indptr_buf = paged.byte_ends.to(paged.mask.device, non_blocking=True)
         planned = torch.cuda.Event()
         planned.record()
@@ -126,7 +130,7 @@ class FlashInferRowAttention(RowAttention):
         return wrapper
 
     def _idle_wrapper(self) -> Any:
-        """A wrapper whose last plan has left the host; until then a new plan would overwrite it there."""
+        """A wrapper whose last plan has been copied to the device; until then a new plan would overwrite it."""
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         for i, (_, planned) in enumerate(self._planned):

@@ -1,4 +1,4 @@
-"""How much a question takes from each position of its context."""
+"""Attention weights on a CPU, and how relevant each context position is to the probe."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ import torch
 
 
 def key_columns(keys: torch.Tensor) -> torch.Tensor:
-    """Keys as :func:`attention_weights` wants them.
+    """Keys in the layout of :func:`attention_weights`, with which its matrix product is fastest.
 
     Args:
         keys: (n, kv_heads, head_dim).
 
     Returns:
-        float32 (kv_heads, head_dim, n), contiguous, which the matrix product is fastest with.
+        float32 (kv_heads, head_dim, n), contiguous.
     """
     return keys.movedim(0, 1).contiguous().transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
-    """Which of the first ``end`` columns each row does not see; what stands before ``begin`` all rows see.
+class CausalMask:
+    """Which of the first ``end`` columns each row does not attend to; all rows attend to those before ``begin``.
 
     Attributes:
         begin, end: columns.
-        mask: bool (rows, end - begin).
+        hidden: bool (rows, end - begin).
     """
 
     begin: int
     end: int
-    mask: torch.Tensor
+    hidden: torch.Tensor
 
 
-def hidden_columns(visible: torch.Tensor) -> Hidden:
-    """What rows do not see of the columns that any of them sees.
+def causal_mask(kv_lens: torch.Tensor) -> CausalMask:
+    """The mask of rows that attend to the first ``kv_lens`` columns, up to the longest of them.
 
     Args:
-        visible: int64 (rows,): how many columns each row sees, from the first on; at least 1.
+        kv_lens: int64 (rows,), at least 1.
     """
-    begin, end = int(visible.min()), int(visible.max())
-    return Hidden(begin, end, torch.arange(begin, end, device=visible.device) >= visible[:, None])
+    begin, end = int(kv_lens.min()), int(kv_lens.max())
+    return CausalMask(begin, end, torch.arange(begin, end, device=kv_lens.device) >= kv_lens[:, None])
 
 
 def query_rows(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Queries as :func:`attention_weights` wants them: the heads that share a KV head as further rows.
+    """Queries in the layout of :func:`attention_weights`: the heads that share a KV head as further rows.
 
     Args:
         query: (rows, heads, head_dim).
         kv_heads: KV heads.
 
     Returns:
-        float32 (kv_heads, rows * group, head_dim); the heads of a row are neighbours.
+        float32 (kv_heads, rows * group, head_dim); the heads of a row are adjacent.
     """
     rows, heads, dim = query.shape
     return query.view(rows, kv_heads, heads // kv_heads, dim).movedim(1, 0).flatten(1, 2).float()
@@ -63,37 +63,37 @@ def query_rows(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def attention_weights(
     query: torch.Tensor,
     keys: torch.Tensor,
-    hidden: Hidden,
+    mask: CausalMask,
     scaling: float,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of rows over their context, for one KV head; sums and softmax in float32.
 
-    One head at a time, since its logits stay in the cache and a CPU's batched product takes longer.
+    It takes one head at a time, since its logits fit into the CPU's cache and a batched product takes longer.
 
     Args:
         query: float32 (rows * group, head_dim), see :func:`query_rows`.
         keys: float32 (head_dim, n), see :func:`key_columns`.
-        hidden: what rows do not see; ``hidden.end`` is n.
+        mask: of the rows; ``mask.end`` is n.
         scaling: factor of the logits.
-        dtype: holds the values of queries and keys.
-        out: float32, contiguous, rows * group * n elements; takes the result.
+        dtype: that all values of queries and keys can be represented in.
+        out: float32, contiguous, rows * group * n elements; receives the result.
 
     Returns:
         float32 (rows * group, n).
     """
     rows, n = len(query), keys.shape[1]
     logits = torch.empty(rows, n, device=query.device) if out is None else out.view(rows, n)
-    with _products_of(dtype):
+    with _matmul_precision(dtype):
         torch.addmm(logits, query, keys, beta=0, alpha=scaling, out=logits)
-    logits.view(len(hidden.mask), -1, n)[..., hidden.begin :].masked_fill_(hidden.mask[:, None], float("-inf"))
+    logits.view(len(mask.hidden), -1, n)[..., mask.begin :].masked_fill_(mask.hidden[:, None], float("-inf"))
     return torch.softmax(logits, dim=-1, out=logits)
 
 
 @contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 products in a CPU's bf16 units if ``dtype`` is bf16: factors are rounded to it, sums are float32."""
+def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Run float32 products in a CPU's bf16 units if ``dtype`` is bf16: factors are rounded to it, sums are float32."""
     backend: Any = torch.backends.mkldnn  # Its stubs lack the attribute.
     matmul = backend.matmul
     before = matmul.fp32_precision
@@ -106,14 +106,14 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def relevance(weights: torch.Tensor, rows: int, values: torch.Tensor) -> torch.Tensor:
-    """What each position gives to the question: attention, root mean square over its rows, times size of the value.
+    """Relevance of each position: root mean square of the rows' attention to it, times the norm of its value.
 
-    The mean square sides with positions that few rows of the question look at hard. A position whose value is small
-    adds little to the output however much attention it gets (sinks are such).
+    The mean square favours positions that few of the probe's rows attend to strongly. A position with a small value
+    adds little to the output however much attention it gets (attention sinks are such).
 
     Args:
-        weights: what :func:`attention_weights` returned for the question's rows, (rows * group, n); squared in place.
-        rows: how many rows these are.
+        weights: of the probe's rows from :func:`attention_weights`, (rows * group, n); squared in place.
+        rows: number of rows.
         values: (n, head_dim).
 
     Returns:

@@ -1,66 +1,184 @@
-"""Takes the drift that recomputed rows show off the reused rows between them; see ``drift/model.py``."""
+"""Corrects the reused rows between recomputed ones by their predicted drift; the model is in ``drift/model.py``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from a3_sglang.attention.probe_attention import KV
-from a3_sglang.drift.model import DriftPredictor
+from a3_sglang.attention.base import KV
+from a3_sglang.drift.model import KEYS, VALUES, Covariance, PaddedBlocks, cholesky_factor, observed_first
+from a3_sglang.drift.selection import candidates_per_block
 from a3_sglang.rope import RopeTable, Rotation, rotate
+
+
+class DriftPredictor:
+    """Predicts the drift of all reused rows of a request from that of the rows observed in one pass.
+
+    Args:
+        observed: int64 (n,), ascending: ordinal among the reused rows of each row of the pass; for gap rows, which are
+            not observed, the number of reused rows.
+        blocks: of the reused rows.
+        most: upper bound of the observed rows per block.
+        wanted: bool (reused,), which rows are predicted at all; by default all of them.
+
+    Attributes:
+        key_weights, value_weights: float32 (blocks, size, width), contiguous: how much of each of the block's observed
+            rows goes into the prediction of each row; zero in columns without an observed row.
+        observed_idx: int64 (blocks, width), which of the n rows these columns are; arbitrary if the weights are zero.
+        reused_idx: int64 (blocks, size), ordinal of each cell's row, -1 in padding.
+    """
+
+    def __init__(
+        self, observed: torch.Tensor, blocks: PaddedBlocks, most: int, wanted: torch.Tensor | None = None
+    ) -> None:
+        self._cell, count = blocks.cell, len(blocks.cell)
+        # One more than there are reused rows: the last entry takes the rows that are not reused.
+        ordinals = torch.arange(count + 1, device=observed.device)
+        mask = torch.zeros_like(ordinals, dtype=torch.bool).index_fill_(0, observed, True)
+        columns, is_observed = observed_first(blocks.pad(mask[:count], False), most)
+        order = torch.zeros_like(ordinals).index_copy_(0, observed, torch.arange(len(observed), device=observed.device))
+        self.observed_idx = blocks.pad(order[:count], 0).gather(1, columns)
+        self.reused_idx = blocks.pad(ordinals[:count], -1)
+        self.key_weights, self.value_weights = (
+            _kriging_weights(kind, columns, is_observed, blocks.offsets) for kind in (KEYS, VALUES)
+        )
+        if wanted is not None:
+            unwanted = ~blocks.pad(wanted, False)[..., None]
+            self.key_weights, self.value_weights = (
+                weights.masked_fill(unwanted, 0) for weights in (self.key_weights, self.value_weights)
+            )
+
+    def predict_keys(self, drift: torch.Tensor) -> torch.Tensor:
+        """Predicted drift of all reused rows' keys at position 0.
+
+        Args:
+            drift: (n, heads, head_dim), any float dtype, of the rows of the pass.
+
+        Returns:
+            (reused, heads, head_dim) in the dtype of ``drift``; zero in blocks without an observed row. For an observed
+            row it is the prediction, too, not its own drift.
+        """
+        return self._predict(drift, self.key_weights)
+
+    def predict_values(self, drift: torch.Tensor) -> torch.Tensor:
+        """Like :meth:`predict_keys`, of values."""
+        return self._predict(drift, self.value_weights)
+
+    def _predict(self, drift: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if not len(drift):
+            return drift.new_zeros(len(self._cell), *drift.shape[1:])
+        predicted = torch.bmm(weights.to(drift.dtype), drift.flatten(1)[self.observed_idx])
+        return predicted.flatten(0, 1).index_select(0, self._cell).view(-1, *drift.shape[1:])
+
+
+def _kriging_weights(
+    kind: Covariance, columns: torch.Tensor, is_observed: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Weights that predict every row of a block from its observed ones, float32 (blocks, size, width)."""
+    observed = offsets.gather(1, columns)
+    among = kind(observed, observed) * (is_observed[:, :, None] & is_observed[:, None, :])
+    cross = kind(observed, offsets) * is_observed[..., None]
+    factor = cholesky_factor(among, kind.nugget(observed), is_observed)
+    # Two batched solves: on CUDA `cholesky_solve` solves one block at a time.
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
+    return kind.damping * torch.linalg.solve_triangular(factor.mT, half, upper=True).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class DriftCorrection:
-    """What the rows of one request tell in one pass, and whom.
+    """Which rows of a request are observed in one pass, and which reused rows are corrected from them.
 
     Attributes:
-        drift: predicts all reused rows of the request from the pass's rows.
-        rows: int64 (n,), the request's rows in the pass.
-        known: int64 (n,), their slots, which still hold what was copied.
-        told: int64 (n,), their positions.
-        real: bool (n,), which of them are reused rows; the others tell nothing.
-        slots: int64 (reused,), of all reused rows.
-        positions: int64 (reused,), of all reused rows.
+        predictor: predicts all reused rows of the request from the pass's rows.
+        observed_rows: int64 (n,), the request's rows in the pass.
+        observed_slots: int64 (n,), their slots, which still hold the copied KV.
+        observed_pos: int64 (n,), their positions.
+        is_reused: bool (n,), whether they are reused rows; the others have no drift.
+        reused_slots: int64 (reused,), slots of all reused rows.
+        reused_pos: int64 (reused,), positions of all reused rows.
     """
 
-    drift: DriftPredictor
-    rows: torch.Tensor
-    known: torch.Tensor
-    told: torch.Tensor
-    real: torch.Tensor
-    slots: torch.Tensor
-    positions: torch.Tensor
-    _turns: dict[int, tuple[Rotation, Rotation]] = field(default_factory=dict)
+    predictor: DriftPredictor
+    observed_rows: torch.Tensor
+    observed_slots: torch.Tensor
+    observed_pos: torch.Tensor
+    is_reused: torch.Tensor
+    reused_slots: torch.Tensor
+    reused_pos: torch.Tensor
+    _rotations: dict[int, tuple[Rotation, Rotation]] = field(default_factory=dict)
 
-    def turns(self, rope: RopeTable) -> tuple[Rotation, Rotation]:
-        """From the positions of the pass's rows to none, and from none to those of the reused rows."""
-        if id(rope) not in self._turns:
-            back = rope.turn(self.told, torch.zeros_like(self.told))
-            self._turns[id(rope)] = back, rope.turn(torch.zeros_like(self.positions), self.positions)
-        return self._turns[id(rope)]
+    @classmethod
+    def plan(
+        cls,
+        reused_pos: torch.Tensor,
+        lengths: Sequence[int],
+        slots: torch.Tensor,
+        observed_pos: torch.Tensor,
+        first_row: int,
+        recomputed: int,
+        begin: int | torch.Tensor,
+        end: int | torch.Tensor,
+    ) -> DriftCorrection:
+        """Prepare the correction of one slice of a request; forces no host-device sync.
+
+        Args:
+            reused_pos: int64 (reused,), ascending positions of all reused rows.
+            lengths: rows of each span.
+            slots: int64 (context,), slots of the request by position.
+            observed_pos: int64 (n,), ascending positions of the slice's rows, gaps included.
+            first_row: the slice's first row in the pass.
+            recomputed: how many reused rows the request recomputes in all.
+            begin: first position of the slice; may be known on the device only.
+            end: position after its last, like ``begin``; the slice corrects the rows in between.
+        """
+        blocks = PaddedBlocks(lengths, reused_pos.device)
+        reused_idx = torch.searchsorted(reused_pos, observed_pos)
+        is_reused = reused_pos[reused_idx.clamp(max=len(reused_pos) - 1)] == observed_pos
+        wanted = (reused_pos >= begin) & (reused_pos < end)
+        observed = reused_idx.where(is_reused, len(reused_pos))
+        return cls(
+            DriftPredictor(observed, blocks, candidates_per_block(blocks, recomputed), wanted),
+            torch.arange(first_row, first_row + len(observed_pos), device=reused_pos.device),
+            slots[observed_pos],
+            observed_pos,
+            is_reused,
+            slots[reused_pos],
+            reused_pos,
+        )
+
+    def rotations(self, rope: RopeTable) -> tuple[Rotation, Rotation]:
+        """Rotations that take observed keys to position 0, and predicted drift from position 0 to each reused row."""
+        if id(rope) not in self._rotations:
+            to_zero = rope.rotation(self.observed_pos, torch.zeros_like(self.observed_pos))
+            from_zero = rope.rotation(torch.zeros_like(self.reused_pos), self.reused_pos)
+            self._rotations[id(rope)] = to_zero, from_zero
+        return self._rotations[id(rope)]
 
 
-def correct_drift(pools: KV, fresh: KV, spread: DriftCorrection, rope: RopeTable) -> None:
-    """Correct one layer's reused rows in place, those of the pass (which are written afterwards) among them.
+def correct_drift(pools: KV, fresh: KV, correction: DriftCorrection, rope: RopeTable) -> None:
+    """Correct one layer's reused rows in place, including the pass's own rows, which are overwritten afterwards.
 
     Args:
         pools: of the layer, each (slots, kv_heads, head_dim).
         fresh: KV of the pass's rows, each (rows, kv_heads, head_dim), keys after RoPE.
-        spread: who tells whom.
+        correction: which rows are observed and which are corrected.
         rope: of the layer.
     """
-    (keys, values), (key, value), none = pools, fresh, ~spread.real[:, None, None]
-    back, forth = spread.turns(rope)
-    seen = rotate(_drift(key, keys, spread).masked_fill_(none, 0), *back, rope.neox).to(keys.dtype)
-    _add(keys, spread.slots, rotate(spread.drift.of_keys(seen).float(), *forth, rope.neox))
-    seen = _drift(value, values, spread).masked_fill_(none, 0).to(values.dtype)
-    _add(values, spread.slots, spread.drift.of_values(seen))
+    (keys, values), (key, value) = pools, fresh
+    is_gap = ~correction.is_reused[:, None, None]
+    to_zero, from_zero = correction.rotations(rope)
+    drift = rotate(_drift(key, keys, correction).masked_fill_(is_gap, 0), *to_zero, rope.neox).to(keys.dtype)
+    predicted = rotate(correction.predictor.predict_keys(drift).float(), *from_zero, rope.neox)
+    _add(keys, correction.reused_slots, predicted)
+    drift = _drift(value, values, correction).masked_fill_(is_gap, 0).to(values.dtype)
+    _add(values, correction.reused_slots, correction.predictor.predict_values(drift))
 
 
-def _drift(fresh: torch.Tensor, pool: torch.Tensor, spread: DriftCorrection) -> torch.Tensor:
-    return fresh.index_select(0, spread.rows).float() - pool.index_select(0, spread.known)
+def _drift(fresh: torch.Tensor, pool: torch.Tensor, correction: DriftCorrection) -> torch.Tensor:
+    fresh_rows = fresh.index_select(0, correction.observed_rows).float()
+    return fresh_rows - pool.index_select(0, correction.observed_slots)
 
 
 def _add(pool: torch.Tensor, slots: torch.Tensor, change: torch.Tensor) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.probe_attention import ProbeFn, ProbeRows
-from a3_sglang.attention.row_attention import Attention, RequestRows
+from a3_sglang.attention.base import ProbeFn, ProbeRows, RequestRows, RowAttentionFn
 from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
@@ -195,33 +193,33 @@ class Executor:
 
     Args:
         model: see :class:`Model`.
-        device: how it runs where the model's KV lies.
+        ops: of the device that holds the model's KV.
         slice_rows: rows that go through the model at once, at most.
     """
 
-    def __init__(self, model: Model, device: Ops, slice_rows: int = SLICE_ROWS) -> None:
+    def __init__(self, model: Model, ops: Ops, slice_rows: int = SLICE_ROWS) -> None:
         self.model = model
-        self.device = device
+        self.ops = ops
         self.slice_rows = slice_rows
         layers: dict[int, list[int]] = {}
         for layer in range(model.depth):
             layers.setdefault(id(model.ropes[layer]), []).append(layer)
         self._pools = [
-            (model.ropes[same[0]], device.pools([model.keys[i] for i in same], [model.values[i] for i in same]))
+            (model.ropes[same[0]], ops.pools([model.keys[i] for i in same], [model.values[i] for i in same]))
             for same in layers.values()
         ]
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Copy KV rows between slots in all layers, keys turned from their old to their new positions.
+        """Copy KV rows between slots in all layers, keys rotated from their old to their new positions.
 
         Args:
             source: int64 (n,), slots to copy from.
             target: int64 (n,), slots to copy to; none of ``source``.
             old: int64 (n,), positions of the keys in ``source``.
-            new: int64 (n,), positions they are turned to.
+            new: int64 (n,), positions they are rotated to.
         """
         for rope, pools in self._pools:
-            self.device.copy(pools, source, target, rope.turn(old, new), rope.neox)
+            self.ops.copy(pools, source, target, rope.rotation(old, new), rope.neox)
 
     def fill(self, job: FusionRequest, sources: torch.Tensor) -> None:
         """Copy a job's spans to their places.
@@ -320,7 +318,7 @@ class Executor:
 
     def _pass(self, work: Sequence[Slice]) -> None:
         rows = self._rows_of(work)
-        attend = RecomputePass(self, rows.slots, rows.groups, rows.spreads, kv_only=len(rows.groups))
+        attend = RecomputePass(self, rows.slots, rows.groups, rows.corrections, kv_only=len(rows.groups))
         self.model.forward(rows.tokens, rows.positions, attend)
 
     def extended(
@@ -339,26 +337,26 @@ class Executor:
         count = len(rows.tokens)
         behind = [replace(group, begin=group.begin + count, end=group.end + count) for group in groups]
         attend = RecomputePass(
-            self, torch.cat([rows.slots, slots]), [*rows.groups, *behind], rows.spreads, kv_only=len(rows.groups)
+            self, torch.cat([rows.slots, slots]), [*rows.groups, *behind], rows.corrections, kv_only=len(rows.groups)
         )
         return self.model.extended(rows.tokens, rows.positions, attend)
 
     def _rows_of(self, work: Sequence[Slice]) -> _PassRows:
-        groups, spreads, at = [], [], 0
+        groups, corrections, at = [], [], 0
         for part in work:
             job, rows = part.job, part.rows
             # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
             context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
             groups.append(RequestRows(at, at + len(rows), context, rows + 1, job.exact))
-            if job.selector.spreads and len(job.recomputed) and not job.exact:
-                spreads.append(_spread(part, at))
+            if job.selector.corrects_drift and len(job.recomputed) and not job.exact:
+                corrections.append(_correction(part, at))
             at += len(rows)
         return _PassRows(
             torch.cat([part.job.tokens[part.rows] for part in work]),
             torch.cat([part.rows for part in work]),
             torch.cat([part.job.slots[part.rows] for part in work]),
             groups,
-            spreads,
+            corrections,
         )
 
 
@@ -384,7 +382,7 @@ class _PassRows:
     positions: torch.Tensor
     slots: torch.Tensor
     groups: list[RequestRows]
-    spreads: list[DriftCorrection]
+    corrections: list[DriftCorrection]
 
 
 class RecomputePass(AttentionHook):
@@ -393,7 +391,7 @@ class RecomputePass(AttentionHook):
     Args:
         slots: int64 (rows,), where the rows' KV goes.
         groups: who owns which rows.
-        spreads: what is done before, while the slots still hold the copied KV.
+        corrections: what is done before, while the slots still hold the copied KV.
         kv_only: groups at the beginning of which nothing but the KV is wanted. In the last layer only the rows of the
             others attend; where there are none, the pass ends there.
     """
@@ -403,20 +401,20 @@ class RecomputePass(AttentionHook):
         executor: Executor,
         slots: torch.Tensor,
         groups: Sequence[RequestRows],
-        spreads: Sequence[DriftCorrection] = (),
+        corrections: Sequence[DriftCorrection] = (),
         kv_only: int = 0,
     ) -> None:
-        self._model, self._device = executor.model, executor.device
-        self._slots, self._groups, self._spreads, self._kv_only = slots, groups, spreads, kv_only
-        self._run: Attention | None = None
+        self._model, self._ops = executor.model, executor.ops
+        self._slots, self._groups, self._corrections, self._kv_only = slots, groups, corrections, kv_only
+        self._run: RowAttentionFn | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         keys, values = self._model.keys[layer], self._model.values[layer]
         if layer:  # KV of layer 0 has seen no context, so it has no drift.
-            for spread in self._spreads:
-                self._device.spread((keys, values), (key, value), spread, self._model.ropes[layer])
+            for correction in self._corrections:
+                self._ops.correct_drift((keys, values), (key, value), correction, self._model.ropes[layer])
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
         if layer == self._model.depth - 1 and self._kv_only:
@@ -437,8 +435,8 @@ class RecomputePass(AttentionHook):
         out[first:] = self._plan(moved, query, keys)(query[first:], keys, values, scaling)
         return out
 
-    def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> Attention:
-        return self._device.rows.plan(groups, query.shape[1], keys.shape[1], query.dtype)
+    def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> RowAttentionFn:
+        return self._ops.row_attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
 class ProbePass(AttentionHook):
@@ -450,7 +448,7 @@ class ProbePass(AttentionHook):
     """
 
     def __init__(self, executor: Executor, jobs: Sequence[FusionRequest], layers: range) -> None:
-        self._model, self._device = executor.model, executor.device
+        self._model, self._ops = executor.model, executor.ops
         self._jobs, self._layers = jobs, layers
         self._known, self._questions, tokens, positions, begin = [], [], [], [], 0
         for job in jobs:
@@ -473,7 +471,7 @@ class ProbePass(AttentionHook):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         if self._ask is None:
-            self._ask = self._device.questions.plan(self._questions, query.shape[1], key.shape[1])
+            self._ask = self._ops.probe_attention.plan(self._questions, query.shape[1], key.shape[1])
         pools = self._model.keys[layer], self._model.values[layer]
         out = self._ask(query, (key, value), pools, scaling, self._scores if layer in self._layers else None)
         if layer == self._layers[-1]:
@@ -493,7 +491,7 @@ class DenseLayersPass(AttentionHook):
     """All rows behind one job's exact prefix, in slices by position; the context's KV goes to its slots."""
 
     def __init__(self, executor: Executor, job: FusionRequest) -> None:
-        self._model, self._attention, self._job = executor.model, executor.device.rows, job
+        self._model, self._attention, self._job = executor.model, executor.ops.row_attention, job
         self._last = job.selector.fresh_layers - 1
         self._copied = self._model.values[self._last].index_select(0, job.slots[job.plan.prefix :])
         self._tail: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -539,23 +537,11 @@ class DenseLayersPass(AttentionHook):
         return scores
 
 
-def _spread(part: Slice, at: int) -> DriftCorrection:
-    """What a part's rows, which begin at ``at`` in their pass, tell the reused rows among which they stand."""
-    job, device = part.job, part.rows.device
-    every = _rows(job.plan, device)
-    blocks = PaddedBlocks(every.lengths, device)
-    number = torch.searchsorted(every.positions, part.rows)
-    real = every.positions[number.clamp(max=len(every.positions) - 1)] == part.rows
-    wanted = (every.positions >= part.begin) & (every.positions < part.end)
-    known = number.where(real, len(every.positions))
-    return DriftCorrection(
-        DriftPredictor(known, blocks, candidates_per_block(blocks, len(job.recomputed)), wanted),
-        torch.arange(at, at + len(part.rows), device=device),
-        job.slots[part.rows],
-        part.rows,
-        real,
-        job.slots[every.positions],
-        every.positions,
+def _correction(part: Slice, at: int) -> DriftCorrection:
+    """Drift correction of one slice, whose rows start at row ``at`` of the pass."""
+    job, reused = part.job, _rows(part.job.plan, part.rows.device)
+    return DriftCorrection.plan(
+        reused.positions, reused.lengths, job.slots, part.rows, at, len(job.recomputed), part.begin, part.end
     )
 
 

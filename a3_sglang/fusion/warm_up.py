@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.attention.base import RequestRows
 from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
 from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.matching.index import AnyPositionIndex
@@ -97,16 +97,16 @@ def warm_up(executor: Executor, selector: Selector) -> FusionRequest:
 
 
 def _check_keys(executor: Executor, job: FusionRequest) -> None:
-    """Keys of layer 0 know only their token and its position, so equal tokens show how the model turns keys."""
+    """Keys of layer 0 know only their token and its position, so equal tokens show how the model rotates keys."""
     keys, rope = executor.model.keys[0], executor.model.ropes[0]
     order = job.tokens[: job.plan.end].sort(stable=True)
     same = (order.values[1:] == order.values[:-1]).nonzero().squeeze(1)
     one, other = order.indices[same], order.indices[same + 1]
-    turned = rotate(keys[job.slots[one]], *rope.turn(one, other), rope.neox).float()
+    rotated = rotate(keys[job.slots[one]], *rope.rotation(one, other), rope.neox).float()
     expected = keys[job.slots[other]].float()
-    error = (turned - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    # One rounding of either key and one of the turned.
+    error = (rotated - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    # One rounding of either key and one of the rotated.
     if not bool((error < 8 * torch.finfo(keys.dtype).eps).all()):
         raise UnsupportedModelError(
-            f"the keys that reach the model's attention do not turn as its RoPE says (off by {float(error.max()):.3g})"
+            f"the keys that reach the model's attention do not follow its RoPE (off by {float(error.max()):.3g})"
         )

@@ -115,7 +115,7 @@ def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: to
         keys = raw.clone().view(64, head_dim)
         return module(at, keys.clone(), keys)[1].view(64, 1, head_dim)
 
-    rotated = rotate(model_rotates(positions[0]), *table.turn(positions[0], positions[1]), table.neox)
+    rotated = rotate(model_rotates(positions[0]), *table.rotation(positions[0], positions[1]), table.neox)
     expected = model_rotates(positions[1])
     error = (rotated.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     # One rounding of the stored key and one of the result.

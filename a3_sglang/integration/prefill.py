@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.attention.base import RequestRows
 from a3_sglang.config import REQUEST_KEY
 from a3_sglang.fusion.executor import Executor, FusionRequest, Slice, Timings
 from a3_sglang.integration import compat

@@ -64,7 +64,7 @@ def create_cache(context: Any) -> Any:
         options.selector,
         options.recompute_ratio,
         options.donors,
-        type(ops.rows).__name__,
+        type(ops.row_attention).__name__,
         overhead,
     )
     return cache

@@ -67,7 +67,7 @@ class Selector:
     attention: ClassVar[bool] = False
     """Whether scores are shares of the question's attention, which ``ratio="auto"`` needs."""
 
-    spreads: ClassVar[bool] = False
+    corrects_drift: ClassVar[bool] = False
     """Whether the rows between recomputed ones are corrected, too; see :mod:`a3_sglang.drift`."""
 
     def probe_layers(self, depth: int) -> range:

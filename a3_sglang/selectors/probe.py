@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift.model import PaddedBlocks, select_a_optimal
+from a3_sglang.drift.model import PaddedBlocks
+from a3_sglang.drift.selection import select_a_optimal
 from a3_sglang.selectors.base import Rows, Selector
 
 
@@ -30,7 +31,7 @@ class Probe(Selector):
 
     name: ClassVar[str] = "probe"
     attention: ClassVar[bool] = True
-    spreads: ClassVar[bool] = True
+    corrects_drift: ClassVar[bool] = True
     first: float = 0.25
     last: float = 0.8
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.oracle import SPREAD, check, probe_agreement
+from helpers.oracle import CORRECTED, check, probe_agreement
 from helpers.reference import Llama
 from helpers.traffic import Traffic
 
@@ -18,7 +18,7 @@ def oracle(tiny: str) -> Llama:
     return Llama.load(Path(tiny))
 
 
-@pytest.mark.parametrize("option", [{"ratio": 1.0}, SPREAD, {"selector": "reuse"}, {"selector": "epic"}])
+@pytest.mark.parametrize("option", [{"ratio": 1.0}, CORRECTED, {"selector": "reuse"}, {"selector": "epic"}])
 def test_fused_kv_is_the_oracles(traffic: Traffic, oracle: Llama, option: dict):
     check(traffic, oracle, option)
 

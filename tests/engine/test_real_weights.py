@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from a3_sglang.client import flush
-from helpers.oracle import SPREAD, check, probe_agreement
+from helpers.oracle import CORRECTED, check, probe_agreement
 from helpers.reference import Llama
 from helpers.tolerance import DTYPE, assert_same_prefill
 from helpers.traffic import Traffic, answer, parts
@@ -41,7 +41,7 @@ def test_ratio_one_is_a_full_prefill(traffic: Traffic):
 
 
 def test_fused_kv_is_the_oracles(traffic: Traffic, model: str):
-    check(traffic, Llama.load(Path(model)), SPREAD, documents=2)
+    check(traffic, Llama.load(Path(model)), CORRECTED, documents=2)
 
 
 def test_the_probe_picks_the_oracles_rows(traffic: Traffic, model: str):

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.attention.base import RequestRows
 from a3_sglang.drift import model as drift
 from a3_sglang.fusion.executor import AttentionHook, Executor, FusionRequest, RecomputePass, Slice, Timings
 from a3_sglang.matching.plan import MIN_TAIL, Plan, question_ranges
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
-from helpers.reference import Llama, gaps, reused, spread64
+from helpers.drift import drift_correction64
+from helpers.reference import Llama, gaps, reused
 from helpers.world import MIN_SPAN, World, executor_of
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -28,7 +29,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 class Listening(Probe):
     """The probe over layers 1 and 2 of 4, which takes what is highest; keeps the relevance it is given."""
 
-    spreads: ClassVar[bool] = False
+    corrects_drift: ClassVar[bool] = False
     first: float = 0.25
     last: float = 0.75
     reach: float = math.inf
@@ -98,22 +99,22 @@ def test_any_ratio_equals_the_definition(seed, prefix, parts, tail, ratio):
 
 
 @dataclass(frozen=True)
-class Spreading(Listening):
-    spreads: ClassVar[bool] = True
+class Correcting(Listening):
+    corrects_drift: ClassVar[bool] = True
 
 
 @settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(0, 20), pieces, st.integers(MIN_TAIL, 60), st.floats(0.05, 0.95), st.booleans())
-def test_drift_is_spread_by_the_definition(seed, prefix, parts, tail, ratio, short_blocks):
-    block = 7 if short_blocks else drift.BLOCK
+def test_drift_is_corrected_by_the_definition(seed, prefix, parts, tail, ratio, short_blocks):
+    block = 7 if short_blocks else drift.MAX_BLOCK
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "BLOCK", block)
+        patch.setattr(drift, "MAX_BLOCK", block)
         world = World(seed)
         executor = executor_of(world)
-        job = world.job(world.prompt(prefix, parts, tail), prefix, Spreading(), ratio, executor)
+        job = world.job(world.prompt(prefix, parts, tail), prefix, Correcting(), ratio, executor)
         copied = kv(world.model, job)
         executor.run([job], Timings())
-        correct = spread64(world.model, job.plan, job.recomputed, block)
+        correct = drift_correction64(world.model, job.plan, job.recomputed, block)
         rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
         expected = world.model.rows64(job.tokens, rows, *copied, correct)[:2]
     found = kv(world.model, job)
@@ -336,10 +337,10 @@ def test_slices_give_the_same_kv(slice_rows):
 
 
 @pytest.mark.parametrize("slice_rows", [1, 5, 16])
-def test_each_slice_spreads_its_own_drift(slice_rows):
+def test_each_slice_corrects_by_its_own_drift(slice_rows):
     world = World(torch.seed() % 2**31)
     executor = executor_of(world, slice_rows)
-    job = world.job(world.prompt(9, [(4, 30), (11, 12), (0, 40), (6, 20)], 40), 9, Spreading(), 0.4, executor)
+    job = world.job(world.prompt(9, [(4, 30), (11, 12), (0, 40), (6, 20)], 40), 9, Correcting(), 0.4, executor)
     keys, values = kv(world.model, job)
     executor.run([job], Timings())
     rows = torch.cat([job.recomputed, gaps(job.plan)]).sort().values
@@ -349,7 +350,7 @@ def test_each_slice_spreads_its_own_drift(slice_rows):
         later = rows[rows > part[-1]]
         end = int(later[0]) if len(later) else job.plan.end
         chosen = job.recomputed[torch.isin(job.recomputed, part)]
-        correct = spread64(world.model, job.plan, chosen, drift.BLOCK, (begin, end))
+        correct = drift_correction64(world.model, job.plan, chosen, drift.MAX_BLOCK, (begin, end))
         keys, values = world.model.rows64(job.tokens, part, keys, values, correct)[:2]
         begin = end
     for expected, found in zip((keys, values), kv(world.model, job), strict=True):

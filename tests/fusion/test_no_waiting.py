@@ -25,7 +25,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
 
     def stand_in(module: str, name: str, result=lambda *_: None):
-        def launch(*args):
+        def launch(*args, **_named):
             launched.append(name)
             return result(*args)
 

@@ -8,16 +8,17 @@ import numpy as np
 import torch
 
 from a3_sglang.client import flush
-from a3_sglang.drift.model import BLOCK
+from a3_sglang.drift.model import MAX_BLOCK
 from a3_sglang.integration.startup import line_ends
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import Plan, make_plan
 from a3_sglang.selectors import Probe, Rows
-from helpers.reference import Llama, backwards, gaps, reused, rope64, spread64
-from helpers.tolerance import distance, roundings, turned
+from helpers.drift import drift_correction64
+from helpers.reference import Llama, backwards, gaps, reused, rope64
+from helpers.tolerance import distance, rope_error, roundings
 from helpers.traffic import Traffic
 
-SPREAD = {"ratio": 0.25}
+CORRECTED = {"ratio": 0.25}
 """The option with which the rows between the recomputed ones are corrected."""
 
 INDEX_BLOCK = 16
@@ -77,8 +78,8 @@ class Fused:
 def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
     """Copied, rotated, recomputed and corrected KV, layer by layer."""
     fused = Fused(traffic, oracle, option, documents)
-    spread = option == SPREAD
-    correct = spread64(oracle, fused.plan, fused.recomputed, BLOCK) if spread else None
+    corrected = option == CORRECTED
+    correct = drift_correction64(oracle, fused.plan, fused.recomputed, MAX_BLOCK) if corrected else None
     expected = oracle.rows64(fused.tokens, fused.rows, *fused.copied, correct)[:2]
     context = torch.arange(fused.plan.end)
     kept = fused.reused[~torch.isin(fused.reused, fused.recomputed)]
@@ -86,8 +87,8 @@ def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> 
         [fused.error(part, layer, expected[part][layer], context) for layer in range(oracle.depth)] for part in (0, 1)
     ]
     # A deep layer of the engine is some tens of roundings away from float64.
-    assert max(map(max, errors)) < roundings(12) + turned(len(fused.tokens))
-    if spread:
+    assert max(map(max, errors)) < roundings(12) + rope_error(len(fused.tokens))
+    if corrected:
         # In the middle of the model the correction is larger than rounding, so that its absence would show.
         middle = range(oracle.depth // 4, oracle.depth * 4 // 5)
         for part in (0, 1):

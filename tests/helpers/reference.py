@@ -1,4 +1,4 @@
-"""What the tests compare with: plain float64 arithmetic and a small Llama without SGLang."""
+"""References of the tests: plain float64 arithmetic, and a small Llama without SGLang."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from a3_sglang.drift.model import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
 from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
 
-# The tensors of these tests are tiny: threads would only wait for each other.
+# The tensors of these tests are tiny, so more threads would only cost time.
 torch.set_num_threads(1)
 
 
@@ -29,7 +28,7 @@ LAYOUTS: dict[str, st.SearchStrategy[Any]] = {
     "neox": st.booleans(),
     "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 }
-"""Of pools: heads, (head_dim, rotary_dim), how rotated dimensions are paired, dtype."""
+"""KV pools: heads, (head_dim, rotary_dim), pairing of the rotary dimensions, dtype."""
 
 
 def random_tensor(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -46,7 +45,7 @@ def inverse_frequencies(rotary_dim: int, base: float = 10_000.0) -> torch.Tensor
 
 
 def llama3_frequencies(rotary_dim: int, base: float = 500_000.0) -> torch.Tensor:
-    """Llama 3.1's stretched angles: low frequencies slowed eightfold, a ramp between, high ones kept."""
+    """Llama 3.1's angles: low frequencies divided by eight, high ones unchanged, a ramp between them."""
     factor, low, high, original = 8.0, 1.0, 4.0, 8192
     freq = inverse_frequencies(rotary_dim, base)
     ramp = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -54,25 +53,25 @@ def llama3_frequencies(rotary_dim: int, base: float = 500_000.0) -> torch.Tensor
 
 
 def cos_sin(freq: torch.Tensor, positions: int, scale: float = 1.0) -> torch.Tensor:
-    """Cosines, then sines, of every position, times ``scale``; float64 (positions, rotary_dim)."""
+    """Cosines, then sines, of every position, times ``scale``, float64 (positions, rotary_dim)."""
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], -1) * scale
 
 
 def rope64(x: torch.Tensor, cos_sin_rows: torch.Tensor, neox: bool) -> torch.Tensor:
-    """Multiply each pair of (n, heads, head_dim) by its complex number; one row of ``cos_sin_rows`` a token."""
+    """Multiply each pair of (n, heads, head_dim) by its complex number; one row of ``cos_sin_rows`` per row."""
     half = cos_sin_rows.shape[1] // 2
     factor = torch.complex(*cos_sin_rows.double().split(half, -1)).unsqueeze(1)
     part, rest = x.double().split([2 * half, x.shape[-1] - 2 * half], -1)
     if neox:
-        turned = torch.complex(part[..., :half].contiguous(), part[..., half:].contiguous()) * factor
-        return torch.cat([turned.real, turned.imag, rest], -1)
-    turned = torch.view_as_complex(part.unflatten(-1, (half, 2)).contiguous()) * factor
-    return torch.cat([torch.view_as_real(turned).flatten(-2), rest], -1)
+        rotated = torch.complex(part[..., :half].contiguous(), part[..., half:].contiguous()) * factor
+        return torch.cat([rotated.real, rotated.imag, rest], -1)
+    rotated = torch.view_as_complex(part.unflatten(-1, (half, 2)).contiguous()) * factor
+    return torch.cat([torch.view_as_real(rotated).flatten(-2), rest], -1)
 
 
 def backwards(cos_sin_rows: torch.Tensor) -> torch.Tensor:
-    """The rows that undo these in :func:`rope64`."""
+    """The inverse rotations, for :func:`rope64`."""
     cos, sin = cos_sin_rows.chunk(2, -1)
     return torch.cat([cos, -sin], -1)
 
@@ -80,31 +79,31 @@ def backwards(cos_sin_rows: torch.Tensor) -> torch.Tensor:
 # ---- attention
 
 
-def weights64(query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention of (rows, heads, d) over the first ``visible`` of (n, kv_heads, d), float64 (rows, heads, n)."""
+def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention of (rows, heads, d) over the first ``kv_lens`` of (n, kv_heads, d), float64 (rows, heads, n)."""
     rows, heads, _ = query.shape
     weights = torch.zeros(rows, heads, len(keys), dtype=torch.float64)
     for row in range(rows):
-        seen = int(visible[row])
+        kv_len = int(kv_lens[row])
         for head in range(heads):
-            k = keys[:seen, head * keys.shape[1] // heads].double()
-            weights[row, head, :seen] = torch.softmax(k @ query[row, head].double() * scaling, -1)
+            k = keys[:kv_len, head * keys.shape[1] // heads].double()
+            weights[row, head, :kv_len] = torch.softmax(k @ query[row, head].double() * scaling, -1)
     return weights
 
 
 def attention64(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scaling: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_lens: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention of (rows, heads, d) over the first ``visible`` of (n, kv_heads, d), float64 like ``query``.
+    """Attention of (rows, heads, d) over the first ``kv_lens`` of (n, kv_heads, d), float64 in the shape of ``query``.
 
-    Only the visible ones are read, so what lies behind them may be NaN.
+    Only these are read, so the others may be NaN.
     """
     rows, heads, _ = query.shape
     group = heads // keys.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float64)
     for row in range(rows):
-        seen = int(visible[row])
-        k, v = (x[:seen].double().repeat_interleave(group, 1) for x in (keys, values))
+        kv_len = int(kv_lens[row])
+        k, v = (x[:kv_len].double().repeat_interleave(group, 1) for x in (keys, values))
         weights = torch.softmax(torch.einsum("hd,nhd->hn", query[row].double(), k) * scaling, -1)
         out[row] = torch.einsum("hn,nhd->hd", weights, v)
     return out
@@ -133,8 +132,8 @@ class Shape:
 class Llama(Model):
     """RMSNorm, RoPE, GQA and SwiGLU over a pool of KV slots, in float32 with random weights or those of a folder.
 
-    Every slot starts as NaN, so whatever reads a slot that nothing wrote shows. ``computed`` counts rows whose QKV
-    was computed, summed over layers.
+    Every slot starts as NaN, so reading a slot before it is written shows. ``computed`` counts rows whose QKV was
+    computed, summed over layers.
     """
 
     def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape()) -> None:
@@ -152,7 +151,7 @@ class Llama(Model):
                 ("up", shape.inner, shape.hidden),
                 ("down", shape.hidden, shape.inner),
             ):
-                # Sharp enough attention that a wrong key or position shows in everything behind it.
+                # Attention is sharp enough that a wrong key or position shows in everything computed from it.
                 gain = 1.5 if name in "qk" else 1.0
                 self.weights[f"{name}{layer}"] = gain * random_tensor(generator, out, into) / into**0.5
             for norm in ("attention", "mlp"):
@@ -168,7 +167,7 @@ class Llama(Model):
 
     @classmethod
     def load(cls, folder: Path, positions: int = 2048) -> Llama:
-        """A model that transformers saved, with room for no KV."""
+        """A model that transformers saved, without KV slots."""
         config = json.loads((folder / "config.json").read_text())
         shape = Shape(
             depth=config["num_hidden_layers"],
@@ -207,7 +206,7 @@ class Llama(Model):
         self._override = None
 
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The ordinary pass of an engine over a tail, within :meth:`extended`; the last hidden states."""
+        """An engine's ordinary forward of a tail, within :meth:`extended`; the last hidden states."""
         assert self._override is not None
         first, at, attend = self._override
         return self.hidden(torch.cat([first, tokens]), torch.cat([at, positions]), attend)[len(first) :]
@@ -242,15 +241,15 @@ class Llama(Model):
         Args:
             tokens: int64 (prompt,).
             rows: int64, ascending positions.
-            keys: (prompt, kv_heads, head_dim) a layer; NaN where a position has no KV, which then is not seen.
+            keys: (prompt, kv_heads, head_dim) per layer; NaN at positions without KV, which no row attends to.
             values: like ``keys``.
             correct: called with each layer's number, its given keys and values, and the same with those of ``rows``
-                in place, which it may change before anything attends.
-            positions: int64 (rows,), where RoPE places the rows; None: where they are.
+                in place, which it may change before any row attends.
+            positions: int64 (rows,), the rows' positions for RoPE; None: ``rows``.
 
         Returns:
-            Keys and values with those of ``rows`` in place, the rows' last hidden states, and of every layer the
-            attention weights, (rows, heads, prompt), and the queries, (rows, heads, head_dim).
+            Keys and values with those of ``rows`` in place, the rows' last hidden states, and per layer the attention
+            weights, (rows, heads, prompt), and the queries, (rows, heads, head_dim).
         """
         shape, w = self.shape, {name: weight.double() for name, weight in self.weights.items()}
         keys, values = [k.double().clone() for k in keys], [v.double().clone() for v in values]
@@ -266,7 +265,7 @@ class Llama(Model):
             queries.append(q)
             group = shape.heads // shape.kv_heads
             logits = torch.einsum("rhd,nhd->rhn", q, keys[layer].repeat_interleave(group, 1)) * self.scaling
-            # A position without KV is not there: it counts neither as key nor as value.
+            # A position without KV is absent: it counts neither as key nor as value.
             absent = keys[layer].isnan().flatten(1).any(1) | values[layer].isnan().flatten(1).any(1)
             hidden = (torch.arange(len(tokens)) > rows[:, None]) | absent
             attention.append(torch.softmax(logits.masked_fill(hidden[:, None], -math.inf), -1))
@@ -278,7 +277,7 @@ class Llama(Model):
     def question64(
         self, plan: Plan, tokens: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Attention of a prompt's question, asked after all that is known of the prompt.
+        """Attention of a prompt's question, placed after all positions that have KV.
 
         Args:
             plan: of the prompt.
@@ -287,7 +286,7 @@ class Llama(Model):
             values: like ``keys``.
 
         Returns:
-            Of every layer, float64 (rows, heads, plan.end).
+            Per layer, float64 (rows, heads, plan.end).
         """
         asked = torch.cat([tokens[start:end] for start, end in question_ranges(plan, len(tokens))])
         unknown = torch.full((len(asked), *keys[0].shape[1:]), torch.nan, dtype=keys[0].dtype)
@@ -312,61 +311,6 @@ def reused(plan: Plan) -> torch.Tensor:
 def gaps(plan: Plan) -> torch.Tensor:
     """Positions of a plan's gaps."""
     return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
-
-
-def spread64(
-    model: Llama, plan: Plan, chosen: torch.Tensor, block: int, wanted: tuple[int, int] | None = None
-) -> Callable[..., None]:
-    """How recomputed rows correct the rows between them, row by row from the definition; for :meth:`Llama.rows64`.
-
-    ``wanted``: only rows in it are corrected.
-    """
-    first, last = wanted or (plan.prefix, plan.end)
-    table = model.ropes[0].cos_sin.double()
-    back = backwards(table)
-    recomputed = set(chosen.tolist())
-
-    begins = {p: span.start for span in plan.spans for p in range(span.start, span.end)}
-
-    def scale(kind: Covariance, p: int) -> float:
-        variance = AT_BEGINNING / (1 + p - begins[p]) ** FALL
-        return math.sqrt(max(DEEP, (variance - kind.common) / (1 - kind.common)))
-
-    def covariance(kind: Covariance, a: int, b: int) -> float:
-        d = abs(a - b)
-        local = kind.near * math.exp(-d / kind.close) + (1 - kind.common - kind.near) * (a == b)
-        return kind.common * math.exp(-d / kind.reach) + scale(kind, a) * scale(kind, b) * local
-
-    def blocks() -> Iterator[tuple[list[int], list[int]]]:
-        for span in plan.spans:
-            for start in range(span.start, span.end, block):
-                rows = range(start, min(start + block, span.end))
-                others = [p for p in rows if p not in recomputed and first <= p < last]
-                yield [p for p in rows if p in recomputed], others
-
-    def weights(kind: Covariance, known: list[int], wanted: list[int]) -> torch.Tensor:
-        among = [[covariance(kind, a, b) for b in known] for a in known]
-        toward = [[covariance(kind, p, a) for a in known] for p in wanted]
-        return kind.trust * torch.tensor(toward, dtype=torch.float64) @ torch.linalg.inv(torch.tensor(among).double())
-
-    plans = [
-        (known, wanted, *(weights(kind, known, wanted) for kind in (KEYS, VALUES)))
-        for known, wanted in blocks()
-        if known and wanted
-    ]
-
-    def correct(
-        layer: int, given_keys: torch.Tensor, given_values: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        if not layer:
-            return
-        for known, wanted, key_weights, value_weights in plans:
-            drift = rope64(keys[known] - given_keys[known], back[known], model.neox)
-            keys[wanted] += rope64(torch.einsum("wk,khd->whd", key_weights, drift), table[wanted], model.neox)
-            drift = values[known] - given_values[known]
-            values[wanted] += torch.einsum("wk,khd->whd", value_weights, drift)
-
-    return correct
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

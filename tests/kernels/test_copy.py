@@ -1,4 +1,4 @@
-"""The kernel that copies KV in all layers at once, against float64."""
+"""The copy of KV in all layers at once, against float64."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from a3_sglang.fusion.ops import TorchOps, TritonOps
 from a3_sglang.rope import RopeTable
 from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
 
-DEVICES = {"torch": TorchOps, "triton": TritonOps}
+OPS = {"torch": TorchOps, "triton": TritonOps}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REACH = 300
+POSITIONS = 300
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", OPS)
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -25,21 +25,21 @@ REACH = 300
     rows=st.integers(1, 90),
     **LAYOUTS,
 )
-def test_rows_are_copied_and_turned(name, seed, layers, heads, dims, rows, neox, dtype):
-    """Rotation may round twice; values, dimensions behind the rotary ones and all other slots are bit-equal."""
+def test_rows_are_copied_and_rotated(name, seed, layers, heads, dims, rows, neox, dtype):
+    """Rotation may round twice; values, dimensions after the rotary ones and all other slots are bit-equal."""
     (dim, rotary), generator = dims, torch.Generator().manual_seed(seed)
-    table = cos_sin(inverse_frequencies(rotary), REACH)
+    table = cos_sin(inverse_frequencies(rotary), POSITIONS)
     rope = RopeTable(table.float().to(DEVICE), neox)
     slots = torch.randperm(2 * rows + 10, generator=generator)
     source, target = slots[:rows], slots[rows : 2 * rows]
-    old, new = torch.randint(0, REACH, (2, rows), generator=generator)
+    old, new = torch.randint(0, POSITIONS, (2, rows), generator=generator)
     pools = [
         [random_tensor(generator, len(slots), heads, dim).to(dtype).to(DEVICE) for _ in range(layers)] for _ in "kv"
     ]
     before = [[pool.cpu().clone() for pool in kind] for kind in pools]
-    device = DEVICES[name]()
-    turn = rope.turn(old.to(DEVICE), new.to(DEVICE))
-    device.copy(device.pools(*pools), source.to(DEVICE), target.to(DEVICE), turn, neox)
+    ops = OPS[name]()
+    rotation = rope.rotation(old.to(DEVICE), new.to(DEVICE))
+    ops.copy(ops.pools(*pools), source.to(DEVICE), target.to(DEVICE), rotation, neox)
     quotient = torch.view_as_real(
         torch.complex(*table[new].chunk(2, -1)) / torch.complex(*table[old].chunk(2, -1))
     ).unbind(-1)

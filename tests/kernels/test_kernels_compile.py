@@ -1,4 +1,4 @@
-"""All kernels compile for GPUs that this machine need not have, and use them as they are meant to."""
+"""All kernels compile for an A100 and an H100, which this machine need not have, and use their hardware."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 
 DTYPES = ("bfloat16", "float16")
-MULTIPLYING = ("_attend", "_join", "_rank", "_row_attention", "_correct")
-NAMES = {*MULTIPLYING, "_copy_rotated", "_observe"}
+MULTIPLYING = (
+    "_probe_split_kernel",
+    "_probe_merge_kernel",
+    "_probe_relevance_kernel",
+    "_row_attention_kernel",
+    "_correct_drift_kernel",
+)
+NAMES = {*MULTIPLYING, "_copy_rotated_kernel", "_observe_drift_kernel"}
 SHARED = {80: 163 << 10, 90: 227 << 10}
-"""Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
+"""Upper bound of the shared memory of a program, bytes (CUDA programming guide, compute capabilities)."""
 
 
 @pytest.fixture(scope="module")
 def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """Both compile at the same time."""
+    """Processes that compile for each GPU, both at the same time."""
     script = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -38,7 +44,7 @@ def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
 def compiled(
     request: pytest.FixtureRequest, compilers: dict[int, subprocess.Popen[str]]
 ) -> tuple[int, dict[str, dict[str, int]]]:
-    """What each kernel needs on A100 (80) and H100 (90)."""
+    """Resources and instructions of each kernel on an A100 (80) and an H100 (90)."""
     process = compilers[request.param]
     shown, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -53,7 +59,7 @@ def test_all_kernels_compile_and_fit(compiled):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_use_the_hardware(compiled, dtype):
-    """Matrix units, loads and stores of 16 bytes, and on an H100 no register that is kept in memory."""
+    """Matrix units, loads and stores of 16 bytes, and on an H100 no spilled registers."""
     arch, needs = compiled
     for name in NAMES:
         need = needs[f"{name} {dtype}"]
@@ -61,6 +67,6 @@ def test_kernels_use_the_hardware(compiled, dtype):
         assert (need["mma"] > 0) == (name in MULTIPLYING and arch == 80), name
         if arch == 90:
             assert need["spilled"] == 0, name
-    copying = needs[f"_copy_rotated {dtype}"]
+    copying = needs[f"_copy_rotated_kernel {dtype}"]
     assert copying["narrow"] == 0
     assert copying["wide"] > 0

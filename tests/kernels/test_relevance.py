@@ -1,4 +1,4 @@
-"""The question's attention to its context against float64."""
+"""Attention weights on a CPU and relevance, against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.relevance import attention_weights, hidden_columns, key_columns, query_rows, relevance
+from a3_sglang.attention.relevance import attention_weights, causal_mask, key_columns, query_rows, relevance
 from helpers.reference import random_tensor, weights64
 
 
@@ -25,35 +25,35 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
     generator = torch.Generator().manual_seed(seed)
     query = random_tensor(generator, rows, kv_heads * group, 16).to(dtype)
     keys = random_tensor(generator, context, kv_heads, 16).to(dtype)
-    visible = torch.randint(1, context + 1, (rows,), generator=generator)
-    keys = keys[: int(visible.max())]
-    asked, columns, hidden = query_rows(query, kv_heads), key_columns(keys), hidden_columns(visible)
+    kv_lens = torch.randint(1, context + 1, (rows,), generator=generator)
+    keys = keys[: int(kv_lens.max())]
+    queries, columns, mask = query_rows(query, kv_heads), key_columns(keys), causal_mask(kv_lens)
     weights = torch.stack(
-        [attention_weights(*head, hidden, scaling, dtype) for head in zip(asked, columns, strict=True)]
+        [attention_weights(*head, mask, scaling, dtype) for head in zip(queries, columns, strict=True)]
     )
     values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
-    taken = sum(relevance(weights[head].clone(), rows, values[:, head]) for head in range(kv_heads))
-    exact = weights64(query, keys, visible, scaling)
+    found = sum(relevance(weights[head].clone(), rows, values[:, head]) for head in range(kv_heads))
+    exact = weights64(query, keys, kv_lens, scaling)
     grouped = exact.unflatten(1, (kv_heads, group)).movedim(1, 0).flatten(1, 2)
-    assert weights.dtype == taken.dtype == torch.float32
+    assert weights.dtype == found.dtype == torch.float32
     assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
     sizes = values.double().norm(dim=-1).repeat_interleave(group, 1)
     expected = (exact.pow(2).mean(0).sqrt() * sizes.T).sum(0)
-    assert_close(taken.double(), expected, rtol=1e-4, atol=1e-4)
+    assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_few_rows_see_counts_little_and_large_logits_stay_finite():
+def test_a_position_that_few_rows_attend_to_has_little_relevance_and_large_logits_stay_finite():
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     query, keys = random_tensor(generator, 5, 4, 16) * 100, random_tensor(generator, 30, 2, 16) * 100
-    hidden, asked = hidden_columns(torch.arange(26, 31)), query_rows(query.float(), 2)
+    mask, queries = causal_mask(torch.arange(26, 31)), query_rows(query.float(), 2)
     columns, values = key_columns(keys), torch.nn.functional.normalize(keys.float(), dim=-1)
     weights = torch.stack(
-        [attention_weights(*head, hidden, 1.0, torch.float32) for head in zip(asked, columns, strict=True)]
+        [attention_weights(*head, mask, 1.0, torch.float32) for head in zip(queries, columns, strict=True)]
     )
-    taken = sum(relevance(weights[head].clone(), 5, values[:, head]) for head in range(2))
+    found = sum(relevance(weights[head].clone(), 5, values[:, head]) for head in range(2))
     assert torch.isfinite(weights).all()
-    # The last position is seen by one row of five, in 4 heads.
-    assert taken[29] <= 4 * (1 / 5) ** 0.5
+    # One row of five attends to the last position, in 4 heads.
+    assert found[29] <= 4 * (1 / 5) ** 0.5
     assert (weights.view(2, 5, 2, 30)[:, :4, :, 29] == 0).all()
-    # Each of the 4 heads gives every row exactly one.
+    # Weights of each row add up to 1 in each of the 4 heads.
     assert_close(weights.sum(), torch.tensor(20.0))

@@ -11,56 +11,58 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from a3_sglang.attention.row_attention import RequestRows, TorchRowAttention, TritonRowAttention
+from a3_sglang.attention.base import RequestRows
+from a3_sglang.attention.torch_cpu import TorchRowAttention
+from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.matching.plan import MIN_TAIL
 from helpers.reference import attention64, random_tensor
 
 
 @st.composite
 def batches(draw: st.DrawFn):
-    """Query, pools and groups of a batch; slots that no row sees are NaN."""
+    """Query, pools and requests of a batch; slots that no row attends to are NaN."""
     kv_heads, group, dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 4])), draw(st.sampled_from([8, 16]))
     sizes = draw(st.lists(st.tuples(st.integers(1, 700), st.integers(1, 80)), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     free = torch.randperm(sum(prompt for prompt, _ in sizes) + 50, generator=generator)
     keys, values = random_tensor(generator, 2, len(free), kv_heads, dim).float()
-    groups, rows = [], 0
+    requests, rows = [], 0
     for prompt, count in sizes:
         slots, free = free[:prompt], free[prompt:]
-        visible = (torch.randperm(prompt, generator=generator)[:count] + 1).sort().values
-        keys[slots[visible[-1] :]] = values[slots[visible[-1] :]] = torch.nan
-        groups.append(RequestRows(rows, rows + len(visible), slots, visible, draw(st.booleans())))
-        rows += len(visible)
+        kv_lens = (torch.randperm(prompt, generator=generator)[:count] + 1).sort().values
+        keys[slots[kv_lens[-1] :]] = values[slots[kv_lens[-1] :]] = torch.nan
+        requests.append(RequestRows(rows, rows + len(kv_lens), slots, kv_lens, draw(st.booleans())))
+        rows += len(kv_lens)
     keys[free] = values[free] = torch.nan
-    return random_tensor(generator, rows, kv_heads * group, dim).float(), keys, values, groups
+    return random_tensor(generator, rows, kv_heads * group, dim).float(), keys, values, requests
 
 
 IMPLEMENTATIONS = {"torch": TorchRowAttention, "triton": TritonRowAttention}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(implementation, query, keys, values, groups, scaling):
-    attend = implementation().plan(groups, query.shape[1], keys.shape[1], query.dtype)
+def run(implementation, query, keys, values, requests, scaling):
+    attend = implementation().plan(requests, query.shape[1], keys.shape[1], query.dtype)
     return attend(query, keys, values, scaling)
 
 
 def on_device(batch):
-    query, keys, values, groups = batch
-    groups = [RequestRows(g.begin, g.end, g.slots.to(DEVICE), g.visible.to(DEVICE), g.exact) for g in groups]
-    return query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), groups
+    query, keys, values, requests = batch
+    requests = [RequestRows(r.begin, r.end, r.slots.to(DEVICE), r.kv_lens.to(DEVICE), r.exact) for r in requests]
+    return query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), requests
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=40, deadline=None)
 @given(batches(), st.floats(0.05, 1.5))
 def test_rows_equal_float64(name, batch, scaling):
-    query, keys, values, groups = batch
+    query, keys, values, requests = batch
     out = run(IMPLEMENTATIONS[name], *on_device(batch), scaling)
     assert out.shape == query.shape
     assert out.dtype == query.dtype
-    for group in groups:
-        mine = slice(group.begin, group.end)
-        exact = attention64(query[mine], keys[group.slots], values[group.slots], group.visible, scaling)
+    for request in requests:
+        mine = slice(request.begin, request.end)
+        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, scaling)
         assert_close(out[mine].double().cpu(), exact, rtol=1e-4, atol=2e-5)
 
 
@@ -68,13 +70,13 @@ def test_rows_equal_float64(name, batch, scaling):
 @settings(max_examples=15, deadline=None)
 @given(batches(), st.floats(0.05, 0.5))
 def test_triton_rows_in_half_precision(dtype, batch, scaling):
-    """Rounding of the weights and of the result is all that is lost: inputs are exact in both computations."""
-    query, keys, values, groups = (part.to(dtype) if torch.is_tensor(part) else part for part in batch)
-    out = run(TritonRowAttention, *on_device((query, keys, values, groups)), scaling).cpu()
+    """Only rounding of the weights and of the result is lost: inputs are the same in both computations."""
+    query, keys, values, requests = (part.to(dtype) if torch.is_tensor(part) else part for part in batch)
+    out = run(TritonRowAttention, *on_device((query, keys, values, requests)), scaling).cpu()
     assert out.dtype == dtype
-    for group in groups:
-        mine = slice(group.begin, group.end)
-        exact = attention64(query[mine], keys[group.slots], values[group.slots], group.visible, scaling)
+    for request in requests:
+        mine = slice(request.begin, request.end)
+        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, scaling)
         assert (out[mine].double() - exact).norm() <= 1e-2 * exact.norm()
 
 
@@ -82,9 +84,9 @@ def test_triton_rows_in_half_precision(dtype, batch, scaling):
 @settings(max_examples=10, deadline=None)
 @given(batches())
 def test_pools_are_not_written(name, batch):
-    query, keys, values, groups = on_device(batch)
+    query, keys, values, requests = on_device(batch)
     before = keys.clone(), values.clone()
-    run(IMPLEMENTATIONS[name], query, keys, values, groups, 1.0)
+    run(IMPLEMENTATIONS[name], query, keys, values, requests, 1.0)
     assert_close((keys, values), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -93,9 +95,9 @@ def draw_rows(kind: str, prompt: int, generator: torch.Generator) -> torch.Tenso
         return torch.arange(prompt)
     if kind == "dense":
         return torch.arange(int(torch.randint(0, prompt - MIN_TAIL, (1,), generator=generator)), prompt)
-    # The last rows are a prompt's tail, which is computed whole.
-    share, known = {"few": 0.01, "scattered": 0.15, "half": 0.5, "most": 0.9}[kind], prompt - MIN_TAIL
-    return torch.randperm(known, generator=generator)[: max(1, int(share * known))].sort().values
+    # The last rows are the prompt's tail, all of which is computed.
+    share, reusable = {"few": 0.01, "scattered": 0.15, "half": 0.5, "most": 0.9}[kind], prompt - MIN_TAIL
+    return torch.randperm(reusable, generator=generator)[: max(1, int(share * reusable))].sort().values
 
 
 @pytest.fixture
@@ -107,11 +109,11 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's kernel is meant; a GPU has another implementation")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about PyTorch's CPU kernel")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 2)])
 @pytest.mark.parametrize("kind", ["all", "dense", "few", "scattered", "half", "most"])
 def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind):
-    """Bit for bit where it is asked for, which is where all rows are there; within rounding elsewhere."""
+    """Bit-equal if exact rows are asked for, which all are in the pass then; within rounding otherwise."""
     seed = torch.seed() % 2**32
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
@@ -125,8 +127,8 @@ def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind):
         keys[slots], values[slots] = k, v
         keys[slots[rows[-1] + 1 :]] = torch.nan
         exact = kind in ("all", "dense")
-        group = RequestRows(0, len(rows), slots, rows + 1, exact)
-        out = run(TorchRowAttention, query[rows], keys, values, [group], dim**-0.5)
+        request = RequestRows(0, len(rows), slots, rows + 1, exact)
+        out = run(TorchRowAttention, query[rows], keys, values, [request], dim**-0.5)
         if exact:
             assert torch.equal(out, whole[rows]), f"{seed=} {prompt=}"
         else:

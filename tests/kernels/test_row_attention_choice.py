@@ -1,4 +1,4 @@
-"""Which row attention is kept, and how FlashInfer is told which rows there are."""
+"""The choice of row attention, the layout of rows for FlashInfer, and the warm-up."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from test_row_attention import batches
 from torch.testing import assert_close
 
 from a3_sglang.attention.autotune import NoUsableBackendError, fastest
+from a3_sglang.attention.base import RowAttention
 from a3_sglang.attention.flashinfer import FlashInferRowAttention, PagedRows
-from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
+from a3_sglang.attention.torch_cpu import TorchRowAttention
+from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.fusion.ops import create_ops
 from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
@@ -28,21 +30,21 @@ SMALL = {"heads": 4, "pool": POOL, "layers": 2, "contexts": (90, 40)}
 
 
 class Off(TorchRowAttention):
-    """Sees one position less than it should."""
+    """Attends to one position less than it should."""
 
-    def plan(self, groups, heads, kv_heads, dtype):
-        less = [replace(group, visible=(group.visible - 1).clamp(min=1)) for group in groups]
+    def plan(self, requests, heads, kv_heads, dtype):
+        less = [replace(request, kv_lens=(request.kv_lens - 1).clamp(min=1)) for request in requests]
         return super().plan(less, heads, kv_heads, dtype)
 
 
 class Nan(RowAttention):
-    def plan(self, groups, heads, kv_heads, dtype):
+    def plan(self, requests, heads, kv_heads, dtype):
         return lambda query, *_: torch.full_like(query, torch.nan)
 
 
 class Slow(TorchRowAttention):
-    def plan(self, groups, heads, kv_heads, dtype):
-        attend = super().plan(groups, heads, kv_heads, dtype)
+    def plan(self, requests, heads, kv_heads, dtype):
+        attend = super().plan(requests, heads, kv_heads, dtype)
         return lambda *given: [attend(*given) for _ in range(50)][-1]
 
 
@@ -61,7 +63,7 @@ def test_the_fastest_right_one_is_kept(caplog):
     assert "row attention by torch (slow" in caplog.text
 
 
-def test_none_that_fits_is_refused_with_every_reason():
+def test_no_usable_backend_is_refused_with_every_reason():
     with pytest.raises(
         NoUsableBackendError, match=r"missing: ImportError: no such library; nan: off by nan from float32"
     ):
@@ -72,35 +74,34 @@ def test_the_kernel_passes_the_trial():
     assert type(fastest({"triton": TritonRowAttention}, **SMALL)) is TritonRowAttention
 
 
-def test_a_cpu_has_no_choice():
-    assert type(create_ops(POOL, 4, 2, "auto").rows) is TorchRowAttention
+def test_a_cpu_has_one_row_attention():
+    assert type(create_ops(POOL, 4, 2, "auto").row_attention) is TorchRowAttention
     with pytest.raises(ValueError, match="row_attention=flashinfer needs a CUDA device; leave it at auto"):
         create_ops(POOL, 4, 2, "flashinfer")
 
 
 @settings(max_examples=40, deadline=None)
 @given(batches())
-def test_flashinfer_is_told_what_each_row_sees(batch):
-    """Read back by the rules of FlashInfer's paged prefill with pages of one slot, and attended to in float64."""
-    query, keys, values, groups = batch
-    paged = PagedRows.of(groups)
-    assert paged.row_ends.tolist() == [0, *(group.end for group in groups)]
+def test_flashinfer_gets_what_each_row_attends_to(batch):
+    """Read back by the rules of FlashInfer's paged prefill with pages of one slot; attention over it in float64."""
+    query, keys, values, requests = batch
+    paged = PagedRows.of(requests)
+    assert paged.row_ends.tolist() == [0, *(request.end for request in requests)]
     assert paged.slots.dtype == torch.int32
-    for i, group in enumerate(groups):
+    for i, request in enumerate(requests):
         rows, slots = (paged.row_ends[i : i + 2].tolist(), paged.slot_ends[i : i + 2].tolist())
         context = slots[1] - slots[0]
         packed = paged.mask[paged.byte_ends[i] :]
-        places = torch.arange(len(group.visible))[:, None] * context + torch.arange(context)
-        seen = ((packed[places // 8] >> (places % 8)) & 1).bool()
-        assert_close(seen.sum(1), group.visible)
+        bits = torch.arange(len(request.kv_lens))[:, None] * context + torch.arange(context)
+        unmasked = ((packed[bits // 8] >> (bits % 8)) & 1).bool()
+        assert_close(unmasked.sum(1), request.kv_lens)
         own = paged.slots[slots[0] : slots[1]].long()
         # Nothing that is read may hold NaN, masked or not.
         assert not keys[own].isnan().any()
-        visible = torch.arange(context) < group.visible[:, None]
-        assert torch.equal(seen, visible)
+        assert torch.equal(unmasked, torch.arange(context) < request.kv_lens[:, None])
         mine = slice(*rows)
-        exact = attention64(query[mine], keys[group.slots], values[group.slots], group.visible, 0.3)
-        assert_close(attention64(query[mine], keys[own], values[own], seen.sum(1), 0.3), exact)
+        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, 0.3)
+        assert_close(attention64(query[mine], keys[own], values[own], unmasked.sum(1), 0.3), exact)
 
 
 @pytest.mark.gpu
@@ -126,7 +127,7 @@ def test_a_warm_up_runs_a_fused_prefill(name):
 
 
 def test_the_overhead_of_a_fusion_is_measured():
-    """In rows of plain prefills of several lengths; a choice that takes long shows in it."""
+    """In rows of plain prefills of several lengths; it includes the time of the choice."""
     world = World(torch.seed() % 2**31)
     for pool in (*world.model.keys, *world.model.values):
         pool.zero_()
@@ -151,14 +152,14 @@ def test_the_overhead_of_a_fusion_is_measured():
 
 
 @pytest.mark.parametrize("factor", [0, 2])
-def test_a_model_whose_keys_turn_otherwise_is_refused(factor):
-    """Not at all, or twice as far as its table says."""
+def test_a_model_that_rotates_otherwise_is_refused(factor):
+    """Its keys are not rotated, or twice as far as its table says."""
     world = World(torch.seed() % 2**31)
     for pool in (*world.model.keys, *world.model.values):
         pool.zero_()
     hidden = world.model.hidden
     world.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions, attend)
-    with pytest.raises(UnsupportedModelError, match="do not turn as its RoPE says"):
+    with pytest.raises(UnsupportedModelError, match="do not follow its RoPE"):
         warm_up(executor_of(world), make_selector("probe"))
 
 
@@ -169,6 +170,6 @@ def test_a_warm_up_hides_nothing():
         raise RuntimeError("no kernel image for this device")
 
     executor = executor_of(world)
-    executor.device.questions.plan = fails
+    executor.ops.probe_attention.plan = fails
     with pytest.raises(RuntimeError, match="no kernel image"):
         warm_up(executor, make_selector("probe"))

@@ -1,4 +1,4 @@
-"""The choice of rows by the model of drift."""
+"""The selection of rows by the model of drift."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.drift import model as drift
-from a3_sglang.drift.model import BLOCK, KEYS, PaddedBlocks, select_a_optimal
+from a3_sglang.drift import model, selection
+from a3_sglang.drift.model import KEYS, MAX_BLOCK, PaddedBlocks
+from a3_sglang.drift.selection import select_a_optimal
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
 
@@ -19,31 +20,31 @@ def offsets_of(spans: list[int]) -> torch.Tensor:
 
 
 def drawn_weights(seed: int, count: int) -> torch.Tensor:
-    """As uneven as attention."""
+    """Log-normal weights, as uneven as attention."""
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
 
 
 def covariance64(offsets: torch.Tensor, block: int) -> torch.Tensor:
-    """Of all rows' drift of keys, own part included."""
-    number = (offsets % block == 0).cumsum(0)
-    together = number[:, None] == number
-    return KEYS(offsets, offsets).double() * together + KEYS.own(offsets).double().diag()
+    """Covariance of the key drift of all rows, nugget included."""
+    block_of = (offsets % block == 0).cumsum(0)
+    same_block = block_of[:, None] == block_of
+    return KEYS(offsets, offsets).double() * same_block + KEYS.nugget(offsets).double().diag()
 
 
-def left(covariance: torch.Tensor, weight: torch.Tensor, known: torch.Tensor) -> float:
-    """Share of the weighted variance that stays unknown."""
-    toward = covariance[:, known]
-    told = (toward @ torch.linalg.inv(toward[known]) * toward).sum(1)
-    return float(weight.double() @ (covariance.diagonal() - told) / (weight.double() @ covariance.diagonal()))
+def posterior(covariance: torch.Tensor, weight: torch.Tensor, observed: torch.Tensor) -> float:
+    """Weighted posterior variance, as a share of the prior."""
+    cross = covariance[:, observed]
+    explained = (cross @ torch.linalg.inv(cross[observed]) * cross).sum(1)
+    return float(weight.double() @ (covariance.diagonal() - explained) / (weight.double() @ covariance.diagonal()))
 
 
 def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
-    """In rounds, each row by the variance that knowing it alone would take away."""
+    """In rounds; each row by the variance that observing it alone would remove."""
     chosen: list[int] = []
-    for part in torch.arange(count).tensor_split(drift.ROUNDS):
+    for part in torch.arange(count).tensor_split(selection.ROUNDS):
         if chosen:
-            toward = covariance[:, chosen]
-            given_chosen = covariance - toward @ torch.linalg.inv(toward[chosen]) @ toward.T
+            cross = covariance[:, chosen]
+            given_chosen = covariance - cross @ torch.linalg.inv(cross[chosen]) @ cross.T
         else:
             given_chosen = covariance
         open_weight = weight.double().clone()
@@ -55,20 +56,20 @@ def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), lengths, st.floats(0.02, 1), st.sampled_from([7, BLOCK]))
+@given(st.integers(0, 2**31), lengths, st.floats(0.02, 1), st.sampled_from([7, MAX_BLOCK]))
 def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: float, block: int):
     offsets = offsets_of(spans)
     weight, count = drawn_weights(seed, len(offsets)), max(1, int(share * len(offsets)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "BLOCK", block)
-        patch.setattr(drift, "CANDIDATE_FACTOR", float("1e9"))
+        patch.setattr(model, "MAX_BLOCK", block)
+        patch.setattr(selection, "CANDIDATE_FACTOR", float("1e9"))
         chosen = select_a_optimal(weight, PaddedBlocks(spans, "cpu"), count)
     assert chosen.dtype == torch.int64
     assert len(chosen) == len(set(chosen.tolist())) == count
     covariance = covariance64(offsets, block)
     expected = greedy64(covariance, weight, count)
-    # Rows of nearly the same gain may change places.
-    assert left(covariance, weight, chosen) <= left(covariance, weight, torch.tensor(expected)) + 0.005
+    # Rows of nearly the same gain may be swapped.
+    assert posterior(covariance, weight, chosen) <= posterior(covariance, weight, torch.tensor(expected)) + 0.005
     assert len(set(chosen.tolist()) & set(expected)) >= 0.9 * count - 1
 
 
@@ -83,34 +84,34 @@ def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
     assert set(chosen.tolist()) <= set(range(len(offsets)))
 
 
-def test_less_drift_is_left_than_after_the_heaviest_rows():
-    """Not in every case, as rows of one round do not know of each other, but in all together."""
+def test_less_variance_remains_than_after_picking_the_heaviest_rows():
+    """Not in every case, as rows of one round are scored independently, but in total."""
     spans = [300, 40, 600]
     offsets = offsets_of(spans)
-    covariance = covariance64(offsets, BLOCK)
+    covariance = covariance64(offsets, MAX_BLOCK)
     less = []
     for seed in range(20):
-        # Attention comes in runs of tokens.
+        # High attention comes in runs of tokens.
         noise = torch.randn(1, len(offsets), generator=torch.Generator().manual_seed(seed))
         weight = (4 * torch.nn.functional.avg_pool1d(noise, 5, 1, 2)[0]).exp()
         chosen, heaviest = (
             select_a_optimal(weight, PaddedBlocks(spans, "cpu"), 140),
             weight.argsort(descending=True)[:140],
         )
-        less.append(left(covariance, weight, heaviest) - left(covariance, weight, chosen))
+        less.append(posterior(covariance, weight, heaviest) - posterior(covariance, weight, chosen))
     assert sum(less) > 0
     assert sum(x > 0 for x in less) > 15
 
 
-def test_a_row_beside_a_known_one_can_wait():
+def test_a_row_beside_an_observed_one_gains_little():
     weight = torch.zeros(800)
     weight[[600, 601, 700]] = torch.tensor([1.0, 0.95, 0.9])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "ROUNDS", 2)
+        patch.setattr(selection, "ROUNDS", 2)
         assert sorted(select_a_optimal(weight, PaddedBlocks([800], "cpu"), 2).tolist()) == [600, 700]
 
 
-def test_of_rows_that_matter_alike_those_at_the_beginning_of_a_span_come_first():
+def test_of_rows_with_equal_weight_those_at_the_beginning_of_a_span_come_first():
     weight = torch.zeros(500)
     weight[[0, 150, 499]] = 1.0
     assert select_a_optimal(weight, PaddedBlocks([500], "cpu"), 3)[0] == 0

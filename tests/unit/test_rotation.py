@@ -18,7 +18,7 @@ from a3_sglang.rope import RopeTable, copy_rotated, rotate
 from helpers.reference import cos_sin, inverse_frequencies, llama3_frequencies, random_tensor, rope64
 
 POSITIONS = 4096
-# (angle of each pair, scale of the table), as the rope kinds of Llama models have them.
+# (angle of each pair, scale of the table) of the RoPE kinds of Llama models.
 KINDS: dict[str, Callable[[int], tuple[torch.Tensor, float]]] = {
     "default": lambda dim: (inverse_frequencies(dim), 1.0),
     "linear": lambda dim: (inverse_frequencies(dim) / 4, 1.0),
@@ -46,9 +46,9 @@ def moves(draw: st.DrawFn) -> tuple[torch.Tensor, RopeTable, torch.Tensor, torch
 def test_moved_keys_equal_keys_rotated_at_the_new_position(move):
     raw, table, old, new = move
     stored = rope64(raw, table.cos_sin[old], table.neox).float()
-    turned = rotate(stored, *table.turn(old, new), table.neox)
-    assert turned.dtype == torch.float32
-    assert_close(turned.double(), rope64(raw, table.cos_sin[new], table.neox), rtol=1e-5, atol=1e-5)
+    rotated = rotate(stored, *table.rotation(old, new), table.neox)
+    assert rotated.dtype == torch.float32
+    assert_close(rotated.double(), rope64(raw, table.cos_sin[new], table.neox), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -56,26 +56,26 @@ def test_moved_keys_equal_keys_rotated_at_the_new_position(move):
 def test_bf16_keys_are_rounded_once(move):
     raw, table, old, new = move
     stored = rope64(raw, table.cos_sin[old], table.neox).bfloat16()
-    turn = table.turn(old, new)
-    turned = rotate(stored, *turn, table.neox)
-    assert turned.dtype == torch.bfloat16
-    exact = rope64(stored, torch.cat(turn, -1), table.neox)
+    rotation = table.rotation(old, new)
+    rotated = rotate(stored, *rotation, table.neox)
+    assert rotated.dtype == torch.bfloat16
+    exact = rope64(stored, torch.cat(rotation, -1), table.neox)
     # Half a unit in the last of 8 bits; fp32 arithmetic may tip a tie.
-    assert_close(turned.double(), exact, rtol=2**-8 * 1.001, atol=1e-6)
+    assert_close(rotated.double(), exact, rtol=2**-8 * 1.001, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("neox", [True, False])
 def test_moved_keys_have_the_true_angle(kind, neox):
-    """The table aside: from the definition, every pair is turned by (new - old) times its frequency."""
+    """Without the table: from the definition, every pair is rotated by (new - old) times its frequency."""
     freq, scale = KINDS[kind](64)
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     raw = random_tensor(generator, 30, 2, 64)
     old, new = torch.randint(0, POSITIONS, (2, 30), generator=generator)
     table = RopeTable(cos_sin(freq, POSITIONS, scale).float(), neox)
-    turned = rotate(raw.float(), *table.turn(old, new), neox)
+    rotated = rotate(raw.float(), *table.rotation(old, new), neox)
     angle = (new - old)[:, None] * freq
-    assert_close(turned.double(), rope64(raw, torch.cat([angle.cos(), angle.sin()], -1), neox), rtol=1e-5, atol=1e-5)
+    assert_close(rotated.double(), rope64(raw, torch.cat([angle.cos(), angle.sin()], -1), neox), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -83,15 +83,15 @@ def test_moved_keys_have_the_true_angle(kind, neox):
 def test_there_and_back(move):
     raw, table, old, new = move
     keys = raw.float()
-    there = rotate(keys, *table.turn(old, new), table.neox)
-    assert_close(rotate(there, *table.turn(new, old), table.neox), keys, rtol=1e-5, atol=1e-5)
+    there = rotate(keys, *table.rotation(old, new), table.neox)
+    assert_close(rotate(there, *table.rotation(new, old), table.neox), keys, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
 @given(moves(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_key_that_stays_is_bit_equal(move, dtype):
     raw, table, old, _ = move
-    assert_close(rotate(raw.to(dtype), *table.turn(old, old), table.neox), raw.to(dtype), rtol=0, atol=0)
+    assert_close(rotate(raw.to(dtype), *table.rotation(old, old), table.neox), raw.to(dtype), rtol=0, atol=0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -105,12 +105,12 @@ def test_copy_touches_only_its_targets(move, seed):
     before = random_tensor(generator, 2, 3 * rows, *raw.shape[1:]).float()
     before[:, others[0]] = torch.nan
     keys, values = before.clone()
-    copy_rotated(keys, values, source, target, table.turn(old, new), table.neox)
+    copy_rotated(keys, values, source, target, table.rotation(old, new), table.neox)
     untouched = torch.cat([source, others])
     assert_close(keys[untouched], before[0, untouched], rtol=0, atol=0, equal_nan=True)
     assert_close(values[untouched], before[1, untouched], rtol=0, atol=0, equal_nan=True)
     assert_close(values[target], before[1, source], rtol=0, atol=0)
-    exact = rope64(before[0, source], torch.cat(table.turn(old, new), -1), table.neox)
+    exact = rope64(before[0, source], torch.cat(table.rotation(old, new), -1), table.neox)
     assert_close(keys[target].double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ SGLANG_KINDS: dict[str, dict[str, Any] | None] = {
 
 @pytest.fixture(scope="module")
 def make_rope() -> Iterator[Callable[..., Any]]:
-    """SGLang's rotary module of a kind; a copy, as SGLang shares one module between equal calls."""
+    """Makes a copy of SGLang's rotary module; a copy, as SGLang shares one module between equal calls."""
     pytest.importorskip("sglang")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -144,7 +144,7 @@ def make_rope() -> Iterator[Callable[..., Any]]:
             return copy.deepcopy(get_rope(64, rotary_dim, 8192, 10_000, neox, SGLANG_KINDS[kind], dtype))
 
     with pytest.MonkeyPatch.context() as patch:
-        # Some releases ask for the options of a server, of which there is none here.
+        # Some releases ask for the options of a server, which does not run here.
         options = SimpleNamespace(deterministic=SimpleNamespace(rl_on_policy_target=None))
         patch.setattr(base, "get_exec", lambda: options)
         yield make
@@ -163,7 +163,7 @@ def test_start_check_accepts(make_rope, kind, neox, rotary_dim, dtype):
 
 
 class Disguised:
-    """A rotary module that shows another table or pairing than the one it multiplies with."""
+    """A rotary module that shows another table or pairing than the one it uses."""
 
     def __init__(self, module: Any, table: torch.Tensor, neox: bool) -> None:
         self._module, self.cos_sin_cache, self.is_neox_style = module, table, neox
@@ -173,7 +173,7 @@ class Disguised:
 
 
 def longer(table: torch.Tensor) -> torch.Tensor:
-    """Angles of a table whose positions are two percent further apart."""
+    """A table whose angles are two percent larger."""
     return cos_sin(inverse_frequencies(table.shape[1]) * 1.02, len(table)).to(table)
 
 

@@ -1,0 +1,63 @@
+"""Random inputs at the sizes of one layer of Llama-3.1-8B, and their attention in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.rope import RopeTable, Rotation
+from gpu_suite.card import DEVICE, DTYPE
+
+HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 32
+PROBE_ROWS = 64
+TOLERANCE = 1e-2
+"""Relative error of bf16 kernels against float64."""
+
+
+class Case:
+    """Random pools, a prompt in random slots, and rows of it that are recomputed."""
+
+    def __init__(self, context: int, share: float, layers: int = 1, seed: int = 0) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        slots = 2 * context + PROBE_ROWS
+        self.keys, self.values = (
+            [torch.randn(slots, KV_HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE) for _ in range(layers)]
+            for _ in "kv"
+        )
+        order = torch.randperm(slots, device=DEVICE, generator=generator)
+        self.slots, self.other = order[:context].contiguous(), order[context : 2 * context].contiguous()
+        count = max(1, int(share * context))
+        self.rows = torch.randperm(context, device=DEVICE, generator=generator)[:count].sort().values
+        self.query = torch.randn(count, HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE)
+        self.probe = torch.randn(PROBE_ROWS, HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE)
+        self.own = tuple(
+            torch.randn(PROBE_ROWS, KV_HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE) for _ in "kv"
+        )
+        self.fresh = tuple(
+            torch.randn(count, KV_HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE) for _ in "kv"
+        )
+        angle = torch.rand(context, DIM // 2, device=DEVICE, generator=generator) * 2 * math.pi
+        self.rotation = Rotation(angle.cos(), angle.sin())
+        self.rope = RopeTable(torch.cat(self.rotation, -1), True)
+
+    def correction(self) -> DriftCorrection:
+        """The rows are observed, and all others corrected, in spans of 1,000 tokens."""
+        context, count = len(self.slots), len(self.rows)
+        lengths = [min(1000, context - begin) for begin in range(0, context, 1000)]
+        positions = torch.arange(context, device=DEVICE)
+        return DriftCorrection.plan(positions, lengths, self.slots, self.rows, 0, count, 0, context)
+
+
+def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
+    """Attention weights of rows over the first ``kv_lens`` keys, float64 (rows, heads, n)."""
+    keys = keys.double().repeat_interleave(HEADS // KV_HEADS, 1)
+    logits = torch.einsum("rhd,nhd->rhn", query.double(), keys) * DIM**-0.5
+    hidden = torch.arange(len(keys), device=keys.device) >= kv_lens[:, None]
+    return logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error; NaN if any element is."""
+    return float((found.double() - exact).norm() / exact.norm())

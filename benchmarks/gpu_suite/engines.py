@@ -1,0 +1,89 @@
+"""Time to first token of stock SGLang and of a3, with dummy weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpu_suite.card import DEVICE
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "qwen3-14b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
+}
+COMMON = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+
+
+@contextmanager
+def model_folder(name: str, small: bool) -> Iterator[str]:
+    """A folder with the configuration of a model and no weights."""
+    config = COMMON | MODELS[name]
+    if small:
+        config |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 1024}
+        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        config |= {"bos_token_id": 1, "eos_token_id": 2}
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        yield folder
+
+
+def first_tokens(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time to first token of one model: stock SGLang first, then a3, each with one engine for all cases."""
+    from a3_sglang.cli.bench import full_prefills, fused_prefills, summary
+    from a3_sglang.client import Prompts, engine, environment, vocabulary_of
+
+    cases = [(c, 1) for c in args.contexts] + [(args.contexts[0], batch) for batch in args.batches if batch > 1]
+    # A prompt is prefilled in one chunk, which is stock's best setting; a batch may take several.
+    settings: dict[str, Any] = {"chunked_prefill_size": 2 * max(args.contexts)}
+    settings |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    if DEVICE == "cuda":
+        settings |= {"attention_backend": "flashinfer", "dtype": "bfloat16", "grammar_backend": "none"}
+    with model_folder(name, args.small) as folder:
+
+        def prompts(case: tuple[int, int]) -> Prompts:
+            return Prompts(vocabulary_of(folder), case[0], args.chunks, seed=cases.index(case))
+
+        with engine(folder, None, **settings) as running:
+            stock = {case: full_prefills(running, prompts(case), args.repeats, case[1], int) for case in cases}
+        variables = {"A3_TIMINGS": "1", "A3_ROW_ATTENTION": args.row_attention}
+        with environment(**variables), engine(folder, "a3", **settings) as running:
+            for context, batch in cases:
+                for ratio in args.ratios if batch == 1 else args.ratios[:1]:
+                    pairs = fused_prefills(running, prompts((context, batch)), ratio, args.repeats, batch, int)
+                    figures = summary(stock[context, batch], pairs)
+                    yield {"model": name, "context": context, "batch": batch, "ratio": ratio} | figures
