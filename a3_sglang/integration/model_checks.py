@@ -121,5 +121,5 @@ def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: to
     # One rounding of the stored key and one of the result.
     if not bool((error < 4 * torch.finfo(dtype).eps).all()):
         raise UnsupportedModelError(
-            f"keys rotated with the tables of {type(module).__name__} differ from the model's (by {error.max():.3g})"
+            f"keys rotated by the tables of {type(module).__name__} differ from the model's own (by {error.max():.3g})"
         )
