@@ -18,6 +18,7 @@ import tracemalloc
 import numpy as np
 
 from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.search import find_runs
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
         cuts = random.integers(0, args.document - length + 1, 8) if length < args.document else [0] * 8
         prompt = np.concatenate([system, *(documents[d][c : c + length] for d, c in zip(chosen, cuts, strict=True))])
         started = time.perf_counter()
-        runs = index.find(None, prompt, len(system))
+        runs = find_runs(index, None, prompt, len(system))
         times.append((time.perf_counter() - started) * 1e3)
         found += sum(r.length for r in runs)
         assert sum(r.length for r in runs) >= len(prompt) - len(system) - 8 * 2 * index.block
@@ -84,7 +85,7 @@ def milliseconds(index: AnyPositionIndex, prompt: np.ndarray, repeats: int) -> f
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        index.find(None, prompt)
+        find_runs(index, None, prompt)
         times.append((time.perf_counter() - started) * 1e3)
     return round(statistics.median(times), 3)
 

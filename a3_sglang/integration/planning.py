@@ -15,8 +15,11 @@ from a3_sglang.integration.breaker import CircuitBreaker
 from a3_sglang.integration.inserting import InsertTracker
 from a3_sglang.integration.request import Done, Reason, RequestState, ineligible, state_of
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
-from a3_sglang.matching.index import AnyPositionIndex, Run, Segment, beside
+from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan
+from a3_sglang.matching.run import Run, merge_runs
+from a3_sglang.matching.search import PromptSearch
+from a3_sglang.matching.segment import Segment
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome
 from a3_sglang.selectors.base import AUTO_CAP, AUTO_USUAL, Ratio
@@ -276,15 +279,15 @@ class PlanningRadixCache(InsertTracker):
         options = self.options_of(req)
         if state.search is None:
             tokens = np.array(req.origin_input_ids, dtype=np.int32)
-            state.search = self.index.search(space, tokens)
-            state.search_approximate = self.approximate.search(space, tokens)
+            state.search = PromptSearch(self.index, space, tokens)
+            state.search_approximate = PromptSearch(self.approximate, space, tokens)
         assert state.search_approximate is not None
         runs = state.search.runs(start, options.min_span, self._cached_length)
         if self.options.donors == "compiled" or not options.keep:
             return runs
         generation = state.branch.generation if state.branch is not None else GENERATIONS
         others = state.search_approximate.runs(start, options.min_span, self._cached_length)
-        return beside(runs, [run for run in others if _generation(run) < generation], options.min_span)
+        return merge_runs(runs, [run for run in others if _generation(run) < generation], options.min_span)
 
     def _pays(self, plan: Plan, prompt: int, known: int, options: ResolvedOptions) -> bool:
         """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
@@ -386,7 +389,7 @@ class PlanningRadixCache(InsertTracker):
             if len(slots[segment]) < span.offset + span.length:
                 index.forget(segment, len(slots[segment]))
                 return None
-            index.touch(span.run)
+            index.touch(segment)
         return [slots[span.run.segment][span.offset : span.offset + span.length] for span in state.plan.spans]
 
     def _cached_length(self, segment: Segment) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from a3_sglang.matching.index import beginning_hashes
+from a3_sglang.matching.hashing import beginning_hashes
 
 GENERATIONS = 4
 """Approximate KV is made of donors of a lower generation, so that of the last one is no donor."""

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from a3_sglang.matching.index import Run
+from a3_sglang.matching.run import Run
 
 MIN_TAIL = 32
 """Tokens at a prompt's end that are always computed: the probe needs a question, even one that was asked before."""

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
-from a3_sglang.matching.index import AnyPositionIndex, Run, beside
+from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.run import Run, merge_runs
+from a3_sglang.matching.search import find_runs
 
 tokens = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60)
 branches = st.builds(Branch, st.integers(0, 60), st.integers(1, GENERATIONS), st.integers(0, KINDS - 1))
@@ -76,7 +78,7 @@ def test_other_runs_fill_what_is_left(data):
             at += data.draw(st.integers(0, 12))
             runs.append(run(at, data.draw(st.integers(shortest, 20))))
             at = runs[-1].end
-    both = beside(taken, others, shortest)
+    both = merge_runs(taken, others, shortest)
     assert both == sorted(both, key=lambda one: one.start)
     assert all(one.end <= other.start for one, other in itertools.pairwise(both))
     assert [one for one in both if one in taken] == taken
@@ -102,10 +104,10 @@ def test_donors_of_different_marks_do_not_share_segments(mark):
     index.add("x", path, mark)
     index.add("x", path, Branch(40, 2))
     assert len(index) == 160
-    (found,) = index.find("x", [1, 2, 3, *path[16:64], 4])
+    (found,) = find_runs(index, "x", [1, 2, 3, *path[16:64], 4])
     assert (found.start, found.length, found.offset) == (3, 48, 16)
     assert found.segment.mark == Branch(40, 2)
     index.forget(found.segment, 0)
-    (found,) = index.find("x", [1, 2, 3, *path[16:64], 4])
+    (found,) = find_runs(index, "x", [1, 2, 3, *path[16:64], 4])
     assert found.segment.mark == mark
     assert index.known_prefix("x", path) == (80 if mark is None else 0)

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a3_sglang.matching.index import AnyPositionIndex, Run, Segment
+from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.run import Run
+from a3_sglang.matching.search import PromptSearch, find_runs
+from a3_sglang.matching.segment import Segment
 
 MIN_SPAN = 8
 BLOCK = 4
@@ -118,10 +121,10 @@ def test_finds_what_brute_force_finds(world, page_size, told):
     def holds(segment: Segment) -> int:
         return held(donors, segment.namespace, segment.path(segment.end).tolist())
 
-    search = index.search(namespace, prompt)
-    found = search.runs(start, held=None if told else holds)
+    search = PromptSearch(index, namespace, prompt)
+    found = search.runs(start, cached_length=None if told else holds)
     for run in found:
-        path = run.path().tolist()
+        path = run.segment.path(run.donor_end).tolist()
         assert prompt[run.start : run.end] == path[run.offset :]
         assert held(donors, namespace, path) == len(path)
         assert run.offset % BLOCK == 0
@@ -134,7 +137,7 @@ def test_finds_what_brute_force_finds(world, page_size, told):
         assert missed <= (unit + MIN_SPAN) * len(expected)
     if told:
         assert index.known_prefix(namespace, prompt) == held(donors, namespace, prompt) // unit * unit
-    assert search.runs(start, held=holds) == found
+    assert search.runs(start, cached_length=holds) == found
     assert search.searches <= 1
     assert len(index) == sum(len(segment.tokens) for segment in index._segments.values())
     assert set(index._roots) == {(segment.namespace, None) for segment in index._segments.values()}
@@ -146,10 +149,12 @@ def test_what_is_found_in_repetitive_text_is_there(world, page_size, told):
     """Of equal blocks in one path only the first and the last are followed, so runs may be missed; none is invented."""
     steps, prompt, namespace, start = world
     index, donors = build(steps, page_size, told)
-    found = index.find(namespace, prompt, start, held=lambda s: held(donors, s.namespace, s.path(s.end).tolist()))
+    found = find_runs(
+        index, namespace, prompt, start, cached_length=lambda s: held(donors, s.namespace, s.path(s.end).tolist())
+    )
     at = start
     for run in found:
-        path = run.path().tolist()
+        path = run.segment.path(run.donor_end).tolist()
         assert run.start >= at
         assert run.length >= MIN_SPAN
         assert run.offset % BLOCK == run.length % BLOCK == 0
@@ -162,7 +167,7 @@ def test_a_donor_with_the_same_block_twice_is_forgotten_once():
     index = AnyPositionIndex(MIN_SPAN)
     text = list(range(100, 100 + MIN_SPAN))
     index.add("x", [*text, *range(200, 200 + MIN_SPAN), *text, *range(300, 300 + MIN_SPAN)])
-    assert index.find("x", text, held=lambda _: 0) == []
+    assert find_runs(index, "x", text, cached_length=lambda _: 0) == []
     assert len(index) == 0
 
 
@@ -171,7 +176,7 @@ def test_text_after_one_repeated_token_is_found(donor, prompt):
     text = list(range(10, 10 + 4 * BLOCK))
     index = AnyPositionIndex(MIN_SPAN)
     index.add("x", [0] * (donor * BLOCK) + text)
-    runs = index.find("x", [1, *[0] * (prompt * BLOCK), *text, 1])
+    runs = find_runs(index, "x", [1, *[0] * (prompt * BLOCK), *text, 1])
     assert runs[-1].end == 1 + prompt * BLOCK + len(text)
     assert runs[-1].length >= len(text)
 
@@ -193,7 +198,7 @@ def test_a_run_is_extended_to_the_ends_of_the_donors_lines(data):
     end = data.draw(st.integers(8 * BLOCK, len(donor)))
     prompt = [*drawn.integers(10, 1 << 20, 7), *donor[begin:end], *drawn.integers(10, 1 << 20, 7)]
     held = data.draw(st.sampled_from([len(donor), 9 * BLOCK + 3]))
-    runs = index.find("x", prompt, held=lambda _: held)
+    runs = find_runs(index, "x", prompt, cached_length=lambda _: held)
     if held < 9 * BLOCK + 3 + BLOCK:
         assert all(run.offset + run.length <= held for run in runs)
         return
@@ -216,10 +221,10 @@ def test_the_end_of_a_line_belongs_to_the_run_after_it():
     index = AnyPositionIndex(MIN_SPAN, line_ends=ends)
     index.add("x", [3, 4, newline, *second, newline])
     index.add("x", [5, 6, 7, 8, newline, *first, newline])
-    runs = index.find("x", [9, newline, *first, newline, *second, newline, 9])
+    runs = find_runs(index, "x", [9, newline, *first, newline, *second, newline, 9])
     assert [(run.start, run.length, run.offset) for run in runs] == [(1, 41, 4), (42, 42, 2)]
     # What comes from elsewhere stays there.
-    assert index.find("x", [9, newline, *first, newline], start=2)[0].start == 2
+    assert find_runs(index, "x", [9, newline, *first, newline], start=2)[0].start == 2
 
 
 @given(st.integers(1, 6), st.integers(3 * MIN_SPAN, 160), st.integers(0, 5))
@@ -227,7 +232,7 @@ def test_a_text_of_one_repeated_pattern_is_one_run(period, length, shift):
     index = AnyPositionIndex(MIN_SPAN)
     pattern = list(range(period)) * 240
     index.add("x", pattern[:240])
-    (run, *more) = index.find("x", [99, *pattern[shift:][:length], 98])
+    (run, *more) = find_runs(index, "x", [99, *pattern[shift:][:length], 98])
     assert not more
     assert run.length > length - period - BLOCK
 
@@ -245,7 +250,7 @@ def test_a_donors_last_tokens_are_matched_with_the_block_before_them(length, pla
         ([*before, *donor, 777], end),
         ([*before, *donor[: max(end - wrong, 0)], 777, 778, 779, 780], None),
     ):
-        found = places(index.find("x", prompt))
+        found = places(find_runs(index, "x", prompt))
         if expected is None:
             expected = whole - BLOCK if end > whole and end - wrong >= whole - BLOCK else (end - wrong) // BLOCK * BLOCK
             expected = min(expected, whole if end == whole else whole - BLOCK)
@@ -262,9 +267,9 @@ def test_a_run_goes_on_into_the_donor_that_continues_it(common, more, which):
     for donor in donors:
         index.add("x", donor[: len(donor) // BLOCK * BLOCK])
     prompt = [*donors[which][: common + more], *range(900, 920)]
-    (run,) = index.find("x", prompt)
+    (run,) = find_runs(index, "x", prompt)
     assert (run.start, run.length) == (0, (common + more) // BLOCK * BLOCK)
-    assert run.path().tolist() == prompt[: run.length]
+    assert run.segment.path(run.donor_end).tolist() == prompt[: run.length]
 
 
 def test_a_conversation_is_one_segment():
@@ -275,7 +280,7 @@ def test_a_conversation_is_one_segment():
         index.add("x", path)
     assert len(index) == len(path)
     assert len(index._segments) == 1
-    (run,) = index.find("x", np.concatenate([np.arange(60_000, 60_005, dtype=np.int32), path]))
+    (run,) = find_runs(index, "x", np.concatenate([np.arange(60_000, 60_005, dtype=np.int32), path]))
     assert (run.start, run.length) == (5, len(path))
     index.forget(run.segment, 0)
     assert len(index) == 0
@@ -292,7 +297,7 @@ def test_a_deep_trie_is_no_recursion():
     first = next(iter(index._segments.values()))
     while first.parent is not None and first.parent.parent is not None:
         first = first.parent
-    (run, *_) = index.find("x", [5, *path, 6])
+    (run, *_) = find_runs(index, "x", [5, *path, 6])
     assert run.length >= len(path) - 4
     index.forget(first, 0)
     assert len(index) == 0
@@ -303,13 +308,13 @@ def test_namespaces_with_equal_hashes_stay_apart():
     one, other, tokens = -1, -2, list(range(64))
     assert hash(one) == hash(other)
     index.add(one, tokens)
-    assert index.find(other, tokens) == []
+    assert find_runs(index, other, tokens) == []
     index.add(other, tokens[::-1])
     index.add(other, tokens)
     assert len(index) == 3 * 64
-    (run,) = index.find(one, tokens)
+    (run,) = find_runs(index, one, tokens)
     assert run.segment.namespace == one
-    (run,) = index.find(other, tokens)
+    (run,) = find_runs(index, other, tokens)
     assert run.segment.namespace == other
 
 
@@ -330,7 +335,7 @@ def tokens(generator: np.random.Generator, count: int) -> np.ndarray:
 
 def cost(index: AnyPositionIndex, prompt: np.ndarray) -> int:
     before = index.steps
-    index.find("x", prompt)
+    find_runs(index, "x", prompt)
     return index.steps - before
 
 
@@ -347,10 +352,10 @@ def test_repeated_tokens_cost_little_more_than_random_ones(alive, length):
     if not alive:
         for segment in list(index._segments.values()):
             if segment.number in index._segments and (segment.tokens == 7).sum() > 10:
-                index._forget(segment, 0)
+                index.drop(segment, 0)
     prompt = np.concatenate([tokens(generator, 2), repeated, tokens(generator, 40)])
     assert cost(index, prompt) <= 3 * cost(index, tokens(generator, len(prompt)))
-    found = sum(run.length for run in index.find("x", prompt))
+    found = sum(run.length for run in find_runs(index, "x", prompt))
     assert found > 0.9 * length if alive else found == 0
 
 
@@ -363,7 +368,7 @@ def test_popular_documents_cost_little_more_than_others():
         for _ in range(copies):
             index.add("x", np.concatenate([tokens(generator, 50), *(documents[i] for i in generator.permutation(12))]))
         prompt = np.concatenate([tokens(generator, 30), *(documents[i] for i in generator.permutation(12))])
-        assert sum(run.length for run in index.find("x", prompt)) > 0.9 * len(prompt)
+        assert sum(run.length for run in find_runs(index, "x", prompt)) > 0.9 * len(prompt)
         costs.append(cost(index, prompt))
     assert max(costs) <= 1.2 * costs[0]
 
@@ -396,7 +401,7 @@ def test_a_living_donor_is_found_past_stale_ones(stale, copies):
         return segment.end if segment.tokens[0] == first[0] else 0
 
     prompt = np.concatenate([part for _ in range(copies) for part in (tokens(generator, 9), document)])
-    runs = index.find("x", prompt, held=holds)
+    runs = find_runs(index, "x", prompt, cached_length=holds)
     assert places(runs) == [(9 + 109 * i, 100) for i in range(copies)]
     assert len(asked) == len(set(asked))
 
@@ -410,7 +415,7 @@ def test_a_prompt_is_searched_again_only_if_something_relevant_changed():
     one, two, other = (tokens(generator, 160) for _ in range(3))
     index.add("x", np.concatenate([tokens(generator, 16), one]))
     prompt = np.concatenate([tokens(generator, 7), one, two, tokens(generator, 40)])
-    search = index.search("x", prompt)
+    search = PromptSearch(index, "x", prompt)
     assert places(search.runs(0)) == [(7, 160)]
     for _ in range(5):
         index.add("x", tokens(generator, 300))
@@ -453,7 +458,7 @@ def test_guessing_one_token_at_a_time_finds_nothing(seed, known_after):
     index.add("x", [*draw(before), *form, *secret, *after, *draw(300)])
 
     def found(guess: list[int]) -> int:
-        return sum(run.length for run in index.find("x", [*draw(7), *form[-45:], *guess, *draw(60)]))
+        return sum(run.length for run in find_runs(index, "x", [*draw(7), *form[-45:], *guess, *draw(60)]))
 
     # Only a guess that completes a block of the victim's is seen, and it says nothing of the tokens within.
     boundary = -(before + 60) % 16

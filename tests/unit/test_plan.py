@@ -21,6 +21,7 @@ from a3_sglang.matching.plan import (
     make_plan,
     question_ranges,
 )
+from a3_sglang.matching.search import find_runs
 
 MIN_SPAN = 8
 
@@ -57,7 +58,7 @@ def test_a_plan_partitions_the_prompt(case):
     index = AnyPositionIndex(MIN_SPAN, page_size=page_size)
     for donor in donors:
         index.add("space", donor[: len(donor) // page_size * page_size])
-    runs = index.find("space", prompt[:limit], prefix) if limit else []
+    runs = find_runs(index, "space", prompt[:limit], prefix) if limit else []
     plan = make_plan(runs, prefix, len(prompt), limit, page_size)
     furthest = min(limit, len(prompt) - MIN_TAIL)
     furthest -= furthest % page_size
@@ -88,7 +89,7 @@ def test_a_plan_partitions_the_prompt(case):
         assert span.run is run
         assert (span.start, span.offset) == (run.start, run.offset)
         assert span.end == min(run.end, plan.end)
-        held = run.path(page_size)[span.offset : span.offset + span.length]
+        held = run.segment.path(run.offset + span.length, run.offset)
         assert np.array_equal(held, prompt[span.start : span.end])
     # And none that fits is left out.
     assert all(run.start >= furthest for run in runs[len(plan.spans) :])
@@ -104,7 +105,7 @@ def test_a_span_in_the_last_tokens_is_left_to_the_tail():
     donor = list(range(100))
     index.add("space", donor)
     prompt = [500, *donor[: MIN_TAIL - 4]]
-    runs = index.find("space", prompt)
+    runs = find_runs(index, "space", prompt)
     assert [(run.start, run.length) for run in runs] == [(1, MIN_TAIL - 4)]
     assert make_plan(runs, 0, len(prompt), len(prompt), 1) is None
 
@@ -114,7 +115,7 @@ def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
     donor = list(range(100))
     index.add("space", donor)
     prompt = [500, *donor[10:30], *range(600, 640), *donor[50:70], *range(700, 710)]
-    plan = make_plan(index.find("space", prompt), 0, len(prompt), len(prompt), 1)
+    plan = make_plan(find_runs(index, "space", prompt), 0, len(prompt), len(prompt), 1)
     assert plan is not None
     assert [(span.start, span.end) for span in plan.spans] == [(3, 19)]
     assert plan.end == 19

@@ -35,7 +35,8 @@ def register() -> None:
     from a3_sglang.fusion import executor
     from a3_sglang.integration import compat, radix_cache
     from a3_sglang.integration.radix_cache import A3RadixCache
-    from a3_sglang.matching.index import AnyPositionIndex, PromptSearch
+    from a3_sglang.matching.index import AnyPositionIndex
+    from a3_sglang.matching.search import PromptSearch
 
     targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3RadixCache, "_sources"), (compat, "allocate")
     more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
