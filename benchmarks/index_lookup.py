@@ -18,7 +18,7 @@ import tracemalloc
 import numpy as np
 
 from a3_sglang.matching.index import AnyPositionIndex
-from a3_sglang.matching.search import find_runs
+from a3_sglang.matching.search import find_spans
 
 
 def main() -> None:
@@ -50,10 +50,10 @@ def main() -> None:
         cuts = random.integers(0, args.document - length + 1, 8) if length < args.document else [0] * 8
         prompt = np.concatenate([system, *(documents[d][c : c + length] for d, c in zip(chosen, cuts, strict=True))])
         started = time.perf_counter()
-        runs = find_runs(index, None, prompt, len(system))
+        spans = find_spans(index, None, prompt, len(system))
         times.append((time.perf_counter() - started) * 1e3)
-        found += sum(r.length for r in runs)
-        assert sum(r.length for r in runs) >= len(prompt) - len(system) - 8 * 2 * index.block
+        found += sum(s.length for s in spans)
+        assert sum(s.length for s in spans) >= len(prompt) - len(system) - 8 * 2 * index.block
     popular = [random.permutation(len(documents[:12])) for _ in range(16)]
     for order in popular:
         index.add(
@@ -81,11 +81,11 @@ def main() -> None:
 
 
 def milliseconds(index: AnyPositionIndex, prompt: np.ndarray, repeats: int) -> float:
-    """Median of finding a prompt's runs."""
+    """Median of finding a prompt's spans."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        find_runs(index, None, prompt)
+        find_spans(index, None, prompt)
         times.append((time.perf_counter() - started) * 1e3)
     return round(statistics.median(times), 3)
 

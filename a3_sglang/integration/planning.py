@@ -17,9 +17,9 @@ from a3_sglang.integration.request import Done, Reason, RequestState, ineligible
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan
-from a3_sglang.matching.run import Run, merge_runs
 from a3_sglang.matching.search import PromptSearch
 from a3_sglang.matching.segment import Segment
+from a3_sglang.matching.span import Span, merge_spans
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome
 from a3_sglang.selectors.base import AUTO_CAP, AUTO_USUAL, Ratio
@@ -238,7 +238,7 @@ class PlanningRadixCache(InsertTracker):
         if plan is None:
             return prefix
         if state.branch is None:
-            state.generation = 1 + max(_generation(span.run) for span in plan.spans)
+            state.generation = 1 + max(_generation(span) for span in plan.spans)
             if state.generation >= GENERATIONS and self._renewal_pays(req, plan):
                 state.reason = Reason.RENEWAL
                 return prefix
@@ -263,8 +263,8 @@ class PlanningRadixCache(InsertTracker):
             # What else the tree holds of the prompt would make the answer depend on other requests.
             tokens = np.array(req.origin_input_ids[: state.limit], dtype=np.int64)
             prefix = min(prefix, self.index.known_prefix(space, tokens))
-        runs = self._runs(req, state, space, prefix)
-        plan = make_plan(runs, prefix, prompt, state.limit, self.page_size, end)  # type: ignore[attr-defined]
+        spans = self._spans(req, state, space, prefix)
+        plan = make_plan(spans, prefix, prompt, state.limit, self.page_size, end)  # type: ignore[attr-defined]
         state.reusable = plan.reused if plan else 0
         if plan is None:
             state.reason = None if state.branch is not None else Reason.NOTHING
@@ -272,8 +272,8 @@ class PlanningRadixCache(InsertTracker):
             state.reason, plan = Reason.TOO_LITTLE, None
         return plan
 
-    def _runs(self, req: Any, state: RequestState, space: Hashable, start: int) -> list[Run]:
-        """Runs of exact donors, and of approximate ones where there are none."""
+    def _spans(self, req: Any, state: RequestState, space: Hashable, start: int) -> list[Span]:
+        """Spans of exact donors, and of approximate ones where there are none."""
         assert self.index is not None
         assert self.approximate is not None
         options = self.options_of(req)
@@ -282,12 +282,12 @@ class PlanningRadixCache(InsertTracker):
             state.search = PromptSearch(self.index, space, tokens)
             state.search_approximate = PromptSearch(self.approximate, space, tokens)
         assert state.search_approximate is not None
-        runs = state.search.runs(start, options.min_span, self._cached_length)
+        spans = state.search.spans(start, options.min_span, self._cached_length)
         if self.options.donors == "compiled" or not options.keep:
-            return runs
+            return spans
         generation = state.branch.generation if state.branch is not None else GENERATIONS
-        others = state.search_approximate.runs(start, options.min_span, self._cached_length)
-        return merge_runs(runs, [run for run in others if _generation(run) < generation], options.min_span)
+        others = state.search_approximate.spans(start, options.min_span, self._cached_length)
+        return merge_spans(spans, [span for span in others if _generation(span) < generation], options.min_span)
 
     def _pays(self, plan: Plan, prompt: int, known: int, options: ResolvedOptions) -> bool:
         """Whether a fusion saves enough of the rows that a plain prefill after the known prefix computes."""
@@ -380,7 +380,7 @@ class PlanningRadixCache(InsertTracker):
         assert state.plan is not None
         slots: dict[Segment, torch.Tensor] = {}
         for span in state.plan.spans:
-            segment = span.run.segment
+            segment = span.segment
             index = self.index if segment.mark is None else self.approximate
             if segment not in slots:
                 result = self._match_donor(segment)
@@ -390,7 +390,7 @@ class PlanningRadixCache(InsertTracker):
                 index.forget(segment, len(slots[segment]))
                 return None
             index.touch(segment)
-        return [slots[span.run.segment][span.offset : span.offset + span.length] for span in state.plan.spans]
+        return [slots[span.segment][span.offset : span.offset + span.length] for span in state.plan.spans]
 
     def _cached_length(self, segment: Segment) -> int:
         """How many tokens of a donor's path the tree still holds."""
@@ -463,7 +463,7 @@ def most(ratio: Ratio) -> float:
     return AUTO_CAP if ratio == "auto" else ratio
 
 
-def _generation(run: Run) -> int:
-    """Of the donor of a run: 0 if its KV is exact."""
-    mark = run.segment.mark
+def _generation(span: Span) -> int:
+    """Of the donor of a span: 0 if its KV is exact."""
+    mark = span.segment.mark
     return mark.generation if isinstance(mark, Branch) else 0

@@ -67,7 +67,7 @@ class BlockStore:
         self.live[first:end] = True
         self.count = end
         # Blocks of equal content form a list, newest first. Of equal blocks within one path only two are listed, so
-        # that one repeated token does not fill a list: the first, as a run that starts there covers the others, and
+        # that one repeated token does not fill a list: the first, as a span that starts there covers the others, and
         # the last, as other tokens follow it.
         self.older[first:end] = -1
         _, earliest = np.unique(content, return_index=True)

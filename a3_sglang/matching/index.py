@@ -30,8 +30,8 @@ import numpy.typing as npt
 
 from a3_sglang.matching.blocks import BlockStore
 from a3_sglang.matching.hashing import BlockHasher, Hashes, beginning_hashes
-from a3_sglang.matching.run import Run
 from a3_sglang.matching.segment import Ids, Segment, Tokens, starts_with
+from a3_sglang.matching.span import Span
 
 
 class AnyPositionIndex:
@@ -172,10 +172,10 @@ class AnyPositionIndex:
         """The end of a segment's last whole unit, as a position in its path."""
         return segment.begin + len(segment.tokens) // self.unit * self.unit
 
-    def holds(self, run: Run) -> bool:
-        """Whether the index still holds all of a run."""
-        segment = run.segment
-        return self._segments.get(segment.number) is segment and run.offset + run.length <= segment.end
+    def holds(self, span: Span) -> bool:
+        """Whether the index still holds all of a span."""
+        segment = span.segment
+        return self._segments.get(segment.number) is segment and span.donor_end <= segment.end
 
     # ---- the trie
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from a3_sglang.matching.run import Run
+from a3_sglang.matching.span import Span
 
 MIN_TAIL = 32
 """Tokens at a prompt's end that are always computed: the probe needs a question, even one that was asked before."""
@@ -15,20 +15,6 @@ QUESTION_TOKENS = 64
 """Tokens whose attention the probe reads, at most."""
 SHORTEST_QUESTION, LONGEST_QUESTION = 16, 256
 """Tokens of a gap that may be the question: shorter ones are what matching in blocks cuts off, longer ones are text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Prompt tokens ``[start, start + length)`` that a donor holds from its position ``offset`` on."""
-
-    start: int
-    length: int
-    offset: int
-    run: Run
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +69,12 @@ class Plan:
 
 
 def make_plan(
-    runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
+    spans: Sequence[Span], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
 ) -> Plan | None:
-    """Turn runs into a plan; None if nothing is left of them.
+    """Turn spans into a plan; None if nothing is left of them.
 
     Args:
-        runs: disjoint runs by their place in the prompt, all after ``prefix``.
+        spans: disjoint, ascending by prompt position, all after ``prefix``.
         prefix: tokens of the exact prefix; a multiple of ``page_size``.
         prompt: tokens of the prompt.
         limit: prompt tokens that may come from a cache (the scheduler keeps some back for logprobs).
@@ -99,7 +85,6 @@ def make_plan(
     furthest -= furthest % page_size
     if end is not None:
         furthest = min(furthest, end)
-    spans = tuple(Span(run.start, run.length, run.offset, run) for run in runs)
     return _cut(prefix, spans, furthest, page_size, end)
 
 

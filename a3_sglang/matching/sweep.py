@@ -1,4 +1,4 @@
-"""One sweep over a prompt, from left to right, for runs of donors."""
+"""One sweep over a prompt, from left to right, for spans of donors."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy.typing as npt
 from a3_sglang.matching.hash_table import Numbers
 from a3_sglang.matching.hashing import Hashes
 from a3_sglang.matching.index import AnyPositionIndex
-from a3_sglang.matching.run import Run
 from a3_sglang.matching.segment import Segment, Tokens, common_prefix, starts_with
+from a3_sglang.matching.span import Span
 
 _STEPS_PER_BLOCK, _SPARE_STEPS = 2, 256
 """A sweep takes at most this many steps per block of the prompt, plus the spare ones. Each position looked at, donor
 compared and segment followed is a step."""
 _LOOKAHEAD = 4
-"""Further hits within a block of a run's start at which a better run is looked for."""
+"""Further hits within a block of a span's start at which a better span is looked for."""
 
 CachedLength = Callable[[Segment], int]
 """How many tokens of a segment's path the tree still holds."""
 
 
 class Sweep:
-    """Finds disjoint runs of a prompt.
+    """Finds disjoint spans of a prompt.
 
-    At the first position that is not covered yet and at which a block of a donor begins, the longest run of all donors
-    of that block is chosen, if it has ``shortest`` tokens and the tree still holds it. The sweep continues after it.
+    At the first position that is not covered yet and at which a block of a donor begins, the longest span of all donors
+    of that block is chosen, if it has ``min_span`` tokens and the tree still holds it. The sweep continues after it.
 
     Args:
         index: the donors; what the tree no longer holds is forgotten on the way.
@@ -35,7 +35,7 @@ class Sweep:
         prompt: tokens, int32 (n,).
         windows: hash of each window of the prompt, uint64 (n - block + 1,).
         start: first prompt position that is looked at.
-        shortest: tokens of the shortest run.
+        min_span: tokens of the shortest span.
         cached_length: called once per donor that would be chosen; None: the tree holds all of every donor.
     """
 
@@ -46,64 +46,64 @@ class Sweep:
         prompt: Tokens,
         windows: Hashes,
         start: int,
-        shortest: int,
+        min_span: int,
         cached_length: CachedLength | None,
     ) -> None:
         self._index, self._namespace, self._prompt, self._windows = index, namespace, prompt, windows
-        self._start, self._shortest = start, shortest
+        self._start, self._min_span = start, min_span
         self._ask_length = cached_length
         self._lengths: dict[Segment, int] = {}
         self._budget = _Budget(_STEPS_PER_BLOCK * (len(prompt) // index.block) + _SPARE_STEPS)
         self._lookahead = _LOOKAHEAD if index.line_ends.any() else 0
-        self._runs: list[Run] = []
+        self._spans: list[Span] = []
 
-    def run(self) -> list[Run]:
-        """Sweep the prompt and return its runs, ascending by prompt position."""
+    def run(self) -> list[Span]:
+        """Sweep the prompt and return its spans, ascending by prompt position."""
         heads = self._heads()
         hit_pos = np.flatnonzero(heads >= 0)
         i = int(np.searchsorted(hit_pos, self._start))
         while i < len(hit_pos) and self._budget.spend():
-            run = self._best_run(heads, hit_pos, i)
-            if run is None:
+            span = self._best_span(heads, hit_pos, i)
+            if span is None:
                 i += 1
             else:
-                self._append(run)
-                i = int(np.searchsorted(hit_pos, self._runs[-1].end))
+                self._append(span)
+                i = int(np.searchsorted(hit_pos, self._spans[-1].end))
         self._index.steps += self._budget.spent
         self._index.compact()
-        return self._runs
+        return self._spans
 
     def _heads(self) -> Numbers:
-        """The newest living block that each window may begin a run with, -1 if there is none; int32 (windows,)."""
+        """The newest living block that each window may begin a span with, -1 if there is none; int32 (windows,)."""
         index = self._index
         heads, skipped = index.blocks.newest_living(self._windows)
         index.steps += len(self._windows) + skipped
-        # A run of more than one block is a hit at its second block, too.
-        if self._shortest > index.block + index.unit - index.page_size:
+        # A span of more than one block is a hit at its second block, too.
+        if self._min_span > index.block + index.unit - index.page_size:
             following = np.append(heads[index.block :], np.full(min(index.block, len(heads)), -1, np.int32))
             heads = np.where(following >= 0, heads, -1)
         return heads
 
-    def _best_run(self, heads: Numbers, hit_pos: npt.NDArray[np.intp], i: int) -> Run | None:
-        """The run to choose at the ``i``-th hit, or at one of the next few; None if there is none here."""
+    def _best_span(self, heads: Numbers, hit_pos: npt.NDArray[np.intp], i: int) -> Span | None:
+        """The span to choose at the ``i``-th hit, or at one of the next few; None if there is none here."""
         pos = int(hit_pos[i])
-        run = self._longest_run(pos, int(heads[pos]))
-        if run is None:
+        span = self._longest_span(pos, int(heads[pos]))
+        if span is None:
             return None
-        floor = self._runs[-1].end if self._runs else self._start
-        run = self._to_line_ends(run, floor)
+        floor = self._spans[-1].end if self._spans else self._start
+        span = self._to_line_ends(span, floor)
         # The donor of the line itself may have its first whole block a little later than a donor that shares a part.
         for other_pos in map(int, hit_pos[i + 1 : i + 1 + self._lookahead]):
-            if run.start == floor or other_pos >= pos + self._index.block:
+            if span.start == floor or other_pos >= pos + self._index.block:
                 break
-            other = self._longest_run(other_pos, int(heads[other_pos]))
+            other = self._longest_span(other_pos, int(heads[other_pos]))
             other = other and self._to_line_ends(other, floor)
-            if other is not None and other.start <= run.start and other.length > run.length:
-                run = other
-        return run
+            if other is not None and other.start <= span.start and other.length > span.length:
+                span = other
+        return span
 
-    def _longest_run(self, pos: int, block: int) -> Run | None:
-        """The longest run at a prompt position that the tree still holds; None if none is long enough.
+    def _longest_span(self, pos: int, block: int) -> Span | None:
+        """The longest span at a prompt position that the tree still holds; None if none is long enough.
 
         Args:
             pos: prompt position.
@@ -112,37 +112,37 @@ class Sweep:
         index, blocks = self._index, self._index.blocks
         before = -1
         while block >= 0 and self._budget.left:
-            runs: list[tuple[Run, int]] = []
+            spans: list[tuple[Span, int]] = []
             tried = 0
             while block >= 0 and tried < index.candidates and self._budget.spend():
                 older, segment = int(blocks.older[block]), index.segment_of(block, self._namespace)
                 if segment is not None:
                     tried += 1
-                    runs.append((self._follow(pos, block, segment), block))
+                    spans.append((self._follow(pos, block, segment), block))
                 if blocks.live[block]:
                     before = block
                 elif before >= 0:
                     blocks.older[before] = older
                 block = older
-            while runs:
+            while spans:
                 # Of equally long ones the newest comes first.
-                run, number = runs.pop(max(range(len(runs)), key=lambda i: runs[i][0].length))
-                if run.length < self._shortest:
+                span, number = spans.pop(max(range(len(spans)), key=lambda i: spans[i][0].length))
+                if span.length < self._min_span:
                     break
-                # Two runs here may be of one donor, which was perhaps forgotten because of the first.
-                if index.holds(run):
-                    length = self._cached_length(run.segment)
-                    if run.donor_end <= length:
-                        return run
-                    index.drop(run.segment, length)
+                # Two spans here may be of one donor, which was perhaps forgotten because of the first.
+                if index.holds(span):
+                    length = self._cached_length(span.segment)
+                    if span.donor_end <= length:
+                        return span
+                    index.drop(span.segment, length)
                 segment = index.segment_of(number, self._namespace)
                 if segment is not None and self._budget.spend():
                     # The tree lost only the donor's end.
-                    runs.append((self._follow(pos, number, segment), number))
+                    spans.append((self._follow(pos, number, segment), number))
         return None
 
-    def _follow(self, pos: int, number: int, segment: Segment) -> Run:
-        """The run of whole blocks that begins at a prompt position and with a block of a segment."""
+    def _follow(self, pos: int, number: int, segment: Segment) -> Span:
+        """The span of whole blocks that begins at a prompt position and with a block of a segment."""
         index, prompt = self._index, self._prompt
         block, unit = index.block, index.unit
         offset = end = segment.begin + int(index.blocks.ordinal[number]) * block
@@ -166,7 +166,7 @@ class Sweep:
                 end = segment.end
             elif not any(begin == end for begin, _ in segment.children):
                 end -= block  # The last block is matched with the tokens after it, or not at all.
-        return Run(pos, max(end - offset, 0), segment, offset)
+        return Span(pos, max(end - offset, 0), segment, offset)
 
     def _cached_length(self, segment: Segment) -> int:
         if self._ask_length is None:
@@ -177,48 +177,48 @@ class Sweep:
 
     # ---- lines
 
-    def _to_line_ends(self, run: Run, floor: int) -> Run:
-        """Extend a run of whole blocks by less than a block on each side, if the donor's line begins or ends there.
+    def _to_line_ends(self, span: Span, floor: int) -> Span:
+        """Extend a span of whole blocks by less than a block on each side, if the donor's line begins or ends there.
 
         At a donor's end, whose last block is matched only together with what follows it, by that block, too.
 
         Args:
-            run: of whole blocks.
+            span: of whole blocks.
             floor: the earliest prompt position at which it may begin.
         """
-        segment, prompt, block = run.segment, self._prompt, self._index.block
+        segment, prompt, block = span.segment, self._prompt, self._index.block
         reach = block - 1
-        path = segment.path(min(run.donor_end + reach + block, self._cached_length(segment)))
-        before = path[max(run.offset - reach, 0) : run.offset]
-        begin = run.start - min(len(before), run.start - floor)
-        same = common_prefix(before[::-1], prompt[begin : run.start][::-1])
-        after = path[run.donor_end :]
-        common = common_prefix(after, prompt[run.end :])
+        path = segment.path(min(span.donor_end + reach + block, self._cached_length(segment)))
+        before = path[max(span.offset - reach, 0) : span.offset]
+        begin = span.start - min(len(before), span.start - floor)
+        same = common_prefix(before[::-1], prompt[begin : span.start][::-1])
+        after = path[span.donor_end :]
+        common = common_prefix(after, prompt[span.end :])
         # A line begins after the token that ends the previous one, or with the path.
-        starts = np.flatnonzero(self._ends_line(path[max(run.offset - same - 1, 0) : run.offset]))
+        starts = np.flatnonzero(self._ends_line(path[max(span.offset - same - 1, 0) : span.offset]))
         ends = np.flatnonzero(self._ends_line(after[:common]))
         left = 0
-        if run.offset == same:
+        if span.offset == same:
             left = same
         elif len(starts):
             left = min(same, same - int(starts[0]))
         right = int(ends[-1]) + 1 if len(ends) else 0
-        return Run(run.start - left, left + run.length + right, segment, run.offset - left)
+        return Span(span.start - left, left + span.length + right, segment, span.offset - left)
 
-    def _append(self, run: Run) -> None:
-        """Add a run; the token that ends the line before it becomes its first, if that is the same in its donor.
+    def _append(self, span: Span) -> None:
+        """Add a span; the token that ends the line before it becomes its first, if that is the same in its donor.
 
         Later tokens attend to the ends of lines. The first row of a span drifts most and is recomputed before others;
         the last one hardly ever is.
         """
-        before = run.segment.path(run.offset, max(run.offset - 1, 0))
-        last = self._runs[-1] if self._runs and self._runs[-1].end == run.start else None
-        free = run.start > self._start and (last is None or last.length > self._shortest)
-        if free and len(before) and before[0] == self._prompt[run.start - 1] and self._ends_line(before)[0]:
+        before = span.segment.path(span.offset, max(span.offset - 1, 0))
+        last = self._spans[-1] if self._spans and self._spans[-1].end == span.start else None
+        free = span.start > self._start and (last is None or last.length > self._min_span)
+        if free and len(before) and before[0] == self._prompt[span.start - 1] and self._ends_line(before)[0]:
             if last is not None:
-                self._runs[-1] = Run(last.start, last.length - 1, last.segment, last.offset)
-            run = Run(run.start - 1, run.length + 1, run.segment, run.offset - 1)
-        self._runs.append(run)
+                self._spans[-1] = Span(last.start, last.length - 1, last.segment, last.offset)
+            span = Span(span.start - 1, span.length + 1, span.segment, span.offset - 1)
+        self._spans.append(span)
 
     def _ends_line(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
         line_ends = self._index.line_ends

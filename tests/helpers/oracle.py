@@ -12,7 +12,7 @@ from a3_sglang.drift.model import BLOCK
 from a3_sglang.integration.startup import line_ends
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import Plan, make_plan
-from a3_sglang.matching.search import find_runs
+from a3_sglang.matching.search import find_spans
 from a3_sglang.selectors import Probe, Rows
 from helpers.reference import Llama, backwards, gaps, reused, rope64, spread64
 from helpers.tolerance import distance, roundings, turned
@@ -66,7 +66,7 @@ class Fused:
         index = AnyPositionIndex(32, line_ends=ends)
         index.add("", donor)
         prefix = next(i for i, (a, b) in enumerate(zip(donor, prompt, strict=False)) if a != b)
-        plan = make_plan(find_runs(index, "", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)
+        plan = make_plan(find_spans(index, "", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
         return plan
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
 from a3_sglang.matching.index import AnyPositionIndex
-from a3_sglang.matching.run import Run, merge_runs
-from a3_sglang.matching.search import find_runs
+from a3_sglang.matching.search import find_spans
+from a3_sglang.matching.span import Span, merge_spans
 
 tokens = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60)
 branches = st.builds(Branch, st.integers(0, 60), st.integers(1, GENERATIONS), st.integers(0, KINDS - 1))
@@ -65,20 +65,20 @@ def test_finds_the_branches_of_a_prompts_beginnings(data):
     assert found.find(prefix_hashes("x", prompt), capacity) == []
 
 
-def run(start: int, length: int) -> Run:
-    return Run(start, length, None, 1000 + start)
+def span(start: int, length: int) -> Span:
+    return Span(start, length, None, 1000 + start)
 
 
 @given(st.data())
-def test_other_runs_fill_what_is_left(data):
+def test_other_spans_fill_what_is_left(data):
     shortest, taken, others = 4, [], []
-    for runs in (taken, others):
+    for spans in (taken, others):
         at = 0
         while at < 60:
             at += data.draw(st.integers(0, 12))
-            runs.append(run(at, data.draw(st.integers(shortest, 20))))
-            at = runs[-1].end
-    both = merge_runs(taken, others, shortest)
+            spans.append(span(at, data.draw(st.integers(shortest, 20))))
+            at = spans[-1].end
+    both = merge_spans(taken, others, shortest)
     assert both == sorted(both, key=lambda one: one.start)
     assert all(one.end <= other.start for one, other in itertools.pairwise(both))
     assert [one for one in both if one in taken] == taken
@@ -104,10 +104,10 @@ def test_donors_of_different_marks_do_not_share_segments(mark):
     index.add("x", path, mark)
     index.add("x", path, Branch(40, 2))
     assert len(index) == 160
-    (found,) = find_runs(index, "x", [1, 2, 3, *path[16:64], 4])
+    (found,) = find_spans(index, "x", [1, 2, 3, *path[16:64], 4])
     assert (found.start, found.length, found.offset) == (3, 48, 16)
     assert found.segment.mark == Branch(40, 2)
     index.forget(found.segment, 0)
-    (found,) = find_runs(index, "x", [1, 2, 3, *path[16:64], 4])
+    (found,) = find_spans(index, "x", [1, 2, 3, *path[16:64], 4])
     assert found.segment.mark == mark
     assert index.known_prefix("x", path) == (80 if mark is None else 0)

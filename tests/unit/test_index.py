@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a3_sglang.matching.index import AnyPositionIndex
-from a3_sglang.matching.run import Run
-from a3_sglang.matching.search import PromptSearch, find_runs
+from a3_sglang.matching.search import PromptSearch, find_spans
 from a3_sglang.matching.segment import Segment
+from a3_sglang.matching.span import Span
 
 MIN_SPAN = 8
 BLOCK = 4
@@ -23,7 +23,7 @@ Donor = tuple[str, list[int]]
 
 
 def longest_at(paths: list[list[int]], prompt: list[int], position: int) -> int:
-    """The longest run of whole blocks of one path at a position of the prompt."""
+    """The longest span of whole blocks of one path at a position of the prompt."""
     best = 0
     for path in paths:
         for offset in range(0, len(path), BLOCK):
@@ -37,7 +37,7 @@ def longest_at(paths: list[list[int]], prompt: list[int], position: int) -> int:
 
 
 def oracle(donors: list[Donor], namespace: str, prompt: list[int], start: int) -> list[tuple[int, int]]:
-    """From left to right, the longest run at the first position that has one; (start, length) pairs."""
+    """From left to right, the longest span at the first position that has one; (start, length) pairs."""
     paths, taken, position = [path for name, path in donors if name == namespace], [], start
     while position < len(prompt):
         length = longest_at(paths, prompt, position)
@@ -107,8 +107,8 @@ def build(steps, page_size: int, told: bool) -> tuple[AnyPositionIndex, list[Don
     return index, donors
 
 
-def places(runs: list[Run]) -> list[tuple[int, int]]:
-    return [(run.start, run.length) for run in runs]
+def places(spans: list[Span]) -> list[tuple[int, int]]:
+    return [(span.start, span.length) for span in spans]
 
 
 @settings(max_examples=300, deadline=None)
@@ -122,22 +122,22 @@ def test_finds_what_brute_force_finds(world, page_size, told):
         return held(donors, segment.namespace, segment.path(segment.end).tolist())
 
     search = PromptSearch(index, namespace, prompt)
-    found = search.runs(start, cached_length=None if told else holds)
-    for run in found:
-        path = run.segment.path(run.donor_end).tolist()
-        assert prompt[run.start : run.end] == path[run.offset :]
+    found = search.spans(start, cached_length=None if told else holds)
+    for span in found:
+        path = span.segment.path(span.donor_end).tolist()
+        assert prompt[span.start : span.end] == path[span.offset :]
         assert held(donors, namespace, path) == len(path)
-        assert run.offset % BLOCK == 0
+        assert span.offset % BLOCK == 0
     expected, unit = oracle(donors, namespace, prompt, start), math.lcm(BLOCK, page_size)
     if unit == BLOCK:
         assert places(found) == expected
     else:
         # Donors branch at whole units; of a unit that a donor shares in part, those blocks may be missed.
-        missed = sum(length for _, length in expected) - sum(run.length for run in found)
+        missed = sum(length for _, length in expected) - sum(span.length for span in found)
         assert missed <= (unit + MIN_SPAN) * len(expected)
     if told:
         assert index.known_prefix(namespace, prompt) == held(donors, namespace, prompt) // unit * unit
-    assert search.runs(start, cached_length=holds) == found
+    assert search.spans(start, cached_length=holds) == found
     assert search.searches <= 1
     assert len(index) == sum(len(segment.tokens) for segment in index._segments.values())
     assert set(index._roots) == {(segment.namespace, None) for segment in index._segments.values()}
@@ -146,28 +146,28 @@ def test_finds_what_brute_force_finds(world, page_size, told):
 @settings(max_examples=200, deadline=None)
 @given(worlds(repetitive=True), PAGES, st.booleans())
 def test_what_is_found_in_repetitive_text_is_there(world, page_size, told):
-    """Of equal blocks in one path only the first and the last are followed, so runs may be missed; none is invented."""
+    """Of equal blocks in one path only the first and the last are followed, so spans may be missed; all are real."""
     steps, prompt, namespace, start = world
     index, donors = build(steps, page_size, told)
-    found = find_runs(
+    found = find_spans(
         index, namespace, prompt, start, cached_length=lambda s: held(donors, s.namespace, s.path(s.end).tolist())
     )
     at = start
-    for run in found:
-        path = run.segment.path(run.donor_end).tolist()
-        assert run.start >= at
-        assert run.length >= MIN_SPAN
-        assert run.offset % BLOCK == run.length % BLOCK == 0
-        assert prompt[run.start : run.end] == path[run.offset :]
+    for span in found:
+        path = span.segment.path(span.donor_end).tolist()
+        assert span.start >= at
+        assert span.length >= MIN_SPAN
+        assert span.offset % BLOCK == span.length % BLOCK == 0
+        assert prompt[span.start : span.end] == path[span.offset :]
         assert held(donors, namespace, path) == len(path)
-        at = run.end
+        at = span.end
 
 
 def test_a_donor_with_the_same_block_twice_is_forgotten_once():
     index = AnyPositionIndex(MIN_SPAN)
     text = list(range(100, 100 + MIN_SPAN))
     index.add("x", [*text, *range(200, 200 + MIN_SPAN), *text, *range(300, 300 + MIN_SPAN)])
-    assert find_runs(index, "x", text, cached_length=lambda _: 0) == []
+    assert find_spans(index, "x", text, cached_length=lambda _: 0) == []
     assert len(index) == 0
 
 
@@ -176,14 +176,14 @@ def test_text_after_one_repeated_token_is_found(donor, prompt):
     text = list(range(10, 10 + 4 * BLOCK))
     index = AnyPositionIndex(MIN_SPAN)
     index.add("x", [0] * (donor * BLOCK) + text)
-    runs = find_runs(index, "x", [1, *[0] * (prompt * BLOCK), *text, 1])
-    assert runs[-1].end == 1 + prompt * BLOCK + len(text)
-    assert runs[-1].length >= len(text)
+    spans = find_spans(index, "x", [1, *[0] * (prompt * BLOCK), *text, 1])
+    assert spans[-1].end == 1 + prompt * BLOCK + len(text)
+    assert spans[-1].length >= len(text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_a_run_is_extended_to_the_ends_of_the_donors_lines(data):
+def test_a_span_is_extended_to_the_ends_of_the_donors_lines(data):
     """By less than a block, over tokens that are the same, and never past what the tree holds."""
     newline = 1
     ends = np.zeros(2, np.bool_)
@@ -198,22 +198,22 @@ def test_a_run_is_extended_to_the_ends_of_the_donors_lines(data):
     end = data.draw(st.integers(8 * BLOCK, len(donor)))
     prompt = [*drawn.integers(10, 1 << 20, 7), *donor[begin:end], *drawn.integers(10, 1 << 20, 7)]
     held = data.draw(st.sampled_from([len(donor), 9 * BLOCK + 3]))
-    runs = find_runs(index, "x", prompt, cached_length=lambda _: held)
+    spans = find_spans(index, "x", prompt, cached_length=lambda _: held)
     if held < 9 * BLOCK + 3 + BLOCK:
-        assert all(run.offset + run.length <= held for run in runs)
+        assert all(span.offset + span.length <= held for span in spans)
         return
-    (run,) = runs
+    (span,) = spans
     whole = (-(-begin // BLOCK) * BLOCK, end // BLOCK * BLOCK)
     lines = [0, *(np.flatnonzero(donor == newline) + 1)]
     first = min([place for place in lines if begin <= place and whole[0] - BLOCK < place <= whole[0]] or [whole[0]])
     last = max([place for place in lines if place <= end and whole[1] <= place < whole[1] + BLOCK] or [whole[1]])
     if first in lines and begin < first:
-        first -= 1  # The end of the line before belongs to the run.
-    assert (run.offset, run.offset + run.length) == (first, last)
-    assert run.start == 7 + first - begin
+        first -= 1  # The end of the line before belongs to the span.
+    assert (span.offset, span.offset + span.length) == (first, last)
+    assert span.start == 7 + first - begin
 
 
-def test_the_end_of_a_line_belongs_to_the_run_after_it():
+def test_the_end_of_a_line_belongs_to_the_span_after_it():
     """Two documents, each with its line's end, from two donors; the token between them is the second one's first."""
     newline, first, second = 1, list(range(100, 140)), list(range(200, 240))
     ends = np.zeros(2, np.bool_)
@@ -221,20 +221,20 @@ def test_the_end_of_a_line_belongs_to_the_run_after_it():
     index = AnyPositionIndex(MIN_SPAN, line_ends=ends)
     index.add("x", [3, 4, newline, *second, newline])
     index.add("x", [5, 6, 7, 8, newline, *first, newline])
-    runs = find_runs(index, "x", [9, newline, *first, newline, *second, newline, 9])
-    assert [(run.start, run.length, run.offset) for run in runs] == [(1, 41, 4), (42, 42, 2)]
+    spans = find_spans(index, "x", [9, newline, *first, newline, *second, newline, 9])
+    assert [(span.start, span.length, span.offset) for span in spans] == [(1, 41, 4), (42, 42, 2)]
     # What comes from elsewhere stays there.
-    assert find_runs(index, "x", [9, newline, *first, newline], start=2)[0].start == 2
+    assert find_spans(index, "x", [9, newline, *first, newline], start=2)[0].start == 2
 
 
 @given(st.integers(1, 6), st.integers(3 * MIN_SPAN, 160), st.integers(0, 5))
-def test_a_text_of_one_repeated_pattern_is_one_run(period, length, shift):
+def test_a_text_of_one_repeated_pattern_is_one_span(period, length, shift):
     index = AnyPositionIndex(MIN_SPAN)
     pattern = list(range(period)) * 240
     index.add("x", pattern[:240])
-    (run, *more) = find_runs(index, "x", [99, *pattern[shift:][:length], 98])
+    (span, *more) = find_spans(index, "x", [99, *pattern[shift:][:length], 98])
     assert not more
-    assert run.length > length - period - BLOCK
+    assert span.length > length - period - BLOCK
 
 
 @given(st.integers(2 * BLOCK, 80), st.integers(0, 5), st.integers(1, BLOCK), PAGES)
@@ -250,7 +250,7 @@ def test_a_donors_last_tokens_are_matched_with_the_block_before_them(length, pla
         ([*before, *donor, 777], end),
         ([*before, *donor[: max(end - wrong, 0)], 777, 778, 779, 780], None),
     ):
-        found = places(find_runs(index, "x", prompt))
+        found = places(find_spans(index, "x", prompt))
         if expected is None:
             expected = whole - BLOCK if end > whole and end - wrong >= whole - BLOCK else (end - wrong) // BLOCK * BLOCK
             expected = min(expected, whole if end == whole else whole - BLOCK)
@@ -260,16 +260,16 @@ def test_a_donors_last_tokens_are_matched_with_the_block_before_them(length, pla
 
 
 @given(st.integers(MIN_SPAN, 40), st.integers(1, 20), st.sampled_from([0, 1]))
-def test_a_run_goes_on_into_the_donor_that_continues_it(common, more, which):
+def test_a_span_continues_into_the_donor_that_continues_it(common, more, which):
     """Donors that part share their first segment."""
     index = AnyPositionIndex(min_span=MIN_SPAN)
     donors = [[*range(common), *range(100 * number, 100 * number + 40)] for number in (1, 2)]
     for donor in donors:
         index.add("x", donor[: len(donor) // BLOCK * BLOCK])
     prompt = [*donors[which][: common + more], *range(900, 920)]
-    (run,) = find_runs(index, "x", prompt)
-    assert (run.start, run.length) == (0, (common + more) // BLOCK * BLOCK)
-    assert run.segment.path(run.donor_end).tolist() == prompt[: run.length]
+    (span,) = find_spans(index, "x", prompt)
+    assert (span.start, span.length) == (0, (common + more) // BLOCK * BLOCK)
+    assert span.segment.path(span.donor_end).tolist() == prompt[: span.length]
 
 
 def test_a_conversation_is_one_segment():
@@ -280,9 +280,9 @@ def test_a_conversation_is_one_segment():
         index.add("x", path)
     assert len(index) == len(path)
     assert len(index._segments) == 1
-    (run,) = find_runs(index, "x", np.concatenate([np.arange(60_000, 60_005, dtype=np.int32), path]))
-    assert (run.start, run.length) == (5, len(path))
-    index.forget(run.segment, 0)
+    (span,) = find_spans(index, "x", np.concatenate([np.arange(60_000, 60_005, dtype=np.int32), path]))
+    assert (span.start, span.length) == (5, len(path))
+    index.forget(span.segment, 0)
     assert len(index) == 0
     assert not index._roots
 
@@ -297,8 +297,8 @@ def test_a_deep_trie_is_no_recursion():
     first = next(iter(index._segments.values()))
     while first.parent is not None and first.parent.parent is not None:
         first = first.parent
-    (run, *_) = find_runs(index, "x", [5, *path, 6])
-    assert run.length >= len(path) - 4
+    (span, *_) = find_spans(index, "x", [5, *path, 6])
+    assert span.length >= len(path) - 4
     index.forget(first, 0)
     assert len(index) == 0
 
@@ -308,14 +308,14 @@ def test_namespaces_with_equal_hashes_stay_apart():
     one, other, tokens = -1, -2, list(range(64))
     assert hash(one) == hash(other)
     index.add(one, tokens)
-    assert find_runs(index, other, tokens) == []
+    assert find_spans(index, other, tokens) == []
     index.add(other, tokens[::-1])
     index.add(other, tokens)
     assert len(index) == 3 * 64
-    (run,) = find_runs(index, one, tokens)
-    assert run.segment.namespace == one
-    (run,) = find_runs(index, other, tokens)
-    assert run.segment.namespace == other
+    (span,) = find_spans(index, one, tokens)
+    assert span.segment.namespace == one
+    (span,) = find_spans(index, other, tokens)
+    assert span.segment.namespace == other
 
 
 def test_namespaces_leave_nothing_when_their_donors_go():
@@ -335,7 +335,7 @@ def tokens(generator: np.random.Generator, count: int) -> np.ndarray:
 
 def cost(index: AnyPositionIndex, prompt: np.ndarray) -> int:
     before = index.steps
-    find_runs(index, "x", prompt)
+    find_spans(index, "x", prompt)
     return index.steps - before
 
 
@@ -355,7 +355,7 @@ def test_repeated_tokens_cost_little_more_than_random_ones(alive, length):
                 index.drop(segment, 0)
     prompt = np.concatenate([tokens(generator, 2), repeated, tokens(generator, 40)])
     assert cost(index, prompt) <= 3 * cost(index, tokens(generator, len(prompt)))
-    found = sum(run.length for run in find_runs(index, "x", prompt))
+    found = sum(span.length for span in find_spans(index, "x", prompt))
     assert found > 0.9 * length if alive else found == 0
 
 
@@ -368,7 +368,7 @@ def test_popular_documents_cost_little_more_than_others():
         for _ in range(copies):
             index.add("x", np.concatenate([tokens(generator, 50), *(documents[i] for i in generator.permutation(12))]))
         prompt = np.concatenate([tokens(generator, 30), *(documents[i] for i in generator.permutation(12))])
-        assert sum(run.length for run in find_runs(index, "x", prompt)) > 0.9 * len(prompt)
+        assert sum(span.length for span in find_spans(index, "x", prompt)) > 0.9 * len(prompt)
         costs.append(cost(index, prompt))
     assert max(costs) <= 1.2 * costs[0]
 
@@ -401,8 +401,8 @@ def test_a_living_donor_is_found_past_stale_ones(stale, copies):
         return segment.end if segment.tokens[0] == first[0] else 0
 
     prompt = np.concatenate([part for _ in range(copies) for part in (tokens(generator, 9), document)])
-    runs = find_runs(index, "x", prompt, cached_length=holds)
-    assert places(runs) == [(9 + 109 * i, 100) for i in range(copies)]
+    spans = find_spans(index, "x", prompt, cached_length=holds)
+    assert places(spans) == [(9 + 109 * i, 100) for i in range(copies)]
     assert len(asked) == len(set(asked))
 
 
@@ -416,29 +416,29 @@ def test_a_prompt_is_searched_again_only_if_something_relevant_changed():
     index.add("x", np.concatenate([tokens(generator, 16), one]))
     prompt = np.concatenate([tokens(generator, 7), one, two, tokens(generator, 40)])
     search = PromptSearch(index, "x", prompt)
-    assert places(search.runs(0)) == [(7, 160)]
+    assert places(search.spans(0)) == [(7, 160)]
     for _ in range(5):
         index.add("x", tokens(generator, 300))
-        assert places(search.runs(0)) == [(7, 160)]
+        assert places(search.spans(0)) == [(7, 160)]
     # More of what is covered already, and the same text in another namespace.
     index.add("x", np.concatenate([tokens(generator, 32), one]))
     index.add("y", np.concatenate([tokens(generator, 32), two]))
-    assert places(search.runs(0)) == [(7, 160)]
+    assert places(search.spans(0)) == [(7, 160)]
     assert search.searches == 1
     index.add("x", np.concatenate([tokens(generator, 16), two, other]))
-    assert places(search.runs(0)) == [(7, 160), (167, 160)]
+    assert places(search.spans(0)) == [(7, 160), (167, 160)]
     assert search.searches == 2
-    # A longer prefix takes from the runs.
-    assert places(search.runs(27)) == [(27, 140), (167, 160)]
-    assert search.runs(27)[0].offset in (16 + 20, 32 + 20)
-    assert places(search.runs(150)) == [(167, 160)]
+    # A longer prefix takes from the spans.
+    assert places(search.spans(27)) == [(27, 140), (167, 160)]
+    assert search.spans(27)[0].offset in (16 + 20, 32 + 20)
+    assert places(search.spans(150)) == [(167, 160)]
     assert search.searches == 2
-    # A run's donor goes.
-    index.forget(search.runs(0)[1].segment, 16)
-    assert places(search.runs(0)) == [(7, 160)]
+    # A span's donor goes.
+    index.forget(search.spans(0)[1].segment, 16)
+    assert places(search.spans(0)) == [(7, 160)]
     assert search.searches == 3
     index.clear()
-    assert search.runs(0) == []
+    assert search.spans(0) == []
     assert search.searches == 4
 
 
@@ -458,7 +458,7 @@ def test_guessing_one_token_at_a_time_finds_nothing(seed, known_after):
     index.add("x", [*draw(before), *form, *secret, *after, *draw(300)])
 
     def found(guess: list[int]) -> int:
-        return sum(run.length for run in find_runs(index, "x", [*draw(7), *form[-45:], *guess, *draw(60)]))
+        return sum(span.length for span in find_spans(index, "x", [*draw(7), *form[-45:], *guess, *draw(60)]))
 
     # Only a guess that completes a block of the victim's is seen, and it says nothing of the tokens within.
     boundary = -(before + 60) % 16

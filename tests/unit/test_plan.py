@@ -16,12 +16,12 @@ from a3_sglang.matching.plan import (
     QUESTION_TOKENS,
     SHORTEST_QUESTION,
     Plan,
-    Span,
     first_step,
     make_plan,
     question_ranges,
 )
-from a3_sglang.matching.search import find_runs
+from a3_sglang.matching.search import find_spans
+from a3_sglang.matching.span import Span
 
 MIN_SPAN = 8
 
@@ -58,12 +58,12 @@ def test_a_plan_partitions_the_prompt(case):
     index = AnyPositionIndex(MIN_SPAN, page_size=page_size)
     for donor in donors:
         index.add("space", donor[: len(donor) // page_size * page_size])
-    runs = find_runs(index, "space", prompt[:limit], prefix) if limit else []
-    plan = make_plan(runs, prefix, len(prompt), limit, page_size)
+    spans = find_spans(index, "space", prompt[:limit], prefix) if limit else []
+    plan = make_plan(spans, prefix, len(prompt), limit, page_size)
     furthest = min(limit, len(prompt) - MIN_TAIL)
     furthest -= furthest % page_size
     if plan is None:
-        assert all(run.start >= furthest for run in runs)
+        assert all(span.start >= furthest for span in spans)
         return
 
     # The end.
@@ -85,17 +85,17 @@ def test_a_plan_partitions_the_prompt(case):
     assert plan.end - plan.spans[-1].end < page_size
 
     # Spans are what the index found, cut at the end only.
-    for span, run in zip(plan.spans, runs, strict=False):
-        assert span.run is run
-        assert (span.start, span.offset) == (run.start, run.offset)
-        assert span.end == min(run.end, plan.end)
-        held = run.segment.path(run.offset + span.length, run.offset)
+    for span, found in zip(plan.spans, spans, strict=False):
+        assert span.segment is found.segment
+        assert (span.start, span.offset) == (found.start, found.offset)
+        assert span.end == min(found.end, plan.end)
+        held = span.segment.path(span.donor_end, span.offset)
         assert np.array_equal(held, prompt[span.start : span.end])
     # And none that fits is left out.
-    assert all(run.start >= furthest for run in runs[len(plan.spans) :])
+    assert all(span.start >= furthest for span in spans[len(plan.spans) :])
 
 
-def test_no_runs_no_plan():
+def test_no_spans_no_plan():
     assert make_plan([], 0, 100, 100, 1) is None
     assert make_plan([], 16, 10, 10, 16) is None
 
@@ -105,17 +105,17 @@ def test_a_span_in_the_last_tokens_is_left_to_the_tail():
     donor = list(range(100))
     index.add("space", donor)
     prompt = [500, *donor[: MIN_TAIL - 4]]
-    runs = find_runs(index, "space", prompt)
-    assert [(run.start, run.length) for run in runs] == [(1, MIN_TAIL - 4)]
-    assert make_plan(runs, 0, len(prompt), len(prompt), 1) is None
+    spans = find_spans(index, "space", prompt)
+    assert [(span.start, span.length) for span in spans] == [(1, MIN_TAIL - 4)]
+    assert make_plan(spans, 0, len(prompt), len(prompt), 1) is None
 
 
-def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
+def test_a_cut_between_two_spans_ends_the_plan_at_the_first():
     index = AnyPositionIndex(MIN_SPAN)
     donor = list(range(100))
     index.add("space", donor)
     prompt = [500, *donor[10:30], *range(600, 640), *donor[50:70], *range(700, 710)]
-    plan = make_plan(find_runs(index, "space", prompt), 0, len(prompt), len(prompt), 1)
+    plan = make_plan(find_spans(index, "space", prompt), 0, len(prompt), len(prompt), 1)
     assert plan is not None
     assert [(span.start, span.end) for span in plan.spans] == [(3, 19)]
     assert plan.end == 19
@@ -132,7 +132,7 @@ def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
 def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_size):
     at, spans = 0, []
     for gap, length in pieces:
-        spans.append(Span(at + gap, length, 0, None))
+        spans.append(Span(at + gap, length, None, 0))
         at += gap + length
     plan = Plan(0, at + -at % page_size, tuple(spans))
     first, stop = first_step(plan, ratio, rows, page_size, MIN_SPAN)
@@ -173,7 +173,7 @@ def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ra
     block, at, spans = 16, prefix, []
     for gap, length in pieces:
         at += gap
-        spans.append(Span(at, length, 0, None))
+        spans.append(Span(at, length, None, 0))
         at += length
     plan = Plan(prefix, at + padding, tuple(spans))
     beside = set()
@@ -193,7 +193,7 @@ def _planned(pieces: list[tuple[int, int]]) -> Plan:
     """A plan of (gap, span) pairs after 10 tokens of prefix."""
     at, spans = 10, []
     for gap, length in pieces:
-        spans.append(Span(at + gap, length, 0, None))  # type: ignore[arg-type]
+        spans.append(Span(at + gap, length, None, 0))  # type: ignore[arg-type]
         at += gap + length
     return Plan(10, at, tuple(spans))
 

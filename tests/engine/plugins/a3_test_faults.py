@@ -38,7 +38,7 @@ def register() -> None:
     from a3_sglang.matching.index import AnyPositionIndex
     from a3_sglang.matching.search import PromptSearch
 
-    targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3RadixCache, "_sources"), (compat, "allocate")
+    targets = (AnyPositionIndex, "add"), (PromptSearch, "spans"), (A3RadixCache, "_sources"), (compat, "allocate")
     more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
     last = (executor.Executor, "recompute"), (executor.RecomputePass, "attend"), (executor.Executor, "recompute_all")
     report = ((radix_cache, "make_detail"),)
