@@ -36,11 +36,11 @@ class Plan:
         return self.end - self.prefix - self.reused
 
     def rows(self, ratio: float) -> int:
-        """Rows between prefix and tail that are computed if this share of the reused tokens is recomputed."""
+        """Rows computed between prefix and tail if this share of the reused tokens is recomputed."""
         return self.gap + math.ceil(ratio * self.reused)
 
-    def gaps(self) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` of each gap."""
+    def gap_ranges(self) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` of each gap, as prompt positions."""
         at = self.prefix
         for span in self.spans:
             if at < span.start:
@@ -49,23 +49,31 @@ class Plan:
         if at < self.end:
             yield at, self.end
 
-    def seams(self, block: int) -> int:
-        """Gap tokens within a block of a span: matching in whole blocks may have cut them off what a donor holds.
+    def gap_at_edges(self, block: int) -> int:
+        """Gap tokens less than a block away from a span.
+
+        The donor may hold them too, but matching in whole blocks left them out.
 
         Args:
-            block: tokens per block of the index.
+            block: tokens per hash block of the index.
         """
         starts, ends = {span.start for span in self.spans}, {span.end for span in self.spans}
-        return sum(min(end - start, (block - 1) * ((start in ends) + (end in starts))) for start, end in self.gaps())
+        return sum(
+            min(end - start, (block - 1) * ((start in ends) + (end in starts))) for start, end in self.gap_ranges()
+        )
 
     def ratio(self, nominal: float, block: int) -> float:
-        """The share of the reused tokens to recompute, if the tokens of :meth:`seams` count towards ``nominal``.
+        """The share of the reused tokens to recompute if the tokens of :meth:`gap_at_edges` count towards ``nominal``.
 
-        They are computed in any case, so counting them keeps the work at what the ratio says. At least half of the
-        nominal ratio is left for the rows that the selector picks.
+        These are computed in any case; counting them keeps the total work at what the ratio promises. At least half of
+        the nominal ratio is left for the rows that the selector picks.
+
+        Args:
+            nominal: the ratio that was asked for.
+            block: tokens per hash block of the index.
         """
-        beside = self.seams(block) / self.reused
-        return max(nominal / 2, nominal - (1 - nominal) * beside)
+        edges = self.gap_at_edges(block) / self.reused
+        return max(nominal / 2, nominal - (1 - nominal) * edges)
 
 
 def make_plan(
@@ -156,7 +164,9 @@ def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = Non
     ranges = []
     if given is None:
         given = plan.end, prompt
-        ranges = [(start, end) for start, end in plan.gaps() if SHORTEST_QUESTION <= end - start <= LONGEST_QUESTION]
+        ranges = [
+            (start, end) for start, end in plan.gap_ranges() if SHORTEST_QUESTION <= end - start <= LONGEST_QUESTION
+        ]
     start, end = given
     if end - start <= LONGEST_QUESTION:
         middle = (start + end) // 2

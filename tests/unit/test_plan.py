@@ -72,7 +72,7 @@ def test_a_plan_partitions_the_prompt(case):
     assert len(prompt) - plan.end >= MIN_TAIL
 
     # Spans and gaps follow each other without a hole from the prefix to the end.
-    gaps = list(plan.gaps())
+    gaps = list(plan.gap_ranges())
     pieces = sorted([(span.start, span.end) for span in plan.spans] + gaps)
     assert all(begin < end for begin, end in pieces)
     assert [begin for begin, _ in pieces] + [plan.end] == [prefix] + [end for _, end in pieces]
@@ -119,7 +119,7 @@ def test_a_cut_between_two_spans_ends_the_plan_at_the_first():
     assert plan is not None
     assert [(span.start, span.end) for span in plan.spans] == [(3, 19)]
     assert plan.end == 19
-    assert list(plan.gaps()) == [(0, 3)]
+    assert list(plan.gap_ranges()) == [(0, 3)]
 
 
 @settings(max_examples=400, deadline=None)
@@ -177,11 +177,11 @@ def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ra
         at += length
     plan = Plan(prefix, at + padding, tuple(spans))
     beside = set()
-    for start, end in plan.gaps():
+    for start, end in plan.gap_ranges():
         for span in spans:
             beside |= set(range(max(start, span.start - block + 1), min(end, span.start)))
             beside |= set(range(max(start, span.end), min(end, span.end + block - 1)))
-    assert plan.seams(block) == len(beside)
+    assert plan.gap_at_edges(block) == len(beside)
     left = plan.ratio(ratio, block) * plan.reused
     wanted = ratio * (plan.reused + len(beside)) - len(beside)
     assert left == pytest.approx(max(wanted, ratio * plan.reused / 2))
@@ -210,7 +210,7 @@ def test_the_question_is_the_tail_and_short_gaps(pieces, tail):
     assert all(start <= end for start, end in ranges)
     assert all(one[1] <= other[0] for one, other in pairwise(ranges))
     asked = [at for start, end in ranges for at in range(start, end)]
-    asking = [(a, b) for a, b in plan.gaps() if SHORTEST_QUESTION <= b - a <= LONGEST_QUESTION]
+    asking = [(a, b) for a, b in plan.gap_ranges() if SHORTEST_QUESTION <= b - a <= LONGEST_QUESTION]
     all_of_it = [at for start, end in [*asking, (plan.end, prompt)] for at in range(start, end)]
     assert set(asked) <= set(all_of_it)
     assert asked == all_of_it or len(asked) == QUESTION_TOKENS
