@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from a3_sglang.integration import compat
+from a3_sglang.fusion.ops import ROW_ATTENTION
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
@@ -30,8 +30,9 @@ REQUEST_KEY = "a3"
 
 AUTO: Literal["auto"] = "auto"
 
-DONOR_MODES = ("harvest", "compiled")
-"""Where reusable KV may come from: what any earlier request left, or what was prefilled to be reused."""
+DonorMode = Literal["harvest", "compiled"]
+"""Which KV may be reused: what any earlier request left, or only what was prefilled to be reused."""
+DONOR_MODES: tuple[DonorMode, ...] = get_args(DonorMode)
 
 
 def check_ratio(value: Any) -> Ratio:
@@ -68,17 +69,10 @@ def _read_rows(value: Any) -> int | Literal["auto"]:
     raise ValueError(f'must be a whole number of rows, 0 or more, or "{AUTO}"')
 
 
-def _read_arguments(value: Any) -> tuple[str, ...]:
-    """Names of SGLang's server options from a comma-separated text; ``--some-option`` is read as ``some_option``.
-
-    Raises:
-        ValueError: the installed SGLang has no such option.
-    """
+def _read_names(value: Any) -> tuple[str, ...]:
+    """Parse a comma-separated list of server options; ``--some-option`` is read as ``some_option``."""
     names = value.split(",") if isinstance(value, str) else list(value)
-    names = [str(name).strip().removeprefix("--").replace("-", "_") for name in names]
-    if unknown := [name for name in names if name not in compat.argument_defaults()]:
-        raise ValueError(f"SGLang has no server option {reprlib.repr(unknown[0])}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(str(name).strip().removeprefix("--").replace("-", "_") for name in names))
 
 
 class ServerOptions(BaseModel):
@@ -112,17 +106,17 @@ class ServerOptions(BaseModel):
         description="Rows that take as long to compute as what a fusion costs besides its own rows, which it has to "
         "save, too; auto measures them at start.",
     )
-    donors: Literal["harvest", "compiled"] = Field(
+    donors: DonorMode = Field(
         "harvest",
         description="Where reusable KV comes from: what any earlier request left (harvest), or only requests that "
         "say they are donors (compiled), so that answers do not depend on other traffic.",
     )
-    row_attention: Literal["auto", "flashinfer", "triton"] = Field(
-        "auto",
+    row_attention: str = Field(
+        AUTO,
         description="What recomputed tokens attend with on a GPU; auto tries both at start and keeps the fastest that "
         "is right.",
     )
-    allow: Annotated[tuple[str, ...], BeforeValidator(_read_arguments)] = Field(
+    allow: Annotated[tuple[str, ...], BeforeValidator(_read_names)] = Field(
         (),
         description="Server options of SGLang, separated by commas, that are accepted although their effect on a3 is "
         "not known.",
@@ -142,6 +136,14 @@ class ServerOptions(BaseModel):
     @classmethod
     def _known_selector(cls, name: str, others: ValidationInfo) -> str:
         return check_combination(check_selector(name), others.data.get("recompute_ratio"))
+
+    @field_validator("row_attention")
+    @classmethod
+    def _known_row_attention(cls, name: str) -> str:
+        known = (AUTO, *ROW_ATTENTION)
+        if name not in known:
+            raise ValueError(f"unknown row attention {reprlib.repr(name)}; choose one of {', '.join(known)}")
+        return name
 
     @classmethod
     def from_environment(cls) -> ServerOptions:
@@ -305,6 +307,3 @@ def _explain(error: ValidationError, name: Any) -> str:
         return f"{name(field)}: unknown option; the options are {known}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name(field)}: {message} (got {reprlib.repr(problem['input'])})"
-
-
-__all__ = ["RequestOptions", "ResolvedOptions", "ServerOptions", "env_name", "resolve"]

@@ -18,7 +18,7 @@ from a3_sglang.integration.model import SGLangModel, UnsupportedModelError
 from a3_sglang.integration.observe import ObservingRadixCache
 from a3_sglang.integration.radix_cache import A3RadixCache
 from a3_sglang.integration.shadow import Shadow
-from a3_sglang.integration.support import RefusedError, refusal
+from a3_sglang.integration.support import RefusedError, refusal, server_options
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.selectors import make_selector
 
@@ -31,7 +31,7 @@ def build_tree(context: Any) -> Any:
     Raises:
         RefusedError: one line that says what is not supported.
     """
-    options = ServerOptions.from_environment()
+    options = server_options()
     reason = refusal(context.server_args, context.model_config, options)
     if reason is None and context.is_hybrid_swa:
         reason = "models with sliding-window attention are not supported"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from a3_sglang.config import AUTO, ServerOptions
@@ -23,6 +24,18 @@ _CLI_NAMES = {"ep_join_mode": "elastic_ep_join_mode", "ep_join_rank_offset": "el
 
 # Allowed, or refused before the unknown ones are looked for.
 _DECIDED = ALLOWED | CHECKED | {name for feature in REFUSED for name in (*feature.switches, *feature.details)}
+
+
+def server_options() -> ServerOptions:
+    """a3's options from the environment, compared with what the installed SGLang has.
+
+    Raises:
+        ValueError: one line that names the option and what it accepts.
+    """
+    options = ServerOptions.from_environment()
+    if unknown := [name for name in options.allow if name not in compat.argument_defaults()]:
+        raise ValueError(f"--a3-allow: SGLang has no server option {reprlib.repr(unknown[0])}")
+    return options
 
 
 def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str | None:

@@ -46,6 +46,7 @@ def test_server_defaults():
         ("donors", "harvest", "harvest"),
         ("donors", "compiled", "compiled"),
         ("explain", "on", "on"),
+        ("row_attention", "triton", "triton"),
     ],
 )
 def test_server_options_from_the_environment(monkeypatch, option, text, value):
@@ -66,6 +67,7 @@ def test_server_options_from_the_environment(monkeypatch, option, text, value):
         *[("selector", text) for text in ("", "Probe", "probe ", "a3\nx")],
         *[("donors", text) for text in ("", "Harvest", "nobody")],
         *[("explain", text) for text in ("", "On", "true")],
+        *[("row_attention", text) for text in ("", "Triton", "fa3")],
     ],
 )
 def test_server_refusals_name_the_option(monkeypatch, option, text):

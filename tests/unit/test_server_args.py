@@ -13,6 +13,7 @@ import sglang
 from a3_sglang.config import RequestOptions, ServerOptions
 from a3_sglang.integration import compat
 from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
+from a3_sglang.integration.support import server_options
 from helpers.arguments import CPU, LLAMA, changed, plugins_loaded, refused, resolved, write_model
 
 FIELDS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data" / "server_args_fields.json").read_text())
@@ -387,7 +388,7 @@ def test_allow_takes_names_and_options(monkeypatch: pytest.MonkeyPatch):
 def test_allow_names_what_sglang_does_not_have(monkeypatch: pytest.MonkeyPatch, text: str):
     monkeypatch.setenv("A3_ALLOW", text)
     with pytest.raises(ValueError, match=r"^--a3-allow: SGLang has no server option '"):
-        ServerOptions.from_environment()
+        server_options()
 
 
 # ---- options compared with others
