@@ -7,7 +7,8 @@ from typing import Any
 
 from a3_sglang.config import AUTO, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
+from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED
+from a3_sglang.integration.refused_args import REFUSED
 
 
 class RefusedError(ValueError):
