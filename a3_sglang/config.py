@@ -1,4 +1,4 @@
-"""Options of the server and of one request, validated once and passed on as plain values."""
+"""Options of the server and of a request, validated once and then passed as plain values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DONOR_MODES: tuple[DonorMode, ...] = get_args(DonorMode)
 
 
 def check_ratio(value: Any) -> Ratio:
-    """A share or ``"auto"``.
+    """Return a ratio as a float from 0 to 1, or ``"auto"``.
 
     Raises:
         ValueError: it is neither.
@@ -49,14 +49,14 @@ def check_ratio(value: Any) -> Ratio:
 
 
 def _read_ratio(value: Any) -> Ratio:
-    """The same from the text of an option."""
+    """Parse a ratio, also from the text of an option."""
     with suppress(TypeError, ValueError):
         value = value if value == AUTO else float(value)
     return check_ratio(value)
 
 
 def _read_rows(value: Any) -> int | Literal["auto"]:
-    """A number of rows or ``"auto"``, also from the text of an option.
+    """Parse a number of rows or ``"auto"``, also from the text of an option.
 
     Raises:
         ValueError: it is neither.
@@ -86,7 +86,7 @@ class ServerOptions(BaseModel):
 
     mode: Literal["fuse", "observe"] = Field(
         "fuse",
-        description="fuse: reuse KV; observe: change nothing, and tell in reports, log and metrics what would be "
+        description="fuse: reuse KV; observe: change nothing, but show in reports, log and metrics what would be "
         "reused.",
     )
     recompute_ratio: Annotated[Ratio, BeforeValidator(_read_ratio)] = Field(
@@ -98,38 +98,38 @@ class ServerOptions(BaseModel):
         1 / 3,
         ge=0,
         le=1,
-        description="Share of a prompt's rows after its prefix that fusion has to save; else they are computed in "
-        "full, which makes them exact. 0: fuse whenever anything can be reused.",
+        description="Share of a prompt's rows after its prefix that fusion has to save; otherwise they are all "
+        "computed, which makes them exact. 0: fuse whenever anything can be reused.",
     )
     overhead: Annotated[int | Literal["auto"], BeforeValidator(_read_rows)] = Field(
         "auto",
-        description="Rows that take as long to compute as what a fusion costs besides its own rows, which it has to "
-        "save, too; auto measures them at start.",
+        description="Overhead of a fusion besides its own rows, as the number of rows that take as long to compute; a "
+        "fusion has to save them too. auto: measured at start.",
     )
     donors: DonorMode = Field(
         "harvest",
-        description="Where reusable KV comes from: what any earlier request left (harvest), or only requests that "
-        "say they are donors (compiled), so that answers do not depend on other traffic.",
+        description="Where reusable KV comes from: from any earlier request (harvest), or only from requests marked as "
+        "donors (compiled), so that answers do not depend on other traffic.",
     )
     row_attention: str = Field(
         AUTO,
-        description="What recomputed tokens attend with on a GPU; auto tries both at start and keeps the fastest that "
-        "is right.",
+        description="Attention of recomputed tokens on a GPU; auto tries flashinfer and triton at start and keeps the "
+        "fastest one that is correct.",
     )
     allow: Annotated[tuple[str, ...], BeforeValidator(_read_names)] = Field(
         (),
         description="Server options of SGLang, separated by commas, that are accepted although their effect on a3 is "
-        "not known.",
+        "unknown.",
     )
     report: Literal["rounded", "exact"] = Field(
         "rounded",
-        description="Token counts in the report of each request: rounded to 64, or exact, which tells clients how much "
-        "of a guessed text is in other clients' prompts.",
+        description="Token counts in the report of each request: rounded to 64, or exact, which reveals to clients how "
+        "much of a guessed text is in other clients' prompts.",
     )
     explain: Literal["on", "off"] = Field(
         "off",
-        description="on: requests may ask where each of their tokens came from, which tells clients what other "
-        "clients' prompts hold.",
+        description="on: requests may ask where each of their tokens came from, which reveals to clients what other "
+        "clients' prompts contain.",
     )
 
     @field_validator("selector")
@@ -160,7 +160,7 @@ class ServerOptions(BaseModel):
 
 
 class RequestOptions(BaseModel):
-    """What a request may say in ``custom_params["a3"]``; a field left out keeps the server's value."""
+    """Options in a request's ``custom_params["a3"]``; an omitted field keeps the server's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -189,12 +189,16 @@ class ResolvedOptions(BaseModel):
     """The options one request runs with.
 
     Attributes:
-        valid: what the request asked for made sense; else it is not fused.
-        enabled: it may be fused.
-        donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
-        keep: it continues approximate KV of earlier requests and leaves its own to later ones.
-        question: which of its prompt's tokens are the question, ``(start, end)``; None: that is guessed.
-        explain: its report says where each token came from.
+        valid: False if the request's options were refused; it is then not fused.
+        enabled: whether the request may be fused.
+        donor: whether it is prefilled in full, so that its KV may be reused if donors are compiled.
+        keep: whether it continues approximate KV of earlier requests and leaves its own to later ones.
+        ratio: share of the reused tokens to recompute, or "auto".
+        selector: name of the rule that picks them.
+        min_span: tokens of the shortest span.
+        min_saving: share of the rows after the prefix that fusion has to save.
+        question: prompt positions ``(start, end)`` of the question; None: it is guessed.
+        explain: whether the report says where each token came from.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -212,20 +216,26 @@ class ResolvedOptions(BaseModel):
 
 
 def env_name(option: str) -> str:
+    """The environment variable of a server option."""
     return ENV_PREFIX + option.upper()
 
 
 def check_selector(name: str) -> str:
+    """Return the name of a selector.
+
+    Raises:
+        ValueError: there is no such selector.
+    """
     if name not in selector_names():
         raise ValueError(f"unknown selector {reprlib.repr(name)}; choose one of {', '.join(selector_names())}")
     return name
 
 
 def check_combination(selector: str, ratio: Ratio | None) -> str:
-    """The selector's name, where the rule can go with this ratio.
+    """Return the selector's name if it supports this ratio.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it does not.
     """
     measuring = [name for name in selector_names() if make_selector(name).attention]
     if ratio == AUTO and selector not in measuring:
@@ -256,8 +266,8 @@ def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
 
     Args:
         server: the options the server was started with.
-        custom_params: the request's ``custom_params`` (a dict or None); only the key ``"a3"`` is read. ``False``
-            turns fusion off, ``True`` is the default, a dict overrides single options.
+        custom_params: the request's ``custom_params`` (a dict or None), of which only the key ``"a3"`` is read:
+            ``False`` turns fusion off, ``True`` is the default, a dict overrides single options.
 
     Raises:
         ValueError: one line that names the field and what it accepts.
@@ -290,7 +300,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
 
 
 def resolve_or_disable(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
-    """Like :func:`resolve`, for the scheduler: what a front end let through must not raise there."""
+    """Like :func:`resolve`, for the scheduler, in which bad options must not raise: they disable fusion."""
     try:
         return resolve(server, custom_params)
     except ValueError:
@@ -298,7 +308,7 @@ def resolve_or_disable(server: ServerOptions, custom_params: Any) -> ResolvedOpt
 
 
 def _explain(error: ValidationError, name: Any) -> str:
-    """One readable line for the first problem, whatever was sent; a union's branches are folded into one."""
+    """One short line about the first problem, whatever was sent; the alternatives of a union count as one problem."""
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else ""
     field = field if field.isidentifier() and len(field) <= 40 else reprlib.repr(field)

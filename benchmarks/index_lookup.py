@@ -2,9 +2,9 @@
 
     python benchmarks/index_lookup.py [--tokens 1000000] [--prompt 6000]
 
-Donors are random documents after a shared system prompt; the prompt is made of eight of them, cut at random
-places and put in another order after the same system prompt. Then the same with documents that are in sixteen donors
-each, and a prompt of one repeated token, which a donor has too.
+Donors are random documents after a shared system prompt. The prompt has pieces of eight of them, cut at random
+positions and in another order, after the same system prompt. Two more prompts: documents that are in sixteen donors
+each, and one repeated token that a donor has, too.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def milliseconds(index: AnyPositionIndex, prompt: np.ndarray, repeats: int) -> float:
-    """Median of finding a prompt's spans."""
+    """Median time of finding a prompt's spans."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any
 
 ALLOWED = frozenset(
     {
-        # where configuration and weights come from; both are final before a3 looks at the model
+        # sources of configuration and weights, which are final before a3 reads the model
         "model_path",
         "load_format",
         "model_loader_extra_config",
@@ -133,7 +133,7 @@ ALLOWED = frozenset(
         "enable_nccl_nvls",
         "enable_mscclpp",
         "pre_warm_nccl",
-        # HTTP and the native gRPC server, whose requests pass the same tokenizer manager
+        # HTTP and the native gRPC server, whose requests go through the same tokenizer manager
         "host",
         "port",
         "fastapi_root_path",
@@ -154,7 +154,7 @@ ALLOWED = frozenset(
         "weight_version",
         "skip_server_warmup",
         "warmups",
-        # tokenizers, templates, parsers and what answers carry
+        # tokenizers, templates, parsers and the contents of answers
         "tokenizer_path",
         "tokenizer_mode",
         "tokenizer_backend",
@@ -237,7 +237,7 @@ def _one_of(*values: Any) -> Callable[[Any], bool]:
 
 
 def _without_custom_params(text: Any) -> bool:
-    """Whether default sampling parameters leave ``custom_params`` alone, which is checked in requests only."""
+    """Whether default sampling parameters do not set ``custom_params``, which are validated in requests only."""
     try:
         given = json.loads(text) if isinstance(text, str) else text
     except ValueError:
@@ -259,7 +259,7 @@ ALLOWED_VALUES: dict[str, Callable[[Any], bool]] = {
     "sampling_backend": _one_of("flashinfer", "pytorch"),
     "preferred_sampling_params": _without_custom_params,
 }
-"""Options of which some values are allowed: a predicate on the value."""
+"""Options of which some values are allowed, each with a predicate on the value."""
 
 CHECKED = frozenset({"kv_cache_dtype", "enable_deterministic_inference"})
-"""Options that are right or wrong by the model, the device or a3's own options."""
+"""Options that are right or wrong depending on the model, the device or a3's own options."""

@@ -11,8 +11,8 @@ class Feature:
 
     Attributes:
         reason: completes the sentence "``--option``: ..."
-        switches: options that turn it on, refused whether the user or SGLang itself set them.
-        details: options that only matter once it is on, refused where the user set them.
+        switches: options that turn it on; refused whether the user or SGLang itself set them.
+        details: options that only matter once it is on; refused if the user set them.
     """
 
     reason: str

@@ -8,7 +8,7 @@ from a3_sglang.matching.hash_table import HashTable, Numbers
 from a3_sglang.matching.hashing import Hashes
 
 _DEAD_ROUNDS = 64
-"""Blocks of forgotten donors that a search skips before it gives up on a content."""
+"""Maximum number of dead blocks that a search skips before it gives up on a content hash."""
 
 
 class BlockStore:
@@ -30,7 +30,7 @@ class BlockStore:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all blocks; their numbers are given again."""
+        """Drop all blocks; their numbers will be reused."""
         self.content, self.chain = np.zeros(64, np.uint64), np.zeros(64, np.uint64)
         self.owner, self.ordinal, self.older = (np.zeros(64, np.int32) for _ in range(3))
         self.live = np.zeros(64, np.bool_)
@@ -67,8 +67,8 @@ class BlockStore:
         self.live[first:end] = True
         self.count = end
         # Blocks of equal content form a list, newest first. Of equal blocks within one path only two are listed, so
-        # that one repeated token does not fill a list: the first, as a span that starts there covers the others, and
-        # the last, as other tokens follow it.
+        # that one repeated token does not fill a list: the first, because a span that starts there covers the others,
+        # and the last, because other tokens follow it.
         self.older[first:end] = -1
         _, earliest = np.unique(content, return_index=True)
         _, latest = np.unique(content[::-1], return_index=True)

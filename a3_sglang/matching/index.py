@@ -7,7 +7,7 @@ prompt. Each hit is compared token by token, so a hash collision costs time only
 
 A span consists of whole blocks of one donor. It is never extended token by token: if it were, a client could read
 other clients' prompts by guessing one token at a time. A guess has to be right about a whole block at once. A
-span may also begin or end where a line of the donor does, as documents usually do.
+span may also begin or end with a line of the donor, as documents usually do.
 
 Donors that share a prefix share its blocks, as they share its KV in the tree: the index is a trie of segments, each
 holding only what no earlier donor had. A segment begins at a multiple of the *unit*, the smallest number of tokens that
@@ -43,7 +43,7 @@ class AnyPositionIndex:
             tree does not notify the index of evictions; twice the tree's size keeps all that can still be there.
         candidates: how many donors of one block are compared, newest first.
         page_size: tokens per page of the KV pool.
-        line_ends: bool (vocabulary,), the tokens that end a line; None: lines are not considered.
+        line_ends: bool (vocabulary,), the tokens that end a line; None: spans ignore lines.
 
     Attributes:
         block: tokens per block.

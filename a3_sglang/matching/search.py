@@ -1,4 +1,4 @@
-"""The search of one prompt for spans of donors, cached across the prompt's scheduling rounds."""
+"""The search of one prompt for spans of donors; results are cached while the prompt waits to be scheduled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from a3_sglang.matching.sweep import CachedLength, Sweep
 
 
 class PromptSearch:
-    """Searches an index for one prompt, again only if what was found is gone or something relevant was indexed.
+    """Searches an index for one prompt; repeats the search only if a span is gone or a relevant donor was added.
 
     Args:
         index: the donors.
@@ -35,7 +35,7 @@ class PromptSearch:
         """Disjoint spans of the prompt after ``start``, ascending by prompt position.
 
         Args:
-            start: tokens that come from elsewhere, usually an exact prefix.
+            start: prompt position from which to search; the end of the exact prefix.
             min_span: tokens of the shortest span; the index's if that is larger.
             cached_length: see :class:`Sweep`.
         """
@@ -87,5 +87,5 @@ def find_spans(
     min_span: int | None = None,
     cached_length: CachedLength | None = None,
 ) -> list[Span]:
-    """What :meth:`PromptSearch.spans` finds in a prompt that is searched only once."""
+    """Search a prompt once; see :meth:`PromptSearch.spans`."""
     return PromptSearch(index, namespace, tokens).spans(start, min_span, cached_length)

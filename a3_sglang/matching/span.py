@@ -1,4 +1,4 @@
-"""Tokens that a prompt and a donor have in common."""
+"""Spans: tokens that a prompt and a donor have in common."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Span:
 
 
 def spans_from(spans: Iterable[Span], start: int, min_span: int) -> Iterator[Span]:
-    """What spans cover from a prompt position on, without what is then shorter than ``min_span`` tokens."""
+    """Cut spans to what is after prompt position ``start``; drop those with fewer than ``min_span`` tokens left."""
     for span in spans:
         cut = max(start - span.start, 0)
         if span.length - cut >= min_span:
@@ -53,14 +53,14 @@ def merge_spans(spans: Sequence[Span], others: Iterable[Span], min_span: int) ->
     """
     added: list[Span] = []
     for span in others:
-        at = span.start
+        pos = span.start
         for taken in (*spans, Span(span.end, 0, span.segment, 0)):
-            if taken.end <= at:
+            if taken.end <= pos:
                 continue
-            until = min(taken.start, span.end)
-            if until - at >= min_span:
-                added.append(Span(at, until - at, span.segment, span.offset + at - span.start))
-            at = max(at, taken.end)
-            if at >= span.end:
+            free_end = min(taken.start, span.end)
+            if free_end - pos >= min_span:
+                added.append(Span(pos, free_end - pos, span.segment, span.offset + pos - span.start))
+            pos = max(pos, taken.end)
+            if pos >= span.end:
                 break
     return sorted((*spans, *added), key=lambda span: span.start)

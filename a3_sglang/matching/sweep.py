@@ -14,8 +14,8 @@ from a3_sglang.matching.segment import Segment, Tokens, common_prefix, starts_wi
 from a3_sglang.matching.span import Span
 
 _STEPS_PER_BLOCK, _SPARE_STEPS = 2, 256
-"""A sweep takes at most this many steps per block of the prompt, plus the spare ones. Each position looked at, donor
-compared and segment followed is a step."""
+"""A sweep takes at most this many steps per block of the prompt, plus the spare ones. A step is a position examined, a
+donor compared, or a segment followed."""
 _LOOKAHEAD = 4
 """Further hits within a block of a span's start at which a better span is looked for."""
 
@@ -34,7 +34,7 @@ class Sweep:
         namespace: of the prompt.
         prompt: tokens, int32 (n,).
         windows: hash of each window of the prompt, uint64 (n - block + 1,).
-        start: first prompt position that is looked at.
+        start: first prompt position of the sweep.
         min_span: tokens of the shortest span.
         cached_length: called once per donor that would be chosen; None: the tree holds all of every donor.
     """
@@ -85,14 +85,20 @@ class Sweep:
         return heads
 
     def _best_span(self, heads: Numbers, hit_pos: npt.NDArray[np.intp], i: int) -> Span | None:
-        """The span to choose at the ``i``-th hit, or at one of the next few; None if there is none here."""
+        """The span to choose at the ``i``-th hit, or instead at one of the next few; None if no donor has one here.
+
+        Args:
+            heads: see :meth:`_heads`.
+            hit_pos: prompt positions of the hits, ascending.
+            i: index of the hit.
+        """
         pos = int(hit_pos[i])
         span = self._longest_span(pos, int(heads[pos]))
         if span is None:
             return None
         floor = self._spans[-1].end if self._spans else self._start
         span = self._to_line_ends(span, floor)
-        # The donor of the line itself may have its first whole block a little later than a donor that shares a part.
+        # The donor of the whole line may have its first whole block a little later than one that shares part of it.
         for other_pos in map(int, hit_pos[i + 1 : i + 1 + self._lookahead]):
             if span.start == floor or other_pos >= pos + self._index.block:
                 break
@@ -102,47 +108,53 @@ class Sweep:
                 span = other
         return span
 
-    def _longest_span(self, pos: int, block: int) -> Span | None:
+    def _longest_span(self, pos: int, number: int) -> Span | None:
         """The longest span at a prompt position that the tree still holds; None if none is long enough.
 
         Args:
             pos: prompt position.
-            block: the newest living one with the content that begins there.
+            number: of the newest living block with the content that begins there.
         """
         index, blocks = self._index, self._index.blocks
-        before = -1
-        while block >= 0 and self._budget.left:
+        newer = -1
+        while number >= 0 and self._budget.left:
             spans: list[tuple[Span, int]] = []
             tried = 0
-            while block >= 0 and tried < index.candidates and self._budget.spend():
-                older, segment = int(blocks.older[block]), index.segment_of(block, self._namespace)
+            while number >= 0 and tried < index.candidates and self._budget.spend():
+                older, segment = int(blocks.older[number]), index.segment_of(number, self._namespace)
                 if segment is not None:
                     tried += 1
-                    spans.append((self._follow(pos, block, segment), block))
-                if blocks.live[block]:
-                    before = block
-                elif before >= 0:
-                    blocks.older[before] = older
-                block = older
+                    spans.append((self._follow(pos, number, segment), number))
+                if blocks.live[number]:
+                    newer = number
+                elif newer >= 0:
+                    blocks.older[newer] = older
+                number = older
             while spans:
                 # Of equally long ones the newest comes first.
-                span, number = spans.pop(max(range(len(spans)), key=lambda i: spans[i][0].length))
+                span, first = spans.pop(max(range(len(spans)), key=lambda i: spans[i][0].length))
                 if span.length < self._min_span:
                     break
-                # Two spans here may be of one donor, which was perhaps forgotten because of the first.
+                # Two of these spans may be of one donor, which the first of them may have caused to be forgotten.
                 if index.holds(span):
                     length = self._cached_length(span.segment)
                     if span.donor_end <= length:
                         return span
                     index.drop(span.segment, length)
-                segment = index.segment_of(number, self._namespace)
+                segment = index.segment_of(first, self._namespace)
                 if segment is not None and self._budget.spend():
                     # The tree lost only the donor's end.
-                    spans.append((self._follow(pos, number, segment), number))
+                    spans.append((self._follow(pos, first, segment), first))
         return None
 
     def _follow(self, pos: int, number: int, segment: Segment) -> Span:
-        """The span of whole blocks that begins at a prompt position and with a block of a segment."""
+        """The span of whole blocks that begins at a prompt position and with a block of a segment.
+
+        Args:
+            pos: prompt position.
+            number: of the block.
+            segment: that the block belongs to.
+        """
         index, prompt = self._index, self._prompt
         block, unit = index.block, index.unit
         offset = end = segment.begin + int(index.blocks.ordinal[number]) * block
@@ -165,7 +177,7 @@ class Sweep:
             if starts_with(prompt[end + shift :], rest):
                 end = segment.end
             elif not any(begin == end for begin, _ in segment.children):
-                end -= block  # The last block is matched with the tokens after it, or not at all.
+                end -= block  # The last block is matched together with the tokens after it, or not at all.
         return Span(pos, max(end - offset, 0), segment, offset)
 
     def _cached_length(self, segment: Segment) -> int:
@@ -178,13 +190,13 @@ class Sweep:
     # ---- lines
 
     def _to_line_ends(self, span: Span, floor: int) -> Span:
-        """Extend a span of whole blocks by less than a block on each side, if the donor's line begins or ends there.
+        """Extend a span by less than a block on each side, if a line of the donor begins or ends there.
 
-        At a donor's end, whose last block is matched only together with what follows it, by that block, too.
+        At a donor's end the last block is matched only together with what follows it, so there it may be added too.
 
         Args:
             span: of whole blocks.
-            floor: the earliest prompt position at which it may begin.
+            floor: the first prompt position that it may cover.
         """
         segment, prompt, block = span.segment, self._prompt, self._index.block
         reach = block - 1
@@ -206,7 +218,7 @@ class Sweep:
         return Span(span.start - left, left + span.length + right, segment, span.offset - left)
 
     def _append(self, span: Span) -> None:
-        """Add a span; the token that ends the line before it becomes its first, if that is the same in its donor.
+        """Add a span, together with the token before it if that ends a line and is the same in its donor.
 
         Later tokens attend to the ends of lines. The first row of a span drifts most and is recomputed before others;
         the last one hardly ever is.

@@ -1,4 +1,4 @@
-"""8: what cannot be served is refused at start, in one line, by the command a user runs."""
+"""Invariant 8: what cannot be served is refused at start, in one line, by the command that a user runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The any-position index against brute force."""
+"""Spans found by the any-position index, compared with brute force."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PAGES = st.sampled_from([1, 1, 2, 3, 16])
 Donor = tuple[str, list[int]]
 
 
-def longest_at(paths: list[list[int]], prompt: list[int], position: int) -> int:
-    """The longest span of whole blocks of one path at a position of the prompt."""
+def longest_at(paths: list[list[int]], prompt: list[int], pos: int) -> int:
+    """Length of the longest span of whole blocks of one path at a prompt position."""
     best = 0
     for path in paths:
         for offset in range(0, len(path), BLOCK):
             length = 0
             while path[offset + length : offset + length + BLOCK] and (
-                prompt[position + length : position + length + BLOCK] == path[offset + length : offset + length + BLOCK]
+                prompt[pos + length : pos + length + BLOCK] == path[offset + length : offset + length + BLOCK]
             ):
                 length += BLOCK
             best = max(best, length)
@@ -35,18 +35,18 @@ def longest_at(paths: list[list[int]], prompt: list[int], position: int) -> int:
 
 
 def oracle(donors: list[Donor], namespace: str, prompt: list[int], start: int) -> list[tuple[int, int]]:
-    """From left to right, the longest span at the first position that has one; (start, length) pairs."""
-    paths, taken, position = [path for name, path in donors if name == namespace], [], start
-    while position < len(prompt):
-        length = longest_at(paths, prompt, position)
+    """(start, length) of the spans: from left to right, the longest at the first position that has one."""
+    paths, taken, pos = [path for name, path in donors if name == namespace], [], start
+    while pos < len(prompt):
+        length = longest_at(paths, prompt, pos)
         if length >= MIN_SPAN:
-            taken.append((position, length))
-        position += length if length >= MIN_SPAN else 1
+            taken.append((pos, length))
+        pos += length if length >= MIN_SPAN else 1
     return taken
 
 
 def held(donors: list[Donor], namespace: str, path: list[int]) -> int:
-    """How many leading tokens of a path the tree has."""
+    """How many leading tokens of a path the tree still has."""
     return max((shared(path, donor) for name, donor in donors if name == namespace), default=0)
 
 
@@ -55,7 +55,7 @@ def shared(a: list[int], b: list[int]) -> int:
 
 
 def evicted(donors: list[Donor], which: int, keep: int, unit: int) -> list[Donor]:
-    """The donors after the tree lost what comes after ``keep`` tokens of one, and so every path through it."""
+    """The donors after the tree evicted what follows the first ``keep`` tokens of one, on every path through it."""
     space, victim = donors[which % len(donors)]
     keep = min(keep, len(victim)) // unit * unit
     gone = victim[: keep + unit]
@@ -64,7 +64,7 @@ def evicted(donors: list[Donor], which: int, keep: int, unit: int) -> list[Donor
 
 @st.composite
 def worlds(draw: st.DrawFn, repetitive: bool = False):
-    """Donors glued from shared pieces, evictions, and prompts glued from the same pieces."""
+    """Donors that are concatenations of shared pieces, evictions, and prompts of the same pieces."""
     if repetitive:
         token = st.integers(0, draw(st.sampled_from([1, 2, 5])))
         pieces = draw(st.lists(st.lists(token, min_size=1, max_size=30), min_size=2, max_size=6))
@@ -73,21 +73,27 @@ def worlds(draw: st.DrawFn, repetitive: bool = False):
         lengths = draw(st.lists(st.integers(1, 40), min_size=2, max_size=8))
         pieces = [list(range(100 * i, 100 * i + length)) for i, length in enumerate(lengths)]
         text = st.lists(st.sampled_from(range(len(pieces))), min_size=1, max_size=6, unique=True)
-    glued = text.map(lambda which: [t for i in which for t in pieces[i]])
+    joined = text.map(lambda which: [t for i in which for t in pieces[i]])
     step = st.one_of(
-        st.tuples(st.just("add"), st.sampled_from("xy"), glued),
+        st.tuples(st.just("add"), st.sampled_from("xy"), joined),
         st.tuples(st.just("evict"), st.integers(0, 100), st.integers(0, 120)),
     )
     return (
         draw(st.lists(step, min_size=1, max_size=10)),
-        draw(glued),
+        draw(joined),
         draw(st.sampled_from("xy")),
         draw(st.integers(0, 10)),
     )
 
 
-def build(steps, page_size: int, told: bool) -> tuple[AnyPositionIndex, list[Donor]]:
-    """An index after these steps, and what the tree holds; ``told``: the index learns of evictions at once."""
+def build(steps, page_size: int, notified: bool) -> tuple[AnyPositionIndex, list[Donor]]:
+    """An index after these steps, and what the tree holds.
+
+    Args:
+        steps: additions and evictions.
+        page_size: of the tree.
+        notified: whether evictions are reported to the index at once.
+    """
     index = AnyPositionIndex(MIN_SPAN, candidates=10_000, page_size=page_size)
     assert index.block == BLOCK
     unit, donors = math.lcm(BLOCK, page_size), []
@@ -98,7 +104,7 @@ def build(steps, page_size: int, told: bool) -> tuple[AnyPositionIndex, list[Don
             donors.append((a, path))
         elif donors:
             donors = evicted(donors, a, b, unit)
-            for segment in list(index._segments.values()) if told else ():
+            for segment in list(index._segments.values()) if notified else ():
                 kept = held(donors, segment.namespace, segment.path(segment.end).tolist())
                 if segment.number in index._segments and kept < segment.end:
                     index.forget(segment, kept)
@@ -107,16 +113,16 @@ def build(steps, page_size: int, told: bool) -> tuple[AnyPositionIndex, list[Don
 
 @settings(max_examples=300, deadline=None)
 @given(worlds(), PAGES, st.booleans())
-def test_finds_what_brute_force_finds(world, page_size, told):
-    """Whether the index is told of evictions, or notices them when it asks what the tree holds."""
+def test_finds_what_brute_force_finds(world, page_size, notified):
+    """Both if the index is notified of evictions, and if it notices them when it asks what the tree holds."""
     steps, prompt, namespace, start = world
-    index, donors = build(steps, page_size, told)
+    index, donors = build(steps, page_size, notified)
 
     def holds(segment: Segment) -> int:
         return held(donors, segment.namespace, segment.path(segment.end).tolist())
 
     search = PromptSearch(index, namespace, prompt)
-    found = search.spans(start, cached_length=None if told else holds)
+    found = search.spans(start, cached_length=None if notified else holds)
     for span in found:
         path = span.segment.path(span.donor_end).tolist()
         assert prompt[span.start : span.end] == path[span.offset :]
@@ -126,10 +132,10 @@ def test_finds_what_brute_force_finds(world, page_size, told):
     if unit == BLOCK:
         assert places(found) == expected
     else:
-        # Donors branch at whole units; of a unit that a donor shares in part, those blocks may be missed.
+        # Donors branch off at whole units, so blocks of a unit that two donors share only in part may be missed.
         missed = sum(length for _, length in expected) - sum(span.length for span in found)
         assert missed <= (unit + MIN_SPAN) * len(expected)
-    if told:
+    if notified:
         assert index.known_prefix(namespace, prompt) == held(donors, namespace, prompt) // unit * unit
     assert search.spans(start, cached_length=holds) == found
     assert search.searches <= 1
@@ -139,10 +145,10 @@ def test_finds_what_brute_force_finds(world, page_size, told):
 
 @settings(max_examples=200, deadline=None)
 @given(worlds(repetitive=True), PAGES, st.booleans())
-def test_what_is_found_in_repetitive_text_is_there(world, page_size, told):
+def test_what_is_found_in_repetitive_text_is_there(world, page_size, notified):
     """Of equal blocks in one path only the first and the last are followed, so spans may be missed; all are real."""
     steps, prompt, namespace, start = world
-    index, donors = build(steps, page_size, told)
+    index, donors = build(steps, page_size, notified)
     found = find_spans(
         index, namespace, prompt, start, cached_length=lambda s: held(donors, s.namespace, s.path(s.end).tolist())
     )
@@ -178,14 +184,14 @@ def test_text_after_one_repeated_token_is_found(donor, prompt):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_span_is_extended_to_the_ends_of_the_donors_lines(data):
-    """By less than a block, over tokens that are the same, and never past what the tree holds."""
+    """By less than a block, over equal tokens, and never beyond what the tree holds."""
     newline = 1
     ends = np.zeros(2, np.bool_)
     ends[newline] = True
     index = AnyPositionIndex(MIN_SPAN, line_ends=ends)
     drawn = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
     donor = drawn.integers(10, 1 << 20, 12 * BLOCK)
-    # No block is the same as another.
+    # No two blocks are equal.
     donor[::2][drawn.random(len(donor) // 2) < data.draw(st.sampled_from([0.04, 0.2, 1.0]))] = newline
     index.add("x", donor)
     begin = data.draw(st.integers(0, 4 * BLOCK))
@@ -202,13 +208,13 @@ def test_a_span_is_extended_to_the_ends_of_the_donors_lines(data):
     first = min([place for place in lines if begin <= place and whole[0] - BLOCK < place <= whole[0]] or [whole[0]])
     last = max([place for place in lines if place <= end and whole[1] <= place < whole[1] + BLOCK] or [whole[1]])
     if first in lines and begin < first:
-        first -= 1  # The end of the line before belongs to the span.
+        first -= 1  # The token that ends the previous line belongs to the span.
     assert (span.offset, span.offset + span.length) == (first, last)
     assert span.start == 7 + first - begin
 
 
 def test_the_end_of_a_line_belongs_to_the_span_after_it():
-    """Two documents, each with its line's end, from two donors; the token between them is the second one's first."""
+    """Two adjacent lines from two donors: the line end between them becomes the first token of the second span."""
     newline, first, second = 1, list(range(100, 140)), list(range(200, 240))
     ends = np.zeros(2, np.bool_)
     ends[newline] = True
@@ -217,7 +223,7 @@ def test_the_end_of_a_line_belongs_to_the_span_after_it():
     index.add("x", [5, 6, 7, 8, newline, *first, newline])
     spans = find_spans(index, "x", [9, newline, *first, newline, *second, newline, 9])
     assert [(span.start, span.length, span.offset) for span in spans] == [(1, 41, 4), (42, 42, 2)]
-    # What comes from elsewhere stays there.
+    # A token of the prefix is not moved into the span.
     assert find_spans(index, "x", [9, newline, *first, newline], start=2)[0].start == 2
 
 
@@ -233,7 +239,7 @@ def test_a_text_of_one_repeated_pattern_is_one_span(period, length, shift):
 
 @given(st.integers(2 * BLOCK, 80), st.integers(0, 5), st.integers(1, BLOCK), PAGES)
 def test_a_donors_last_tokens_are_matched_with_the_block_before_them(length, place, wrong, page_size):
-    """All of them or none: whoever guesses them has to guess a block's worth besides."""
+    """All or nothing: to guess these tokens, a client must guess the whole block before them as well."""
     index = AnyPositionIndex(min_span=MIN_SPAN, page_size=page_size)
     donor = list(range(length))
     index.add("x", donor[: length // page_size * page_size])
@@ -255,7 +261,7 @@ def test_a_donors_last_tokens_are_matched_with_the_block_before_them(length, pla
 
 @given(st.integers(MIN_SPAN, 40), st.integers(1, 20), st.sampled_from([0, 1]))
 def test_a_span_continues_into_the_donor_that_continues_it(common, more, which):
-    """Donors that part share their first segment."""
+    """Donors that diverge share their first segment."""
     index = AnyPositionIndex(min_span=MIN_SPAN)
     donors = [[*range(common), *range(100 * number, 100 * number + 40)] for number in (1, 2)]
     for donor in donors:
@@ -267,7 +273,7 @@ def test_a_span_continues_into_the_donor_that_continues_it(common, more, which):
 
 
 def test_a_conversation_is_one_segment():
-    """Each turn continues the last one, whatever was left over after its last whole block; nothing recurses."""
+    """Each prompt continues the previous one, whatever remained after its last whole block; nothing recurses."""
     index, path, random_tokens = AnyPositionIndex(32), np.arange(100, dtype=np.int32), np.random.default_rng(0)
     for _ in range(3000):
         path = np.concatenate([path, random_tokens.integers(0, 49000, 37, dtype=np.int32)])
@@ -282,7 +288,7 @@ def test_a_conversation_is_one_segment():
 
 
 def test_a_deep_trie_is_no_recursion():
-    """Turns that part from each other: every one branches off the last."""
+    """Diverging prompts, each of which branches off the previous one."""
     index, path = AnyPositionIndex(8), list(range(8))
     for number in range(1200):
         path = [*path, *range(10 * number + 1000, 10 * number + 1004)]

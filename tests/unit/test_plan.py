@@ -1,4 +1,4 @@
-"""Plans partition the prompt."""
+"""Plans: partition of the prompt, steps of a chunked prefill, the question."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIN_SPAN = 8
 
 @st.composite
 def prompts(draw: st.DrawFn):
-    """Donors, and a prompt glued from an exact prefix, pieces of donors, and tokens no donor has."""
+    """Donors, and a prompt that consists of an exact prefix, pieces of donors, and tokens of no donor."""
     page_size = draw(st.sampled_from([1, 1, 4, 16]))
     donors, fresh = [], 10_000
     for number in range(draw(st.integers(1, 3))):
@@ -81,7 +81,7 @@ def test_a_plan_partitions_the_prompt(case):
     tail = len(prompt) - plan.end
     assert plan.prefix + plan.reused + plan.gap + tail == len(prompt)
 
-    # What lies behind the last span is the tail's, up to a page.
+    # The tail begins after the last span, at the next page.
     assert plan.end - plan.spans[-1].end < page_size
 
     # Spans are what the index found, cut at the end only.
@@ -91,7 +91,7 @@ def test_a_plan_partitions_the_prompt(case):
         assert span.end == min(found.end, plan.end)
         held = span.segment.path(span.donor_end, span.offset)
         assert np.array_equal(held, prompt[span.start : span.end])
-    # And none that fits is left out.
+    # No span that fits is missing.
     assert all(span.start >= furthest for span in spans[len(plan.spans) :])
 
 
@@ -129,7 +129,7 @@ def test_a_cut_between_two_spans_ends_the_plan_at_the_first():
     st.integers(1, 300),
     st.sampled_from([1, 16]),
 )
-def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_size):
+def test_steps_of_a_plan_stay_within_their_rows(pieces, ratio, rows, page_size):
     at, spans = 0, []
     for gap, length in pieces:
         spans.append(Span(at + gap, length, None, 0))
@@ -140,18 +140,18 @@ def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_
         assert stop is None
         assert plan.rows(ratio) <= rows + page_size - 1  # Up to a page after the last span.
         return
-    # All of a span is in the first step up to its end, and none after it.
+    # Up to its end, the first step has all of every span, and nothing after it.
     end = 0
     if first is not None:
         end = first.end
         assert end % page_size == 0
         assert first.rows(ratio) <= rows
-        assert first.reused > 0  # At ratio 0 that costs no row.
+        assert first.reused > 0  # At ratio 0 reuse costs no rows.
         for span, whole in zip(first.spans, plan.spans, strict=False):
             assert (span.start, span.end) == (whole.start, min(whole.end, end))
     left = [max(span.start, end) for span in plan.spans if span.end - max(span.start, end) >= MIN_SPAN]
     assert stop == (left[0] if left else None)
-    # What else it could have reused is less than a page.
+    # It could have reused less than another page.
     reused = {at for span in spans for at in range(span.start, span.end)}
     computed, reach = 0.0, 0
     for at in range(plan.end):
@@ -168,8 +168,8 @@ def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_
     st.integers(0, 40),
     st.floats(0, 1),
 )
-def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ratio):
-    """What matching in whole blocks cuts off is computed in any case; the rest of the budget is the selector's."""
+def test_gap_tokens_at_the_edges_of_spans_count_towards_the_ratio(pieces, prefix, padding, ratio):
+    """Tokens left out by matching in blocks are computed in any case; the selector gets the rest of the budget."""
     block, at, spans = 16, prefix, []
     for gap, length in pieces:
         at += gap
@@ -190,7 +190,7 @@ def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ra
 
 
 def _planned(pieces: list[tuple[int, int]]) -> Plan:
-    """A plan of (gap, span) pairs after 10 tokens of prefix."""
+    """A plan with a prefix of 10 tokens, then a gap and a span per pair of lengths."""
     at, spans = 10, []
     for gap, length in pieces:
         spans.append(Span(at + gap, length, None, 0))  # type: ignore[arg-type]
@@ -215,7 +215,7 @@ def test_the_question_is_the_tail_and_short_gaps(pieces, tail):
     assert set(asked) <= set(all_of_it)
     assert asked == all_of_it or len(asked) == QUESTION_TOKENS
     assert asked[-1] == prompt - 1
-    for start, _ in asking:  # Of each gap at least the beginning.
+    for start, _ in asking:  # At least the beginning of each gap.
         assert start in asked
     assert tail > LONGEST_QUESTION or plan.end in asked
 

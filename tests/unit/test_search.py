@@ -14,7 +14,7 @@ from a3_sglang.matching.search import PromptSearch, find_spans
 from a3_sglang.matching.segment import Segment
 from helpers.spans import places
 
-# ---- what a search costs, in counted steps
+# ---- cost of a search, in counted steps
 
 
 def tokens(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_popular_documents_cost_little_more_than_others():
 
 
 def test_short_matches_everywhere_stay_within_the_budget():
-    """Every second block of the prompt is somewhere, never two in a row."""
+    """Every second block of the prompt is in some donor, but never two consecutive ones."""
     generator = np.random.default_rng(2)
     index = AnyPositionIndex(32)
     blocks = [tokens(generator, 16) for _ in range(200)]
@@ -94,7 +94,7 @@ def test_a_living_donor_is_found_past_stale_ones(stale, copies):
     assert len(asked) == len(set(asked))
 
 
-# ---- one prompt, asked for again and again
+# ---- one prompt, searched repeatedly
 
 
 def test_a_prompt_is_searched_again_only_if_something_relevant_changed():
@@ -108,7 +108,7 @@ def test_a_prompt_is_searched_again_only_if_something_relevant_changed():
     for _ in range(5):
         index.add("x", tokens(generator, 300))
         assert places(search.spans(0)) == [(7, 160)]
-    # More of what is covered already, and the same text in another namespace.
+    # Another donor of what is covered already, and the other text in another namespace.
     index.add("x", np.concatenate([tokens(generator, 32), one]))
     index.add("y", np.concatenate([tokens(generator, 32), two]))
     assert places(search.spans(0)) == [(7, 160)]
@@ -116,12 +116,12 @@ def test_a_prompt_is_searched_again_only_if_something_relevant_changed():
     index.add("x", np.concatenate([tokens(generator, 16), two, other]))
     assert places(search.spans(0)) == [(7, 160), (167, 160)]
     assert search.searches == 2
-    # A longer prefix takes from the spans.
+    # A longer prefix shortens the spans.
     assert places(search.spans(27)) == [(27, 140), (167, 160)]
     assert search.spans(27)[0].offset in (16 + 20, 32 + 20)
     assert places(search.spans(150)) == [(167, 160)]
     assert search.searches == 2
-    # A span's donor goes.
+    # The donor of a span is forgotten.
     index.forget(search.spans(0)[1].segment, 16)
     assert places(search.spans(0)) == [(7, 160)]
     assert search.searches == 3
@@ -136,7 +136,7 @@ def test_a_prompt_is_searched_again_only_if_something_relevant_changed():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 7))
 def test_guessing_one_token_at_a_time_finds_nothing(seed, known_after):
-    """The client knows a form's text before a secret (and a little after it), at an unknown place of the victim's."""
+    """The client knows the text around a secret, but not the secret's position in the victim's prompt."""
     chooser = random.Random(seed)
     index = AnyPositionIndex(32)
     draw = lambda count: [chooser.randrange(5, 49000) for _ in range(count)]  # noqa: E731
@@ -148,7 +148,7 @@ def test_guessing_one_token_at_a_time_finds_nothing(seed, known_after):
     def found(guess: list[int]) -> int:
         return sum(span.length for span in find_spans(index, "x", [*draw(7), *form[-45:], *guess, *draw(60)]))
 
-    # Only a guess that completes a block of the victim's is seen, and it says nothing of the tokens within.
+    # Only a guess that completes a block of the victim's shows, and it reveals nothing about single tokens in it.
     boundary = -(before + 60) % 16
     seen = [found([*secret[:right], *(digit - 50 for digit in secret[right:])]) for right in range(7)]
     assert {right for right in range(1, 7) if seen[right] != seen[right - 1]} <= {boundary}

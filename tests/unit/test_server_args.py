@@ -1,4 +1,4 @@
-"""Every option of SGLang's server is allowed, refused with a reason, or refused because nobody decided."""
+"""Every option of SGLang's server is allowed, refused with a reason, or refused because its effect is unknown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.arguments import CPU, LLAMA, changed, plugins_loaded, refused, reso
 from helpers.server_args import DECIDED, DETAILS, SWITCHES, UNDECIDED
 
 FIELDS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data" / "server_args_fields.json").read_text())
-"""Names of ServerArgs's fields by release. A new release's: ``sorted(compat.argument_defaults())``."""
+"""Names of the fields of ServerArgs, by release. For a new release: ``sorted(compat.argument_defaults())``."""
 
 INSTALLED = compat.argument_defaults()
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def plain(model: str) -> Any:
-    """A plain start on a CPU."""
+    """Arguments of a plain start on a CPU."""
     with plugins_loaded():
         return resolved(model, **CPU)
 
@@ -42,7 +42,7 @@ def config(plain: Any) -> Any:
 
 
 def another(value: Any) -> Any:
-    """A value of about the same type that is not this one, and switches on what can be switched on."""
+    """Another value, of about the same type; of a switch, the one that turns it on."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
