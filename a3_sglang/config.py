@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, get_args
 
@@ -93,7 +94,7 @@ class ServerOptions(BaseModel):
         0.15, description='Share of the reused tokens that is recomputed, or "auto".'
     )
     selector: str = Field("probe", description="Rule that picks the reused tokens to recompute.")
-    min_span: int = Field(32, ge=8, description="Shortest run of tokens that is reused.")
+    min_span: int = Field(32, ge=8, description="Shortest span that is reused, in tokens.")
     min_saving: float = Field(
         1 / 3,
         ge=0,
@@ -277,7 +278,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
     if fields.min_span is not None and fields.min_span < server.min_span:
         raise ValueError(
             f"custom_params.a3.min_span: must be at least {server.min_span}, the server's --a3-min-span "
-            f"(shorter runs are not indexed), not {fields.min_span}"
+            f"(shorter spans are not indexed), not {fields.min_span}"
         )
     if fields.explain and server.explain == "off":
         raise ValueError("custom_params.a3.explain: only a server with --a3-explain on takes it (docs/security.md)")
@@ -307,7 +308,7 @@ def resolve_or_disable(server: ServerOptions, custom_params: Any) -> ResolvedOpt
         return resolve(server, {REQUEST_KEY: False}).model_copy(update={"valid": False})
 
 
-def _explain(error: ValidationError, name: Any) -> str:
+def _explain(error: ValidationError, name: Callable[[str], str]) -> str:
     """One short line about the first problem, whatever was sent; the alternatives of a union count as one problem."""
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else ""
