@@ -1,11 +1,12 @@
-"""Options of the server and of one request, validated once and passed on as plain values."""
+"""Options of the server and of a request, validated once and then passed as plain values."""
 
 from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from a3_sglang.integration import compat
+from a3_sglang.fusion.ops import ROW_ATTENTION
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
@@ -30,12 +31,13 @@ REQUEST_KEY = "a3"
 
 AUTO: Literal["auto"] = "auto"
 
-DONOR_MODES = ("harvest", "compiled")
-"""Where reusable KV may come from: what any earlier request left, or what was prefilled to be reused."""
+DonorMode = Literal["harvest", "compiled"]
+"""Which KV may be reused: what any earlier request left, or only what was prefilled to be reused."""
+DONOR_MODES: tuple[DonorMode, ...] = get_args(DonorMode)
 
 
 def check_ratio(value: Any) -> Ratio:
-    """A share or ``"auto"``.
+    """Return a ratio as a float from 0 to 1, or ``"auto"``.
 
     Raises:
         ValueError: it is neither.
@@ -48,14 +50,14 @@ def check_ratio(value: Any) -> Ratio:
 
 
 def _read_ratio(value: Any) -> Ratio:
-    """The same from the text of an option."""
+    """Parse a ratio, also from the text of an option."""
     with suppress(TypeError, ValueError):
         value = value if value == AUTO else float(value)
     return check_ratio(value)
 
 
 def _read_rows(value: Any) -> int | Literal["auto"]:
-    """A number of rows or ``"auto"``, also from the text of an option.
+    """Parse a number of rows or ``"auto"``, also from the text of an option.
 
     Raises:
         ValueError: it is neither.
@@ -68,17 +70,10 @@ def _read_rows(value: Any) -> int | Literal["auto"]:
     raise ValueError(f'must be a whole number of rows, 0 or more, or "{AUTO}"')
 
 
-def _read_arguments(value: Any) -> tuple[str, ...]:
-    """Names of SGLang's server options from a comma-separated text; ``--some-option`` is read as ``some_option``.
-
-    Raises:
-        ValueError: the installed SGLang has no such option.
-    """
+def _read_names(value: Any) -> tuple[str, ...]:
+    """Parse a comma-separated list of server options; ``--some-option`` is read as ``some_option``."""
     names = value.split(",") if isinstance(value, str) else list(value)
-    names = [str(name).strip().removeprefix("--").replace("-", "_") for name in names]
-    if unknown := [name for name in names if name not in compat.argument_defaults()]:
-        raise ValueError(f"SGLang has no server option {reprlib.repr(unknown[0])}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(str(name).strip().removeprefix("--").replace("-", "_") for name in names))
 
 
 class ServerOptions(BaseModel):
@@ -92,56 +87,64 @@ class ServerOptions(BaseModel):
 
     mode: Literal["fuse", "observe"] = Field(
         "fuse",
-        description="fuse: reuse KV; observe: change nothing, and tell in reports, log and metrics what would be "
+        description="fuse: reuse KV; observe: change nothing, but show in reports, log and metrics what would be "
         "reused.",
     )
     recompute_ratio: Annotated[Ratio, BeforeValidator(_read_ratio)] = Field(
         0.15, description='Share of the reused tokens that is recomputed, or "auto".'
     )
     selector: str = Field("probe", description="Rule that picks the reused tokens to recompute.")
-    min_span: int = Field(32, ge=8, description="Shortest run of tokens that is reused.")
+    min_span: int = Field(32, ge=8, description="Shortest span that is reused, in tokens.")
     min_saving: float = Field(
         1 / 3,
         ge=0,
         le=1,
-        description="Share of a prompt's rows after its prefix that fusion has to save; else they are computed in "
-        "full, which makes them exact. 0: fuse whenever anything can be reused.",
+        description="Share of a prompt's rows after its prefix that fusion has to save; otherwise they are all "
+        "computed, which makes them exact. 0: fuse whenever anything can be reused.",
     )
     overhead: Annotated[int | Literal["auto"], BeforeValidator(_read_rows)] = Field(
         "auto",
-        description="Rows that take as long to compute as what a fusion costs besides its own rows, which it has to "
-        "save, too; auto measures them at start.",
+        description="Overhead of a fusion besides its own rows, as the number of rows that take as long to compute; a "
+        "fusion has to save them too. auto: measured at start.",
     )
-    donors: Literal["harvest", "compiled"] = Field(
+    donors: DonorMode = Field(
         "harvest",
-        description="Where reusable KV comes from: what any earlier request left (harvest), or only requests that "
-        "say they are donors (compiled), so that answers do not depend on other traffic.",
+        description="Where reusable KV comes from: from any earlier request (harvest), or only from requests marked as "
+        "donors (compiled), so that answers do not depend on other traffic.",
     )
-    row_attention: Literal["auto", "flashinfer", "triton"] = Field(
-        "auto",
-        description="What recomputed tokens attend with on a GPU; auto tries both at start and keeps the fastest that "
-        "is right.",
+    row_attention: str = Field(
+        AUTO,
+        description="Attention of recomputed tokens on a GPU; auto tries flashinfer and triton at start and keeps the "
+        "fastest one that is correct.",
     )
-    allow: Annotated[tuple[str, ...], BeforeValidator(_read_arguments)] = Field(
+    allow: Annotated[tuple[str, ...], BeforeValidator(_read_names)] = Field(
         (),
         description="Server options of SGLang, separated by commas, that are accepted although their effect on a3 is "
-        "not known.",
+        "unknown.",
     )
     report: Literal["rounded", "exact"] = Field(
         "rounded",
-        description="Token counts in the report of each request: rounded to 64, or exact, which tells clients how much "
-        "of a guessed text is in other clients' prompts.",
+        description="Token counts in the report of each request: rounded to 64, or exact, which reveals to clients how "
+        "much of a guessed text is in other clients' prompts.",
     )
     explain: Literal["on", "off"] = Field(
         "off",
-        description="on: requests may ask where each of their tokens came from, which tells clients what other "
-        "clients' prompts hold.",
+        description="on: requests may ask where each of their tokens came from, which reveals to clients what other "
+        "clients' prompts contain.",
     )
 
     @field_validator("selector")
     @classmethod
     def _known_selector(cls, name: str, others: ValidationInfo) -> str:
         return check_combination(check_selector(name), others.data.get("recompute_ratio"))
+
+    @field_validator("row_attention")
+    @classmethod
+    def _known_row_attention(cls, name: str) -> str:
+        known = (AUTO, *ROW_ATTENTION)
+        if name not in known:
+            raise ValueError(f"unknown row attention {reprlib.repr(name)}; choose one of {', '.join(known)}")
+        return name
 
     @classmethod
     def from_environment(cls) -> ServerOptions:
@@ -158,7 +161,7 @@ class ServerOptions(BaseModel):
 
 
 class RequestOptions(BaseModel):
-    """What a request may say in ``custom_params["a3"]``; a field left out keeps the server's value."""
+    """Options in a request's ``custom_params["a3"]``; an omitted field keeps the server's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -187,12 +190,16 @@ class ResolvedOptions(BaseModel):
     """The options one request runs with.
 
     Attributes:
-        valid: what the request asked for made sense; else it is not fused.
-        enabled: it may be fused.
-        donor: it is prefilled in full, and what it leaves may be reused where donors are compiled.
-        keep: it continues approximate KV of earlier requests and leaves its own to later ones.
-        question: which of its prompt's tokens are the question, ``(start, end)``; None: that is guessed.
-        explain: its report says where each token came from.
+        valid: False if the request's options were refused; it is then not fused.
+        enabled: whether the request may be fused.
+        donor: whether it is prefilled in full, so that its KV may be reused if donors are compiled.
+        keep: whether it continues approximate KV of earlier requests and leaves its own to later ones.
+        ratio: share of the reused tokens to recompute, or "auto".
+        selector: name of the rule that picks them.
+        min_span: tokens of the shortest span.
+        min_saving: share of the rows after the prefix that fusion has to save.
+        question: prompt positions ``(start, end)`` of the question; None: it is guessed.
+        explain: whether the report says where each token came from.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -210,20 +217,26 @@ class ResolvedOptions(BaseModel):
 
 
 def env_name(option: str) -> str:
+    """The environment variable of a server option."""
     return ENV_PREFIX + option.upper()
 
 
 def check_selector(name: str) -> str:
+    """Return the name of a selector.
+
+    Raises:
+        ValueError: there is no such selector.
+    """
     if name not in selector_names():
         raise ValueError(f"unknown selector {reprlib.repr(name)}; choose one of {', '.join(selector_names())}")
     return name
 
 
 def check_combination(selector: str, ratio: Ratio | None) -> str:
-    """The selector's name, where the rule can go with this ratio.
+    """Return the selector's name if it supports this ratio.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it does not.
     """
     measuring = [name for name in selector_names() if make_selector(name).attention]
     if ratio == AUTO and selector not in measuring:
@@ -254,8 +267,8 @@ def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
 
     Args:
         server: the options the server was started with.
-        custom_params: the request's ``custom_params`` (a dict or None); only the key ``"a3"`` is read. ``False``
-            turns fusion off, ``True`` is the default, a dict overrides single options.
+        custom_params: the request's ``custom_params`` (a dict or None), of which only the key ``"a3"`` is read:
+            ``False`` turns fusion off, ``True`` is the default, a dict overrides single options.
 
     Raises:
         ValueError: one line that names the field and what it accepts.
@@ -265,7 +278,7 @@ def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
     if fields.min_span is not None and fields.min_span < server.min_span:
         raise ValueError(
             f"custom_params.a3.min_span: must be at least {server.min_span}, the server's --a3-min-span "
-            f"(shorter runs are not indexed), not {fields.min_span}"
+            f"(shorter spans are not indexed), not {fields.min_span}"
         )
     if fields.explain and server.explain == "off":
         raise ValueError("custom_params.a3.explain: only a server with --a3-explain on takes it (docs/security.md)")
@@ -288,15 +301,15 @@ def resolve(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
 
 
 def resolve_or_disable(server: ServerOptions, custom_params: Any) -> ResolvedOptions:
-    """Like :func:`resolve`, for the scheduler: what a front end let through must not raise there."""
+    """Like :func:`resolve`, for the scheduler, in which bad options must not raise: they disable fusion."""
     try:
         return resolve(server, custom_params)
     except ValueError:
         return resolve(server, {REQUEST_KEY: False}).model_copy(update={"valid": False})
 
 
-def _explain(error: ValidationError, name: Any) -> str:
-    """One readable line for the first problem, whatever was sent; a union's branches are folded into one."""
+def _explain(error: ValidationError, name: Callable[[str], str]) -> str:
+    """One short line about the first problem, whatever was sent; the alternatives of a union count as one problem."""
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else ""
     field = field if field.isidentifier() and len(field) <= 40 else reprlib.repr(field)
@@ -305,6 +318,3 @@ def _explain(error: ValidationError, name: Any) -> str:
         return f"{name(field)}: unknown option; the options are {known}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name(field)}: {message} (got {reprlib.repr(problem['input'])})"
-
-
-__all__ = ["RequestOptions", "ResolvedOptions", "ServerOptions", "env_name", "resolve"]

@@ -1,4 +1,4 @@
-"""Which dtype a model is served in on this machine's CPU. Standard library only, so that nothing has to be loaded."""
+"""The dtype in which a model is served on a CPU. Standard library only, so that it is fast to import."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SERVER_ARGUMENTS = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
-"""Arguments with which SGLang serves on a CPU."""
+"""Arguments of SGLang for serving on a CPU."""
 BF16_FLAGS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX", "bf16": "Arm's bf16"}
-"""Flags of /proc/cpuinfo that mean fast bfloat16 matrix products, and what the extension is called."""
+"""Flags of /proc/cpuinfo that mean fast bfloat16 matrix products, and the names of these extensions."""
 _LOWER = {
     "ATEN_CPU_CAPABILITY": ("default", "avx2"),
     "ONEDNN_MAX_CPU_ISA": ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"),
 }
-"""Values of PyTorch's and oneDNN's variables under which they do without such instructions."""
+"""Values of PyTorch's and oneDNN's environment variables that disable these instructions."""
 
 
 def serving_dtype() -> tuple[str, str]:
-    """The dtype for serving on this CPU, by SGLang's name, and the reason for it in a few words."""
+    """The dtype for serving on this CPU, by SGLang's name for it, and the reason in a few words."""
     return choose_dtype(cpu_flags(), os.environ)
 
 
 def choose_dtype(flags: frozenset[str], environ: Mapping[str, str]) -> tuple[str, str]:
-    """The same for any CPU.
+    """Like :func:`serving_dtype`, for a CPU with these flags.
 
-    Without instructions for it, bfloat16 products run at about a fifth of float32's rate.
+    Without dedicated instructions, bfloat16 products run at about a fifth of float32's rate.
 
     Args:
-        flags: of the CPU, as /proc/cpuinfo names them.
-        environ: ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` may turn instructions off.
+        flags: of the CPU, by their names in /proc/cpuinfo.
+        environ: environment variables; ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` may disable instructions.
     """
     found = next((name for flag, name in BF16_FLAGS.items() if flag in flags), None)
     if found is None:
@@ -42,7 +42,7 @@ def choose_dtype(flags: frozenset[str], environ: Mapping[str, str]) -> tuple[str
 
 
 def cpu_flags() -> frozenset[str]:
-    """What /proc/cpuinfo says of the first CPU; nothing on systems without it."""
+    """Flags of the first CPU in /proc/cpuinfo; empty on systems without that file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from a3_sglang.config import BACKEND, ServerOptions, env_name
 from a3_sglang.integration import compat, http
 from a3_sglang.integration.dumps import dump_hook
-from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal
+from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal, server_options
 
 if TYPE_CHECKING:
     from a3_sglang.integration.radix_cache import A3RadixCache
@@ -63,7 +63,7 @@ class _ToEnvironment(argparse._StoreAction):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         os.environ[env_name(self.dest.removeprefix("a3_"))] = str(values)
         try:
-            ServerOptions.from_environment()
+            server_options()
         except ValueError as error:
             parser.error(str(error))
 
@@ -102,7 +102,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
         variable = env_name(name.removeprefix("a3_"))
         os.environ[variable] = str(value)
         _engine_variables.add(variable)
-    ServerOptions.from_environment()
+    server_options()
     return {name: value for name, value in given.items() if name not in options}
 
 
@@ -112,7 +112,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
 def _launch(original: Callable[..., Any], engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse what cannot be served before any process is spawned."""
     if server_args.radix_cache_backend == BACKEND:
-        options = ServerOptions.from_environment()
+        options = server_options()
         compat.resolve_arguments(server_args)
         reason = refusal(server_args, compat.model_config(server_args), options)
         if reason is not None:

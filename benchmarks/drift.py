@@ -23,6 +23,7 @@ from a3_sglang.drift.model import KEYS, VALUES
 from a3_sglang.evaluation.prompts import Case, Writer
 from a3_sglang.evaluation.questions import load
 from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.search import find_spans
 
 OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -52,10 +53,10 @@ def spans(
         index.add(None, np.array(donor, dtype=np.int32))
         given.append((donor, projected(model, donor)))
     prompt = np.array(case.prompt, dtype=np.int32)
-    for run in index.find(None, prompt, index.known_prefix(None, prompt)):
-        path = [int(token) for token in run.path()]
+    for span in find_spans(index, None, prompt, index.known_prefix(None, prompt)):
+        path = span.segment.path(span.donor_end).tolist()
         old = next(kv for donor, kv in given if donor[: len(path)] == path)
-        here, there = slice(run.start, run.end), slice(run.offset, run.offset + run.length)
+        here, there = slice(span.start, span.end), slice(span.offset, span.offset + span.length)
         yield {kind: fresh[kind][:, here] - old[kind][:, there] for kind in KINDS}
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/index_lookup.py [--tokens 1000000] [--prompt 6000]
 
-Donors are random documents after a shared system prompt; the prompt is made of eight of them, cut at random
-places and put in another order after the same system prompt. Then the same with documents that are in sixteen donors
-each, and a prompt of one repeated token, which a donor has too.
+Donors are random documents after a shared system prompt. The prompt has pieces of eight of them, cut at random
+positions and in another order, after the same system prompt. Two more prompts: documents that are in sixteen donors
+each, and one repeated token that a donor has, too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tracemalloc
 import numpy as np
 
 from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.search import find_spans
 
 
 def main() -> None:
@@ -49,10 +50,10 @@ def main() -> None:
         cuts = random.integers(0, args.document - length + 1, 8) if length < args.document else [0] * 8
         prompt = np.concatenate([system, *(documents[d][c : c + length] for d, c in zip(chosen, cuts, strict=True))])
         started = time.perf_counter()
-        runs = index.find(None, prompt, len(system))
+        spans = find_spans(index, None, prompt, len(system))
         times.append((time.perf_counter() - started) * 1e3)
-        found += sum(r.length for r in runs)
-        assert sum(r.length for r in runs) >= len(prompt) - len(system) - 8 * 2 * index.block
+        found += sum(s.length for s in spans)
+        assert sum(s.length for s in spans) >= len(prompt) - len(system) - 8 * 2 * index.block
     popular = [random.permutation(len(documents[:12])) for _ in range(16)]
     for order in popular:
         index.add(
@@ -80,11 +81,11 @@ def main() -> None:
 
 
 def milliseconds(index: AnyPositionIndex, prompt: np.ndarray, repeats: int) -> float:
-    """Median of finding a prompt's runs."""
+    """Median time of finding a prompt's spans."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        index.find(None, prompt)
+        find_spans(index, None, prompt)
         times.append((time.perf_counter() - started) * 1e3)
     return round(statistics.median(times), 3)
 

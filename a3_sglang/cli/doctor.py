@@ -124,9 +124,8 @@ def _server(model: str, given: list[str]) -> Check:
     """Whether SGLang's and a3's options are accepted with this model."""
     import torch
 
-    from a3_sglang.config import ServerOptions
     from a3_sglang.integration import compat
-    from a3_sglang.integration.support import refusal
+    from a3_sglang.integration.support import refusal, server_options
     from a3_sglang.launch_server import arguments
 
     try:
@@ -136,7 +135,7 @@ def _server(model: str, given: list[str]) -> Check:
         load_plugins()
         server_args = prepare_server_args(arguments(["--model-path", model, *given], torch.cuda.is_available()))
         compat.resolve_arguments(server_args)
-        reason = refusal(server_args, compat.model_config(server_args), ServerOptions.from_environment())
+        reason = refusal(server_args, compat.model_config(server_args), server_options())
     except SystemExit:
         reason = "SGLang does not take these options; it says why above"
     except Exception as error:

@@ -231,7 +231,7 @@ def analyze(
             one.results[result] += 1
         for span in (span for plan in plans for span in plan.spans):
             text = np.array(request.tokens[span.start : span.end], dtype=np.int32)
-            anchor = int(a3.tree.index.window_hashes(None, text).min())
+            anchor = int(a3.tree.index.hasher.window_hashes(None, text).min())
             document = found.documents.setdefault(anchor, Document(text[:SHOWN].tolist()))
             document.times += 1
             document.tokens += span.length

@@ -274,7 +274,7 @@ class Executor:
         pending = 0
         with timings.add("recompute"):
             for job in jobs:
-                gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
+                gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gap_ranges()]
                 rows = torch.cat([job.recomputed, *gaps]).sort().values
                 begin: Position = job.plan.prefix
                 # Slices of one request go in order of position, so that each finds the KV before it fresh.

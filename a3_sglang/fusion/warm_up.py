@@ -12,6 +12,7 @@ from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
 from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
+from a3_sglang.matching.search import find_spans
 from a3_sglang.rope import rotate
 from a3_sglang.selectors import Full, Selector
 
@@ -36,7 +37,7 @@ class SyntheticPrefill:
         prompt = np.concatenate([donor[DONOR // 2 :], gap, donor[: DONOR // 2], question])
         index = AnyPositionIndex(DONOR // 4)
         index.add("warm-up", donor)
-        plan = make_plan(index.find("warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
+        plan = make_plan(find_spans(index, "warm-up", prompt, 0), 0, len(prompt), len(prompt), 1)
         assert plan is not None
         self._executor, device = executor, executor.model.keys[0].device
         # Slot 0 is SGLang's padding slot.

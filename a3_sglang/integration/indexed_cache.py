@@ -15,8 +15,11 @@ from a3_sglang.integration.circuit_breaker import CircuitBreaker
 from a3_sglang.integration.insert_tracker import InsertTracker
 from a3_sglang.integration.request_state import state_of
 from a3_sglang.matching.branches import GENERATIONS, Branch, Branches, prefix_hashes
-from a3_sglang.matching.index import AnyPositionIndex, Run, Segment, beside
+from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import Plan
+from a3_sglang.matching.search import PromptSearch
+from a3_sglang.matching.segment import Segment
+from a3_sglang.matching.span import Span, merge_spans
 from a3_sglang.reporting.metrics import Metrics
 
 
@@ -135,23 +138,23 @@ class IndexedRadixCache(InsertTracker):
 
     # ---- search
 
-    def find_spans(self, req: Any, start_pos: int) -> list[Run]:
+    def find_spans(self, req: Any, start_pos: int) -> list[Span]:
         """Spans of exact donors in a prompt from ``start_pos`` on, and of approximate donors between them."""
         assert self.index is not None
         assert self.approximate is not None
         state, options, space = state_of(req), self.options_of(req), self.namespace_of(req)
         if state.exact_search is None:
             tokens = np.array(req.origin_input_ids, dtype=np.int32)
-            state.exact_search = self.index.search(space, tokens)
-            state.approximate_search = self.approximate.search(space, tokens)
+            state.exact_search = PromptSearch(self.index, space, tokens)
+            state.approximate_search = PromptSearch(self.approximate, space, tokens)
         assert state.approximate_search is not None
-        spans = state.exact_search.runs(start_pos, options.min_span, self._cached_length)
+        spans = state.exact_search.spans(start_pos, options.min_span, self._cached_length)
         if self.options.donors == "compiled" or not options.keep:
             return spans
         branch = state.match.branch
         generation = branch.generation if branch is not None else GENERATIONS
-        others = state.approximate_search.runs(start_pos, options.min_span, self._cached_length)
-        return beside(spans, [span for span in others if generation_of(span) < generation], options.min_span)
+        others = state.approximate_search.spans(start_pos, options.min_span, self._cached_length)
+        return merge_spans(spans, [span for span in others if generation_of(span) < generation], options.min_span)
 
     def donor_slots(self, plan: Plan, locks: list[Callable[[], None]]) -> list[torch.Tensor] | None:
         """The donors' slots of each span of a plan, int64 (length,) each; None if a donor is no longer in the tree.
@@ -166,7 +169,7 @@ class IndexedRadixCache(InsertTracker):
         assert self.approximate is not None
         slots: dict[Segment, torch.Tensor] = {}
         for span in plan.spans:
-            segment = span.run.segment
+            segment = span.segment
             index = self.index if segment.mark is None else self.approximate
             if segment not in slots:
                 result = self._match_donor(segment)
@@ -175,8 +178,8 @@ class IndexedRadixCache(InsertTracker):
             if len(slots[segment]) < span.offset + span.length:
                 index.forget(segment, len(slots[segment]))
                 return None
-            index.touch(span.run)
-        return [slots[span.run.segment][span.offset : span.offset + span.length] for span in plan.spans]
+            index.touch(segment)
+        return [slots[span.segment][span.offset : span.offset + span.length] for span in plan.spans]
 
     def _cached_length(self, segment: Segment) -> int:
         """How many tokens of a donor's path the tree still holds."""
@@ -191,7 +194,7 @@ class IndexedRadixCache(InsertTracker):
         return super().match_prefix(compat.match_params(key))
 
 
-def generation_of(span: Run) -> int:
+def generation_of(span: Span) -> int:
     """The generation of a span's donor: 0 if its KV is exact."""
     mark = span.segment.mark
     return mark.generation if isinstance(mark, Branch) else 0

@@ -153,7 +153,7 @@ class PlanningRadixCache(IndexedRadixCache):
         if plan is None:
             return prefix
         if match.branch is None:
-            match.generation = 1 + max(generation_of(span.run) for span in plan.spans)
+            match.generation = 1 + max(generation_of(span) for span in plan.spans)
             if match.generation >= GENERATIONS and self._renewal_pays(req, plan):
                 match.reason = Reason.RENEWAL
                 return prefix

@@ -19,7 +19,7 @@ from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.integration.observing import ObservingRadixCache
 from a3_sglang.integration.radix_cache import A3RadixCache
 from a3_sglang.integration.shadow import Shadow
-from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal
+from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal, server_options
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.selectors import make_selector
 
@@ -32,7 +32,7 @@ def create_cache(context: Any) -> Any:
     Raises:
         RefusedError: the configuration is not supported; the message is one line.
     """
-    options = ServerOptions.from_environment()
+    options = server_options()
     reason = refusal(context.server_args, context.model_config, options)
     if reason is None and context.is_hybrid_swa:
         reason = "models with sliding-window attention are not supported"

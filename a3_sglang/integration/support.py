@@ -1,12 +1,14 @@
-"""What is refused at start, from the server's arguments and the model's configuration alone."""
+"""Refusals at start, decided from the server's arguments and the model's configuration alone."""
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from a3_sglang.config import AUTO, BACKEND, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
+from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED
+from a3_sglang.integration.refused_args import REFUSED
 
 BACKEND_OPTION = f"--radix-cache-backend {BACKEND}"
 """Start of the messages that refuse a configuration."""
@@ -17,19 +19,31 @@ class RefusedError(ValueError):
 
 
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
-"""RoPE types whose angle depends on the position alone, by their names in a model's config.json."""
+"""RoPE types whose angle depends only on the position, by their names in a model's config.json."""
 
 _OFF = (None, False, "", "null", "none")
 
-# Fields that are called differently on the command line; those of allowed fields are never shown.
+# Fields whose option has another name on the command line; allowed fields are never shown.
 _CLI_NAMES = {"ep_join_mode": "elastic_ep_join_mode", "ep_join_rank_offset": "elastic_ep_join_rank_offset"}
 
-# Allowed, or refused before the unknown ones are looked for.
+# Options that are allowed, or refused before unknown ones are looked for.
 _DECIDED = ALLOWED | CHECKED | {name for feature in REFUSED for name in (*feature.switches, *feature.details)}
 
 
+def server_options() -> ServerOptions:
+    """a3's options from the environment, compared with what the installed SGLang has.
+
+    Raises:
+        ValueError: one line that names the option and what it accepts.
+    """
+    options = ServerOptions.from_environment()
+    if unknown := [name for name in options.allow if name not in compat.argument_defaults()]:
+        raise ValueError(f"--a3-allow: SGLang has no server option {reprlib.repr(unknown[0])}")
+    return options
+
+
 def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str | None:
-    """One line that says why this configuration is refused; None if nothing speaks against it.
+    """The reason, in one line, why this configuration is refused; None if it is not.
 
     Args:
         server_args: SGLang's ServerArgs, resolved.
@@ -48,7 +62,7 @@ def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str 
 
 
 def _known_wrong(server_args: Any) -> str | None:
-    """A feature that a3 cannot run with, whatever ``--a3-allow`` says."""
+    """Refuse features that a3 cannot run with, whatever ``--a3-allow`` says."""
     if compat.rust_server():
         return "SGLANG_RUST_SERVER: SGLang's server in Rust loads no plugins, so custom_params would not be checked"
     given, known = compat.given_arguments(server_args), compat.argument_defaults()
@@ -74,12 +88,12 @@ def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
 
 
 def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
-    """Options that make answers depend on other requests although it was asked that they do not."""
+    """Refuse options that make answers depend on other requests although the user asked that they do not."""
     name = "enable_mixed_chunk"
     if options.donors == "compiled" and compat.resolved_argument(server_args, name) not in _OFF:
         return (
-            f"{_flag(name)}: requests that decode would take room of a fusion's step, so with compiled donors answers "
-            "would depend on them; leave one of the two out"
+            f"{_flag(name)}: decoding requests would use up room in a fusion's step, so with compiled donors answers "
+            "would depend on them; use only one of the two"
         )
     name = "enable_deterministic_inference"
     if compat.resolved_argument(server_args, name) in _OFF:
@@ -88,7 +102,7 @@ def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
         return f"{_flag(name)}: with harvested donors answers depend on other requests; add --a3-donors compiled"
     if options.min_saving and options.overhead == AUTO:
         return (
-            f"{_flag(name)}: what a fusion costs is measured at start, so that which prompts are fused may differ from "
+            f"{_flag(name)}: the overhead of a fusion is measured at start, so which prompts are fused may differ from "
             "start to start; add a number of rows, say --a3-overhead 100"
         )
     if compat.resolved_argument(server_args, "device") != "cpu" and options.row_attention == AUTO:
@@ -100,7 +114,7 @@ def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
 
 
 def _unknown(server_args: Any, options: ServerOptions) -> str | None:
-    """Options whose effect on a3 is not known and that were not allowed by name."""
+    """Refuse options whose effect on a3 is unknown, unless they were allowed by name."""
     given = compat.given_arguments(server_args)
     names = [
         name
@@ -121,7 +135,7 @@ def _known_right(name: str, value: Any) -> bool:
 
 
 def _flag(name: str) -> str:
-    """The option as it is written on the command line."""
+    """The option as written on the command line."""
     return "--" + _CLI_NAMES.get(name, name).strip("_").replace("_", "-")
 
 

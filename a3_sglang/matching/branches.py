@@ -1,9 +1,8 @@
-"""Approximate KV in SGLang's own tree: how its paths are keyed, and where they leave exact ones.
+"""Branches: how paths with approximate KV are keyed in SGLang's own tree.
 
-A path with approximate KV has the prompt's own tokens as long as its KV is exact; from there on
-(:attr:`Branch.begin`) each token id has the branch's generation and kind in its upper 32 bits. No prompt holds such
-ids, so a plain match never enters the branch; otherwise the tree treats its nodes like all others: it shares, locks,
-evicts and counts them.
+As long as its KV is exact, such a path has the prompt's own token ids. From :attr:`Branch.begin` on, each id has the
+branch's generation and kind in its upper 32 bits. No prompt contains such ids, so a plain match never enters a branch.
+Otherwise the tree treats a branch's nodes like all others: it shares, locks, evicts and counts them.
 """
 
 from __future__ import annotations
@@ -15,24 +14,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from a3_sglang.matching.index import beginning_hashes
+from a3_sglang.matching.hashing import beginning_hashes
 
 GENERATIONS = 4
-"""Approximate KV is made of donors of a lower generation, so that of the last one is no donor."""
+"""Highest generation. KV is made only from donors of lower generations, so KV of this one is never a donor."""
 KINDS = (1 << 30) // (GENERATIONS + 1)
-"""Kinds are below this, so that ids stay positive in 64 bits."""
+"""Number of kinds; larger ones would make ids negative in 64 bits."""
 _SHIFT = 32
 _CAPACITY = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Where a path's KV becomes approximate.
+    """The approximate part of a path.
 
     Attributes:
-        begin: its first approximate position.
-        generation: 1 or more: one more than the highest of the donors that its KV was made of.
-        kind: tells apart what must not be shared: other ratios and selectors; with compiled donors also other prompts.
+        begin: first prompt position with approximate KV.
+        generation: one more than the highest generation of the donors that its KV was made from (0: exact KV).
+        kind: distinguishes branches that must not be shared: of other ratios and selectors, and if donors are compiled
+            also of other prompts.
     """
 
     begin: int
@@ -44,21 +44,21 @@ class Branch:
         return (self.kind * (GENERATIONS + 1) + self.generation) << _SHIFT
 
     def mark(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The ids under which the tree holds a path's tokens; int64 (n,) -> (n,)."""
+        """The ids by which the tree stores a path's tokens; int64 (n,) -> (n,)."""
         marked = tokens.copy()
         marked[self.begin :] += self._code
         return marked
 
     def tokens(self, marked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The tokens of ids that :meth:`mark` returned."""
+        """The inverse of :meth:`mark`; int64 (n,) -> (n,)."""
         return marked & ((1 << _SHIFT) - 1)
 
 
 class Branches:
-    """The branches that were entered into the tree, by the tokens that a prompt must have to find them.
+    """The branches in the tree, by the tokens that a prompt must begin with to find them.
 
     Args:
-        capacity: branches that are remembered; those used longest ago are forgotten.
+        capacity: number of branches; beyond it, the least recently used are forgotten.
     """
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
@@ -68,63 +68,63 @@ class Branches:
     def clear(self) -> None:
         """Forget everything."""
         self._branch: list[Branch | None] = [None] * self._capacity
-        self._row: dict[tuple[int, int, Branch], int] = {}
-        # Rows: length and hash of the tokens, and when the branch was last used (0: an empty row).
+        self._entry: dict[tuple[int, int, Branch], int] = {}
+        # Per entry: length and hash of the tokens, and when the branch was last used (0: an empty entry).
         self._length = np.zeros(self._capacity, np.int64)
         self._hash = np.zeros(self._capacity, np.uint64)
         self._used = np.zeros(self._capacity, np.int64)
         self._clock = 0
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._entry)
 
     def add(self, hashes: npt.NDArray[np.uint64], length: int, branch: Branch) -> None:
-        """Remember a branch, for prompts that begin with the same ``length`` tokens.
+        """Remember a branch for prompts that begin with the same ``length`` tokens.
 
         Args:
-            hashes: :func:`prefix_hashes` of the path.
-            length: tokens that a prompt has to share.
-            branch: what it finds.
+            hashes: :func:`prefix_hashes` of the path, uint64 (n + 1,).
+            length: tokens that a prompt has to share with the path.
+            branch: of the path.
         """
         key = (length, int(hashes[length]), branch)
-        row = self._row.get(key)
-        if row is None:
-            row = int(self._used.argmin())
-            if self._used[row]:
-                self._forget(row)
-            self._row[key], self._branch[row] = row, branch
-            self._length[row], self._hash[row] = length, hashes[length]
-        self._touch(row)
+        entry = self._entry.get(key)
+        if entry is None:
+            entry = int(self._used.argmin())
+            if self._used[entry]:
+                self._forget(entry)
+            self._entry[key], self._branch[entry] = entry, branch
+            self._length[entry], self._hash[entry] = length, hashes[length]
+        self._touch(entry)
 
-    def find(self, hashes: npt.NDArray[np.uint64], most: int) -> list[Branch]:
-        """Branches whose tokens a prompt begins with, those used last first.
+    def find(self, hashes: npt.NDArray[np.uint64], limit: int) -> list[Branch]:
+        """Branches whose tokens a prompt begins with, most recently used first.
 
         Args:
-            hashes: :func:`prefix_hashes` of the prompt.
-            most: how many at most.
+            hashes: :func:`prefix_hashes` of the prompt, uint64 (n + 1,).
+            limit: maximum number of branches.
         """
-        rows = np.flatnonzero((self._used > 0) & (self._length < len(hashes)))
-        rows = rows[hashes[self._length[rows]] == self._hash[rows]]
-        rows = rows[np.argsort(-self._used[rows], kind="stable")][:most]
-        found = [self._branch[int(row)] for row in rows]
+        entries = np.flatnonzero((self._used > 0) & (self._length < len(hashes)))
+        entries = entries[hashes[self._length[entries]] == self._hash[entries]]
+        entries = entries[np.argsort(-self._used[entries], kind="stable")][:limit]
+        found = [self._branch[int(entry)] for entry in entries]
         return [branch for branch in found if branch is not None]
 
-    def _forget(self, row: int) -> None:
-        branch = self._branch[row]
+    def _forget(self, entry: int) -> None:
+        branch = self._branch[entry]
         assert branch is not None
-        del self._row[int(self._length[row]), int(self._hash[row]), branch]
-        self._branch[row], self._used[row] = None, 0
+        del self._entry[int(self._length[entry]), int(self._hash[entry]), branch]
+        self._branch[entry], self._used[entry] = None, 0
 
-    def _touch(self, row: int) -> None:
+    def _touch(self, entry: int) -> None:
         self._clock += 1
-        self._used[row] = self._clock
+        self._used[entry] = self._clock
 
 
 def prefix_hashes(seed: Hashable, tokens: Any) -> npt.NDArray[np.uint64]:
-    """Hash of each of a prompt's beginnings, from none of its tokens to all of them; uint64 (n + 1,).
+    """Hash of each beginning of a prompt, from the empty one to the whole; uint64 (n + 1,).
 
     Args:
-        seed: what prompts have to have in common beside tokens.
+        seed: prompts with other seeds have other hashes.
         tokens: of the prompt.
     """
     return beginning_hashes(seed, np.asarray(tokens, np.uint64))

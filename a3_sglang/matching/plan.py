@@ -1,4 +1,4 @@
-"""Which part of a prompt comes from where: prefix, spans, gaps, tail."""
+"""Plans: the prefix, spans, gaps and tail of a prompt."""
 
 from __future__ import annotations
 
@@ -7,33 +7,25 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from a3_sglang.matching.index import Run
+from a3_sglang.matching.span import Span
 
 MIN_TAIL = 32
 """Tokens at a prompt's end that are always computed: the probe needs a question, even one that was asked before."""
 QUESTION_TOKENS = 64
-"""Tokens whose attention the probe reads, at most."""
+"""Maximum number of tokens whose attention the probe reads."""
 SHORTEST_QUESTION, LONGEST_QUESTION = 16, 256
-"""Tokens of a gap that may be the question: shorter ones are what matching in blocks cuts off, longer ones are text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Prompt tokens ``[start, start + length)`` that a donor holds from its position ``offset`` on."""
-
-    start: int
-    length: int
-    offset: int
-    run: Run
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
+"""Length in tokens of a gap that may be a question: shorter ones result from matching in blocks, longer are text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``prefix`` exact tokens, then spans and gaps up to ``end``, then the tail."""
+    """How the KV of each part of a prompt is obtained.
+
+    Attributes:
+        prefix: tokens whose KV the tree has.
+        end: prompt position at which the tail begins; spans and gaps are between the prefix and it.
+        spans: disjoint, ascending by prompt position.
+    """
 
     prefix: int
     end: int
@@ -50,61 +42,68 @@ class Plan:
         return self.end - self.prefix - self.reused
 
     def rows(self, ratio: float) -> int:
-        """Rows between prefix and tail that are computed if this share of the reused tokens is recomputed."""
+        """Rows computed between prefix and tail if this share of the reused tokens is recomputed."""
         return self.gap + math.ceil(ratio * self.reused)
 
-    def gaps(self) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` of each gap."""
-        at = self.prefix
+    def gap_ranges(self) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` of each gap, as prompt positions."""
+        pos = self.prefix
         for span in self.spans:
-            if at < span.start:
-                yield at, span.start
-            at = span.end
-        if at < self.end:
-            yield at, self.end
+            if pos < span.start:
+                yield pos, span.start
+            pos = span.end
+        if pos < self.end:
+            yield pos, self.end
 
-    def seams(self, block: int) -> int:
-        """Gap tokens within a block of a span: matching in whole blocks may have cut them off what a donor holds.
+    def gap_at_edges(self, block: int) -> int:
+        """Gap tokens less than a block away from a span.
+
+        The donor may hold them too, but matching in whole blocks left them out.
 
         Args:
-            block: tokens per block of the index.
+            block: tokens per hash block of the index.
         """
         starts, ends = {span.start for span in self.spans}, {span.end for span in self.spans}
-        return sum(min(end - start, (block - 1) * ((start in ends) + (end in starts))) for start, end in self.gaps())
+        return sum(
+            min(end - start, (block - 1) * ((start in ends) + (end in starts))) for start, end in self.gap_ranges()
+        )
 
     def ratio(self, nominal: float, block: int) -> float:
-        """The share of the reused tokens to recompute, if the tokens of :meth:`seams` count towards ``nominal``.
+        """The share of the reused tokens to recompute if the tokens of :meth:`gap_at_edges` count towards ``nominal``.
 
-        They are computed in any case, so counting them keeps the work at what the ratio says. At least half of the
-        nominal ratio is left for the rows that the selector picks.
+        These are computed in any case; counting them keeps the total work at what the ratio promises. At least half of
+        the nominal ratio is left for the rows that the selector picks.
+
+        Args:
+            nominal: the ratio that was asked for.
+            block: tokens per hash block of the index.
         """
-        beside = self.seams(block) / self.reused
-        return max(nominal / 2, nominal - (1 - nominal) * beside)
+        edges = self.gap_at_edges(block) / self.reused
+        return max(nominal / 2, nominal - (1 - nominal) * edges)
 
 
 def make_plan(
-    runs: Sequence[Run], prefix: int, prompt: int, limit: int, page_size: int, end: int | None = None
+    spans: Sequence[Span], prefix: int, prompt_len: int, limit: int, page_size: int, end: int | None = None
 ) -> Plan | None:
-    """Turn runs into a plan; None if nothing is left of them.
+    """Make a plan of spans; None if no span begins early enough to be used.
 
     Args:
-        runs: disjoint runs by their place in the prompt, all after ``prefix``.
+        spans: disjoint, ascending by prompt position, all after ``prefix``.
         prefix: tokens of the exact prefix; a multiple of ``page_size``.
-        prompt: tokens of the prompt.
-        limit: prompt tokens that may come from a cache (the scheduler keeps some back for logprobs).
-        page_size: the tail starts at a multiple of it, as slots are allocated by the page.
-        end: where the tail has to start, if that is settled; None: after the last span.
+        prompt_len: tokens of the prompt.
+        limit: prompt tokens that may come from a cache (the scheduler withholds some for logprobs).
+        page_size: the tail starts at a multiple of it, because slots are allocated in pages.
+        end: prompt position of the tail, if that is fixed already; None: after the last span.
     """
-    furthest = min(limit, prompt - MIN_TAIL)
+    furthest = min(limit, prompt_len - MIN_TAIL)
     furthest -= furthest % page_size
     if end is not None:
         furthest = min(furthest, end)
-    spans = tuple(Span(run.start, run.length, run.offset, run) for run in runs)
     return _cut(prefix, spans, furthest, page_size, end)
 
 
 def _cut(prefix: int, spans: Sequence[Span], furthest: int, page_size: int, end: int | None = None) -> Plan | None:
-    """A plan of these spans up to a position; None if none begins before it."""
+    """A plan of these spans up to prompt position ``furthest``; None if no span begins before it."""
     kept = tuple(replace(span, length=min(span.end, furthest) - span.start) for span in spans if span.start < furthest)
     if not kept:
         return None
@@ -123,55 +122,60 @@ def first_step(
         plan: of the whole prompt.
         ratio: share of the reused tokens that is recomputed.
         most_rows: rows that may be computed between prefix and tail.
-        page_size: each part ends at a multiple of it.
-        min_span: shortest rest of a span that a later step reuses.
+        page_size: the step ends at a multiple of it.
+        min_span: tokens of the shortest remainder of a span that a later step reuses.
 
     Returns:
-        The plan up to the position where ``most_rows`` are computed, or None if no span begins before it; and the
-        position at which the next step can reuse tokens, or None.
+        The plan up to the position at which ``most_rows`` are computed, or None if no span begins before it; and the
+        prompt position from which a later step can reuse tokens, or None.
     """
     reach = _reach(plan, ratio, most_rows)
     if reach >= plan.end:
         return plan, None
     first = _cut(plan.prefix, plan.spans, reach // page_size * page_size, page_size)
-    at = first.end if first is not None else plan.prefix
-    left = (max(span.start, at) for span in plan.spans if span.end - max(span.start, at) >= min_span)
+    pos = first.end if first is not None else plan.prefix
+    left = (max(span.start, pos) for span in plan.spans if span.end - max(span.start, pos) >= min_span)
     return first, next(left, None)
 
 
 def _reach(plan: Plan, ratio: float, most_rows: int) -> int:
-    """The furthest position up to which :meth:`Plan.rows` is at most ``most_rows``, or the end of the span before."""
-    at, gap, reused = plan.prefix, 0, 0
+    """The last prompt position up to which :meth:`Plan.rows` is at most ``most_rows``, outside gaps.
+
+    A position within a gap is moved back to the end of the span before it.
+    """
+    pos, gap, reused = plan.prefix, 0, 0
     for span in plan.spans:
-        gap += span.start - at
+        gap += span.start - pos
         fits = _fitting(span.length, reused, ratio, most_rows - gap)
         if fits < span.length:
-            return at if fits < 0 else span.start + fits
-        at, reused = span.end, reused + span.length
+            return pos if fits < 0 else span.start + fits
+        pos, reused = span.end, reused + span.length
     return plan.end
 
 
 def _fitting(length: int, reused: int, ratio: float, room: int) -> int:
-    """How many of ``length`` more reused tokens leave the recomputed ones within ``room``; -1 if not even none does."""
+    """How many of ``length`` more reused tokens keep the recomputed ones within ``room``; -1 if even 0 are too many."""
     return bisect_right(range(length + 1), room, key=lambda more: math.ceil(ratio * (reused + more))) - 1
 
 
-def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
-    """Positions of a prompt's question: ascending ranges ``(start, end)`` of at most :data:`QUESTION_TOKENS` in all.
+def question_ranges(plan: Plan, prompt_len: int, given: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    """Positions of a prompt's question: ascending ranges ``(start, end)`` of at most :data:`QUESTION_TOKENS` in total.
 
     Unless a range is given, these are the tail and the short gaps, since a question may come before or between the
-    passages and may be followed by instructions. If they are too long, every gap keeps its beginning, and the tail (or
-    the given range) its beginning and its end.
+    passages and may be followed by instructions. If they are too long, only the beginning of each gap is used, and the
+    beginning and the end of the tail (or of the given range).
 
     Args:
         plan: of the prompt.
-        prompt: tokens of the prompt.
-        given: the range that the client says is the question.
+        prompt_len: tokens of the prompt.
+        given: the range that the client marked as the question.
     """
     ranges = []
     if given is None:
-        given = plan.end, prompt
-        ranges = [(start, end) for start, end in plan.gaps() if SHORTEST_QUESTION <= end - start <= LONGEST_QUESTION]
+        given = plan.end, prompt_len
+        ranges = [
+            (start, end) for start, end in plan.gap_ranges() if SHORTEST_QUESTION <= end - start <= LONGEST_QUESTION
+        ]
     start, end = given
     if end - start <= LONGEST_QUESTION:
         middle = (start + end) // 2
@@ -183,7 +187,7 @@ def question_ranges(plan: Plan, prompt: int, given: tuple[int, int] | None = Non
 
 
 def _shares(wanted: Sequence[int], total: int) -> list[int]:
-    """Divide a total so that the smallest share is as large as can be, and none larger than wanted."""
+    """Divide a total so that the smallest share is as large as possible and no share is larger than wanted."""
     shares = [0] * len(wanted)
     for done, i in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
         shares[i] = min(wanted[i], total // (len(wanted) - done))

@@ -12,7 +12,7 @@ import numpy as np
 
 from a3_sglang.fusion.executor import FusionRequest, Timings
 from a3_sglang.matching.branches import Branch
-from a3_sglang.matching.plan import Span
+from a3_sglang.matching.span import Span
 from a3_sglang.reporting.report import PARTS, Outcome
 
 _DIGITS = 4
@@ -56,7 +56,7 @@ def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings
 
 
 def _origin(span: Span) -> dict[str, int]:
-    segment = span.run.segment
+    segment = span.segment
     generation = segment.mark.generation if isinstance(segment.mark, Branch) else 0
     position = {"start": span.start, "end": span.end, "offset": span.offset}
     return position | {"donor": segment.number, "generation": generation}

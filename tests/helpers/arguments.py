@@ -1,4 +1,4 @@
-"""ServerArgs of the installed SGLang without a server: as given, resolved, and for a model that is only a config."""
+"""ServerArgs of the installed SGLang without a server, for a model that consists of a config only."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LLAMA = {
 }
 
 CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
-"""What a server on a CPU is started with."""
+"""Arguments of a server on a CPU."""
 
 
 def write_model(folder: Path, config: dict[str, Any] = LLAMA) -> str:
-    """A model folder with a config.json and nothing else."""
+    """Write a model folder that has only a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
@@ -42,7 +42,7 @@ def write_model(folder: Path, config: dict[str, Any] = LLAMA) -> str:
 
 @contextmanager
 def plugins_loaded() -> Iterator[None]:
-    """As after SGLang loaded a3: ServerArgs made here keep what they were given."""
+    """Within it, ServerArgs keep what they were given, as after SGLang loaded a3."""
     with pytest.MonkeyPatch.context() as patch:
         if compat.overwrites_arguments():
             original = ServerArgs.__post_init__
@@ -51,14 +51,14 @@ def plugins_loaded() -> Iterator[None]:
 
 
 def resolved(model_path: str, **given: Any) -> Any:
-    """ServerArgs as a server with the backend a3 has them."""
+    """Resolved ServerArgs of a server with the backend a3."""
     arguments = ServerArgs(model_path=model_path, radix_cache_backend="a3", skip_tokenizer_init=True, **given)
     compat.resolve_arguments(arguments)
     return arguments
 
 
 def changed(arguments: Any, **fields: Any) -> Any:
-    """The same with other values for some fields, which SGLang does not get to see."""
+    """A copy with other values for some fields, which SGLang does not resolve again."""
     other = copy.copy(arguments)
     if compat.overwrites_arguments():
         for name, value in fields.items():
@@ -71,6 +71,6 @@ def changed(arguments: Any, **fields: Any) -> Any:
 
 
 def refused(arguments: Any, config: Any = None, **options: Any) -> str | None:
-    """What is said at start."""
+    """The refusal at start, if any."""
     config = compat.model_config(arguments) if config is None else config
     return refusal(arguments, config, ServerOptions.model_validate(options))

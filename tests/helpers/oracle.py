@@ -1,4 +1,4 @@
-"""A fused request on the engine, and what a Llama in float64 makes of the same donor and rows."""
+"""A fused request on the engine, compared with a float64 Llama that reuses the same donor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from a3_sglang.drift.model import MAX_BLOCK
 from a3_sglang.integration.startup import line_ends
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import Plan, make_plan
+from a3_sglang.matching.search import find_spans
 from a3_sglang.selectors import Probe, Rows
 from helpers.drift import drift_correction64
 from helpers.reference import Llama, backwards, gaps, reused, rope64
@@ -19,19 +20,19 @@ from helpers.tolerance import distance, rope_error, roundings
 from helpers.traffic import Traffic
 
 CORRECTED = {"ratio": 0.25}
-"""The option with which the rows between the recomputed ones are corrected."""
+"""Options with which the drift of the rows that are not recomputed is corrected."""
 
 INDEX_BLOCK = 16
-"""Tokens per block of the index at the default min_span."""
+"""Tokens per hash block of the index at the default min_span."""
 
 
 class Fused:
-    """One fused request: the engine's KV, and the oracle's of the same donor, moved.
+    """One fused request: the engine's KV, and the oracle's KV of the same donor, moved to its new positions.
 
     Attributes:
-        engine: KV of the engine, ``{"k", "v"}`` of (layers, tokens, kv_heads, head_dim) each.
-        copied: keys and values of each layer, float64; the spans' as they are copied, the rest the prompt's own.
-        rows: positions that the engine computed: recomputed ones and gaps.
+        engine: KV of the engine, ``{"k", "v"}``, each (layers, tokens, kv_heads, head_dim).
+        copied: keys and values per layer, float64: of spans as copied, of other tokens as the prompt's own prefill.
+        rows: prompt positions that the engine computed: recomputed tokens and gaps, ascending.
     """
 
     def __init__(self, traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
@@ -50,7 +51,7 @@ class Fused:
         assert len(self.reused) == self.report["reused"] + self.report["recomputed"]
         self.recomputed = self.engine["recomputed"]
         self.rows = torch.cat([self.recomputed, gaps(self.plan)]).sort().values
-        # The oracle's own KV of the donor, moved; of the prefix it is the prompt's own.
+        # Spans get the oracle's KV of the donor, rotated to the new positions.
         self.copied = [[layer.clone() for layer in part] for part in oracle.prefill64(self.tokens)[:2]]
         of_donor = oracle.prefill64(torch.tensor(donor))[:2]
         table = oracle.ropes[0].cos_sin.double()
@@ -66,17 +67,17 @@ class Fused:
         index = AnyPositionIndex(32, line_ends=ends)
         index.add("", donor)
         prefix = next(i for i, (a, b) in enumerate(zip(donor, prompt, strict=False)) if a != b)
-        plan = make_plan(index.find("", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)
+        plan = make_plan(find_spans(index, "", np.array(prompt, np.int32), prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
         return plan
 
     def error(self, part: int, layer: int, expected: torch.Tensor, rows: torch.Tensor) -> float:
-        """Relative distance of the engine's keys (0) or values (1) from what is expected."""
+        """Relative distance of the engine's keys (part 0) or values (part 1) from the expected ones."""
         return distance(self.engine["kv"[part]][layer][rows], expected[rows])
 
 
 def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> None:
-    """Copied, rotated, recomputed and corrected KV, layer by layer."""
+    """Check copied, rotated, recomputed and corrected KV, layer by layer."""
     fused = Fused(traffic, oracle, option, documents)
     corrected = option == CORRECTED
     correct = drift_correction64(oracle, fused.plan, fused.recomputed, MAX_BLOCK) if corrected else None
@@ -86,10 +87,10 @@ def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> 
     errors = [
         [fused.error(part, layer, expected[part][layer], context) for layer in range(oracle.depth)] for part in (0, 1)
     ]
-    # A deep layer of the engine is some tens of roundings away from float64.
+    # In deep layers the engine differs from float64 by some tens of roundings.
     assert max(map(max, errors)) < roundings(12) + rope_error(len(fused.tokens))
     if corrected:
-        # In the middle of the model the correction is larger than rounding, so that its absence would show.
+        # In the middle layers the correction is larger than the rounding errors, so its absence would show.
         middle = range(oracle.depth // 4, oracle.depth * 4 // 5)
         for part in (0, 1):
             here = [fused.error(part, layer, expected[part][layer], kept) for layer in middle]
@@ -98,7 +99,7 @@ def check(traffic: Traffic, oracle: Llama, option: dict, documents: int = 4) -> 
 
 
 def probe_agreement(traffic: Traffic, oracle: Llama, documents: int = 4) -> float:
-    """The share of the rows that the probe picks by the oracle's attention that the engine recomputed too."""
+    """Of the rows that the probe picks by the oracle's attention, the share that the engine recomputed."""
     fused = Fused(traffic, oracle, {"ratio": 0.25}, documents)
     end, total = fused.plan.end, len(fused.tokens)
     keys, values = ([layer.clone() for layer in part] for part in fused.copied)

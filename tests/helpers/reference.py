@@ -310,7 +310,7 @@ def reused(plan: Plan) -> torch.Tensor:
 
 def gaps(plan: Plan) -> torch.Tensor:
     """Positions of a plan's gaps."""
-    return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gaps())])
+    return torch.cat([torch.arange(0), *(torch.arange(*gap) for gap in plan.gap_ranges())])
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from a3_sglang.fusion.executor import Executor, FusionRequest
 from a3_sglang.fusion.ops import TorchOps
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import make_plan
+from a3_sglang.matching.search import find_spans
 from a3_sglang.selectors import Selector
 from helpers.reference import Llama
 
@@ -59,7 +60,7 @@ class World:
         self, prompt: np.ndarray, prefix: int, selector: Selector, ratio: float, executor: Executor
     ) -> FusionRequest:
         """A planned job: the prefix's KV in place, the spans copied."""
-        plan = make_plan(self.index.find("space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
+        plan = make_plan(find_spans(self.index, "space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
         tokens = torch.from_numpy(prompt).long()
         full_keys, full_values, _ = self.model.prefill64(tokens)
@@ -72,7 +73,8 @@ class World:
         job = FusionRequest(plan, tokens, slots, selector, ratio)
         sources = []
         for span in plan.spans:
-            donor = next(d for d in self.donors if np.array_equal(d[: len(span.run.path())], span.run.path()))
+            path = span.segment.path(span.donor_end)
+            donor = next(d for d in self.donors if np.array_equal(d[: len(path)], path))
             sources.append(self.slots_of[donor.tobytes()][span.offset : span.offset + span.length])
         executor.fill(job, torch.cat(sources))
         return job

@@ -1,4 +1,4 @@
-"""How approximate paths are keyed and found again."""
+"""Branches: ids of approximate paths, and the lookup of branches by prompts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, Branches, prefix_hashes
-from a3_sglang.matching.index import AnyPositionIndex, Run, beside
+from a3_sglang.matching.index import AnyPositionIndex
+from a3_sglang.matching.search import find_spans
+from a3_sglang.matching.span import Span, merge_spans
 
 tokens = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60)
 branches = st.builds(Branch, st.integers(0, 60), st.integers(1, GENERATIONS), st.integers(0, KINDS - 1))
 
 
 @given(tokens, branches)
-def test_marked_ids_are_no_tokens_and_tell_the_tokens(ids, branch):
+def test_marked_ids_are_not_tokens_but_contain_them(ids, branch):
     path = np.array(ids, np.int64)
     marked = branch.mark(path)
     assert (branch.tokens(marked) == path).all()
@@ -45,7 +47,7 @@ def test_hashes_are_those_of_beginnings(ids, others):
 
 @given(st.data())
 def test_finds_the_branches_of_a_prompts_beginnings(data):
-    """Against a list of all that were added, those used last first; the oldest are forgotten."""
+    """Compared with a list of all branches, most recently used first; the oldest are forgotten."""
     capacity = data.draw(st.integers(1, 6))
     found, added = Branches(capacity), []
     paths = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=12))
@@ -63,35 +65,35 @@ def test_finds_the_branches_of_a_prompts_beginnings(data):
     assert found.find(prefix_hashes("x", prompt), capacity) == []
 
 
-def run(start: int, length: int) -> Run:
-    return Run(start, length, None, 1000 + start)
+def span(start: int, length: int) -> Span:
+    return Span(start, length, None, 1000 + start)
 
 
 @given(st.data())
-def test_other_runs_fill_what_is_left(data):
+def test_other_spans_fill_what_is_left(data):
     shortest, taken, others = 4, [], []
-    for runs in (taken, others):
+    for spans in (taken, others):
         at = 0
         while at < 60:
             at += data.draw(st.integers(0, 12))
-            runs.append(run(at, data.draw(st.integers(shortest, 20))))
-            at = runs[-1].end
-    both = beside(taken, others, shortest)
+            spans.append(span(at, data.draw(st.integers(shortest, 20))))
+            at = spans[-1].end
+    both = merge_spans(taken, others, shortest)
     assert both == sorted(both, key=lambda one: one.start)
     assert all(one.end <= other.start for one, other in itertools.pairwise(both))
     assert [one for one in both if one in taken] == taken
     assert all(one.length >= shortest and one.offset == 1000 + one.start for one in both)
-    covered = {place for one in taken for place in range(one.start, one.end)}
-    free = {place for one in others for place in range(one.start, one.end)} - covered
-    missed = free - {place for one in both for place in range(one.start, one.end)}
-    # What is left out is in pieces that are too short.
-    for place in missed:
-        begin = end = place
+    covered = {pos for one in taken for pos in range(one.start, one.end)}
+    free = {pos for one in others for pos in range(one.start, one.end)} - covered
+    missed = free - {pos for one in both for pos in range(one.start, one.end)}
+    # Uncovered pieces are too short.
+    for pos in missed:
+        begin = end = pos
         while begin - 1 in free:
             begin -= 1
         while end + 1 in free:
             end += 1
-        pieces = [o for o in others if o.start <= place < o.end]
+        pieces = [o for o in others if o.start <= pos < o.end]
         assert min(end, pieces[0].end - 1) - max(begin, pieces[0].start) + 1 < shortest
 
 
@@ -102,10 +104,10 @@ def test_donors_of_different_marks_do_not_share_segments(mark):
     index.add("x", path, mark)
     index.add("x", path, Branch(40, 2))
     assert len(index) == 160
-    (found,) = index.find("x", [1, 2, 3, *path[16:64], 4])
+    (found,) = find_spans(index, "x", [1, 2, 3, *path[16:64], 4])
     assert (found.start, found.length, found.offset) == (3, 48, 16)
     assert found.segment.mark == Branch(40, 2)
     index.forget(found.segment, 0)
-    (found,) = index.find("x", [1, 2, 3, *path[16:64], 4])
+    (found,) = find_spans(index, "x", [1, 2, 3, *path[16:64], 4])
     assert found.segment.mark == mark
     assert index.known_prefix("x", path) == (80 if mark is None else 0)

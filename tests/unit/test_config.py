@@ -1,4 +1,4 @@
-"""Options of server and request: what is accepted, and that every refusal names its field."""
+"""Options of server and request: accepted values, and refusals that name the field."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def test_server_defaults():
         ("donors", "harvest", "harvest"),
         ("donors", "compiled", "compiled"),
         ("explain", "on", "on"),
+        ("row_attention", "triton", "triton"),
     ],
 )
 def test_server_options_from_the_environment(monkeypatch, option, text, value):
@@ -66,6 +67,7 @@ def test_server_options_from_the_environment(monkeypatch, option, text, value):
         *[("selector", text) for text in ("", "Probe", "probe ", "a3\nx")],
         *[("donors", text) for text in ("", "Harvest", "nobody")],
         *[("explain", text) for text in ("", "On", "true")],
+        *[("row_attention", text) for text in ("", "Triton", "fa3")],
     ],
 )
 def test_server_refusals_name_the_option(monkeypatch, option, text):
@@ -81,7 +83,7 @@ def test_server_selector_refusal_lists_the_choices(monkeypatch):
         ServerOptions.from_environment()
 
 
-def test_auto_goes_with_rules_that_measure_attention_only(monkeypatch):
+def test_only_rules_that_measure_attention_support_auto(monkeypatch):
     monkeypatch.setenv("A3_RECOMPUTE_RATIO", "auto")
     monkeypatch.setenv("A3_SELECTOR", "a3")
     assert ServerOptions.from_environment().recompute_ratio == "auto"
@@ -164,7 +166,7 @@ def test_a_request_can_say_where_its_question_is():
     assert options == DEFAULT.model_copy(update={"question": (3, 40)})
 
 
-def test_what_is_explained_is_up_to_the_server():
+def test_only_the_server_can_enable_explain():
     asked = {"a3": {"explain": True}}
     assert resolve(ServerOptions(explain="on"), asked) == DEFAULT.model_copy(update={"explain": True})
     assert not resolve(ServerOptions(explain="on"), {"a3": {"ratio": 0.15}}).explain
@@ -175,13 +177,13 @@ def test_what_is_explained_is_up_to_the_server():
     assert not lenient.explain
 
 
-def test_an_unknown_field_is_told_the_known_ones():
+def test_the_refusal_of_an_unknown_field_lists_the_known_ones():
     with pytest.raises(ValueError, match="ratio, selector, min_span, donor"):
         resolve(ServerOptions(), {"a3": {"budget": 1}})
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, 0.15, "on", [], ["ratio"]])
-def test_a_wish_of_another_kind_is_refused(value):
+def test_an_a3_value_of_another_type_is_refused(value):
     with pytest.raises(ValueError, match=r"^custom_params\.a3: must be true, false or an object"):
         resolve(ServerOptions(), {"a3": value})
 

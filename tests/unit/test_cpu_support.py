@@ -1,4 +1,4 @@
-"""The stand-ins that the CPU environment has in place of packages without a CPU build."""
+"""The stand-ins that the CPU environment has instead of packages without a CPU build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ without_real_kernels = pytest.mark.skipif(
 
 
 def python(code: str, *, folder: Path, path: Path | None = None) -> str:
-    """Run code in a fresh interpreter of this environment that has ``folder`` on its path, as a plain start has."""
+    """Run code in a fresh interpreter of this environment with ``folder`` on its path, like a plain start."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     if path is not None:
         variables["PYTHONPATH"] = str(path)
@@ -57,7 +57,7 @@ def test_a_missing_kernel_of_a_submodule_cannot_be_called_either() -> None:
 
 @without_real_kernels
 @pytest.mark.parametrize("name", ["__version__", "__all__", "__wrapped__"])
-def test_special_names_are_not_made_up(name: str) -> None:
+def test_special_names_do_not_exist(name: str) -> None:
     package = importlib.import_module("sgl_kernel")
     assert not hasattr(package, name)
     assert not hasattr(package.kernel, name)
@@ -90,12 +90,12 @@ except ModuleNotFoundError as error:
     assert python(code, folder=tmp_path, path=tmp_path).splitlines() == ["real real part False", "sgl_kernel.absent"]
 
 
-def test_the_stand_ins_are_there_from_the_start_and_import_nothing_big(tmp_path: Path) -> None:
+def test_the_stand_ins_are_there_from_the_start_and_import_nothing_large(tmp_path: Path) -> None:
     code = "import sys; print([name in sys.modules for name in ('a3_cpu_support', 'torch', 'torchvision')])"
     assert python(code, folder=tmp_path) == "[True, False, False]"
 
 
-def test_torchvision_imports_and_computes_no_boxes_of_its_own(tmp_path: Path) -> None:
+def test_torchvision_can_be_imported_but_has_no_kernels(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     code = """
 import torch, torchvision, torchvision.transforms.v2
@@ -110,8 +110,8 @@ print(kept == ([0, 2] if _has_ops() else "no kernel"))
     assert python(code, folder=tmp_path) == "True"
 
 
-def test_the_kernels_folder_is_no_top_level_package() -> None:
-    """Other packages probe for a package named ``kernels``; started in the clone, they must not find this one."""
+def test_the_kernels_folder_is_not_a_top_level_package() -> None:
+    """Other packages probe for a package named ``kernels``; they must not find this one if started in the clone."""
     code = """
 try:
     import kernels
@@ -124,6 +124,6 @@ else:
     assert shown == "absent" or (shown.endswith(" False") and not shown.startswith(str(ROOT)))
 
 
-def test_the_kernels_folder_is_a_package_of_this_one() -> None:
+def test_the_kernels_folder_is_a_subpackage() -> None:
     module = importlib.import_module("a3_sglang.kernels.row_attention")
     assert callable(module.row_attention)

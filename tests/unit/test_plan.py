@@ -1,4 +1,4 @@
-"""Plans partition the prompt."""
+"""Plans: partition of the prompt, steps of a chunked prefill, the question."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from a3_sglang.matching.plan import (
     QUESTION_TOKENS,
     SHORTEST_QUESTION,
     Plan,
-    Span,
     first_step,
     make_plan,
     question_ranges,
 )
+from a3_sglang.matching.search import find_spans
+from a3_sglang.matching.span import Span
 
 MIN_SPAN = 8
 
 
 @st.composite
 def prompts(draw: st.DrawFn):
-    """Donors, and a prompt glued from an exact prefix, pieces of donors, and tokens no donor has."""
+    """Donors, and a prompt that consists of an exact prefix, pieces of donors, and tokens of no donor."""
     page_size = draw(st.sampled_from([1, 1, 4, 16]))
     donors, fresh = [], 10_000
     for number in range(draw(st.integers(1, 3))):
@@ -57,12 +58,12 @@ def test_a_plan_partitions_the_prompt(case):
     index = AnyPositionIndex(MIN_SPAN, page_size=page_size)
     for donor in donors:
         index.add("space", donor[: len(donor) // page_size * page_size])
-    runs = index.find("space", prompt[:limit], prefix) if limit else []
-    plan = make_plan(runs, prefix, len(prompt), limit, page_size)
+    spans = find_spans(index, "space", prompt[:limit], prefix) if limit else []
+    plan = make_plan(spans, prefix, len(prompt), limit, page_size)
     furthest = min(limit, len(prompt) - MIN_TAIL)
     furthest -= furthest % page_size
     if plan is None:
-        assert all(run.start >= furthest for run in runs)
+        assert all(span.start >= furthest for span in spans)
         return
 
     # The end.
@@ -71,7 +72,7 @@ def test_a_plan_partitions_the_prompt(case):
     assert len(prompt) - plan.end >= MIN_TAIL
 
     # Spans and gaps follow each other without a hole from the prefix to the end.
-    gaps = list(plan.gaps())
+    gaps = list(plan.gap_ranges())
     pieces = sorted([(span.start, span.end) for span in plan.spans] + gaps)
     assert all(begin < end for begin, end in pieces)
     assert [begin for begin, _ in pieces] + [plan.end] == [prefix] + [end for _, end in pieces]
@@ -80,21 +81,21 @@ def test_a_plan_partitions_the_prompt(case):
     tail = len(prompt) - plan.end
     assert plan.prefix + plan.reused + plan.gap + tail == len(prompt)
 
-    # What lies behind the last span is the tail's, up to a page.
+    # The tail begins after the last span, at the next page.
     assert plan.end - plan.spans[-1].end < page_size
 
     # Spans are what the index found, cut at the end only.
-    for span, run in zip(plan.spans, runs, strict=False):
-        assert span.run is run
-        assert (span.start, span.offset) == (run.start, run.offset)
-        assert span.end == min(run.end, plan.end)
-        held = run.path(page_size)[span.offset : span.offset + span.length]
+    for span, found in zip(plan.spans, spans, strict=False):
+        assert span.segment is found.segment
+        assert (span.start, span.offset) == (found.start, found.offset)
+        assert span.end == min(found.end, plan.end)
+        held = span.segment.path(span.donor_end, span.offset)
         assert np.array_equal(held, prompt[span.start : span.end])
-    # And none that fits is left out.
-    assert all(run.start >= furthest for run in runs[len(plan.spans) :])
+    # No span that fits is missing.
+    assert all(span.start >= furthest for span in spans[len(plan.spans) :])
 
 
-def test_no_runs_no_plan():
+def test_no_spans_no_plan():
     assert make_plan([], 0, 100, 100, 1) is None
     assert make_plan([], 16, 10, 10, 16) is None
 
@@ -104,21 +105,21 @@ def test_a_span_in_the_last_tokens_is_left_to_the_tail():
     donor = list(range(100))
     index.add("space", donor)
     prompt = [500, *donor[: MIN_TAIL - 4]]
-    runs = index.find("space", prompt)
-    assert [(run.start, run.length) for run in runs] == [(1, MIN_TAIL - 4)]
-    assert make_plan(runs, 0, len(prompt), len(prompt), 1) is None
+    spans = find_spans(index, "space", prompt)
+    assert [(span.start, span.length) for span in spans] == [(1, MIN_TAIL - 4)]
+    assert make_plan(spans, 0, len(prompt), len(prompt), 1) is None
 
 
-def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
+def test_a_cut_between_two_spans_ends_the_plan_at_the_first():
     index = AnyPositionIndex(MIN_SPAN)
     donor = list(range(100))
     index.add("space", donor)
     prompt = [500, *donor[10:30], *range(600, 640), *donor[50:70], *range(700, 710)]
-    plan = make_plan(index.find("space", prompt), 0, len(prompt), len(prompt), 1)
+    plan = make_plan(find_spans(index, "space", prompt), 0, len(prompt), len(prompt), 1)
     assert plan is not None
     assert [(span.start, span.end) for span in plan.spans] == [(3, 19)]
     assert plan.end == 19
-    assert list(plan.gaps()) == [(0, 3)]
+    assert list(plan.gap_ranges()) == [(0, 3)]
 
 
 @settings(max_examples=400, deadline=None)
@@ -128,10 +129,10 @@ def test_a_cut_between_two_runs_ends_the_plan_at_the_first():
     st.integers(1, 300),
     st.sampled_from([1, 16]),
 )
-def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_size):
+def test_steps_of_a_plan_stay_within_their_rows(pieces, ratio, rows, page_size):
     at, spans = 0, []
     for gap, length in pieces:
-        spans.append(Span(at + gap, length, 0, None))
+        spans.append(Span(at + gap, length, None, 0))
         at += gap + length
     plan = Plan(0, at + -at % page_size, tuple(spans))
     first, stop = first_step(plan, ratio, rows, page_size, MIN_SPAN)
@@ -139,18 +140,18 @@ def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_
         assert stop is None
         assert plan.rows(ratio) <= rows + page_size - 1  # Up to a page after the last span.
         return
-    # All of a span is in the first step up to its end, and none after it.
+    # Up to its end, the first step has all of every span, and nothing after it.
     end = 0
     if first is not None:
         end = first.end
         assert end % page_size == 0
         assert first.rows(ratio) <= rows
-        assert first.reused > 0  # At ratio 0 that costs no row.
+        assert first.reused > 0  # At ratio 0 reuse costs no rows.
         for span, whole in zip(first.spans, plan.spans, strict=False):
             assert (span.start, span.end) == (whole.start, min(whole.end, end))
     left = [max(span.start, end) for span in plan.spans if span.end - max(span.start, end) >= MIN_SPAN]
     assert stop == (left[0] if left else None)
-    # What else it could have reused is less than a page.
+    # It could have reused less than another page.
     reused = {at for span in spans for at in range(span.start, span.end)}
     computed, reach = 0.0, 0
     for at in range(plan.end):
@@ -167,20 +168,20 @@ def test_steps_of_a_plan_compute_so_many_rows_at_most(pieces, ratio, rows, page_
     st.integers(0, 40),
     st.floats(0, 1),
 )
-def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ratio):
-    """What matching in whole blocks cuts off is computed in any case; the rest of the budget is the selector's."""
+def test_gap_tokens_at_the_edges_of_spans_count_towards_the_ratio(pieces, prefix, padding, ratio):
+    """Tokens left out by matching in blocks are computed in any case; the selector gets the rest of the budget."""
     block, at, spans = 16, prefix, []
     for gap, length in pieces:
         at += gap
-        spans.append(Span(at, length, 0, None))
+        spans.append(Span(at, length, None, 0))
         at += length
     plan = Plan(prefix, at + padding, tuple(spans))
     beside = set()
-    for start, end in plan.gaps():
+    for start, end in plan.gap_ranges():
         for span in spans:
             beside |= set(range(max(start, span.start - block + 1), min(end, span.start)))
             beside |= set(range(max(start, span.end), min(end, span.end + block - 1)))
-    assert plan.seams(block) == len(beside)
+    assert plan.gap_at_edges(block) == len(beside)
     left = plan.ratio(ratio, block) * plan.reused
     wanted = ratio * (plan.reused + len(beside)) - len(beside)
     assert left == pytest.approx(max(wanted, ratio * plan.reused / 2))
@@ -189,10 +190,10 @@ def test_tokens_beside_spans_count_towards_the_ratio(pieces, prefix, padding, ra
 
 
 def _planned(pieces: list[tuple[int, int]]) -> Plan:
-    """A plan of (gap, span) pairs after 10 tokens of prefix."""
+    """A plan with a prefix of 10 tokens, then a gap and a span per pair of lengths."""
     at, spans = 10, []
     for gap, length in pieces:
-        spans.append(Span(at + gap, length, 0, None))  # type: ignore[arg-type]
+        spans.append(Span(at + gap, length, None, 0))  # type: ignore[arg-type]
         at += gap + length
     return Plan(10, at, tuple(spans))
 
@@ -209,12 +210,12 @@ def test_the_question_is_the_tail_and_short_gaps(pieces, tail):
     assert all(start <= end for start, end in ranges)
     assert all(one[1] <= other[0] for one, other in pairwise(ranges))
     asked = [at for start, end in ranges for at in range(start, end)]
-    asking = [(a, b) for a, b in plan.gaps() if SHORTEST_QUESTION <= b - a <= LONGEST_QUESTION]
+    asking = [(a, b) for a, b in plan.gap_ranges() if SHORTEST_QUESTION <= b - a <= LONGEST_QUESTION]
     all_of_it = [at for start, end in [*asking, (plan.end, prompt)] for at in range(start, end)]
     assert set(asked) <= set(all_of_it)
     assert asked == all_of_it or len(asked) == QUESTION_TOKENS
     assert asked[-1] == prompt - 1
-    for start, _ in asking:  # Of each gap at least the beginning.
+    for start, _ in asking:  # At least the beginning of each gap.
         assert start in asked
     assert tail > LONGEST_QUESTION or plan.end in asked
 

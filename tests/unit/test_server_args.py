@@ -1,4 +1,4 @@
-"""Every option of SGLang's server is allowed, refused with a reason, or refused because nobody decided."""
+"""Every option of SGLang's server is allowed, refused with a reason, or refused because its effect is unknown."""
 
 from __future__ import annotations
 
@@ -12,178 +12,14 @@ import sglang
 
 from a3_sglang.config import RequestOptions, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED, REFUSED
+from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED
+from a3_sglang.integration.refused_args import REFUSED
+from a3_sglang.integration.support import server_options
 from helpers.arguments import CPU, LLAMA, changed, plugins_loaded, refused, resolved, write_model
+from helpers.server_args import DECIDED, DETAILS, SWITCHES, UNDECIDED
 
 FIELDS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data" / "server_args_fields.json").read_text())
-"""Names of ServerArgs's fields by release. A new release's: ``sorted(compat.argument_defaults())``."""
-
-SWITCHES = {name for feature in REFUSED for name in feature.switches}
-DETAILS = {name for feature in REFUSED for name in feature.details}
-DECIDED = ALLOWED | set(ALLOWED_VALUES) | CHECKED | SWITCHES | DETAILS
-
-# Fields of the supported releases whose effect on a3 has not been looked into: refused until --a3-allow names them.
-UNDECIDED = frozenset(
-    {
-        "_swa_full_tokens_ratio_explicitly_set",
-        "allowed_media_domains",
-        "asr_max_buffer_seconds",
-        "asr_max_concurrent_sessions",
-        "boundary_reduction",
-        "c128_page_size",
-        "checkpoint_engine_wait_weights_before_ready",
-        "cpu_offload_gb",
-        "debug_cuda_graph",
-        "debug_tensor_dump_input_file",
-        "debug_tensor_dump_layers",
-        "debug_tensor_dump_output_folder",
-        "detokenizer_worker_num",
-        "disable_aiter_allreduce_fusion_in_decode",
-        "disable_aiter_allreduce_fusion_in_prefill",
-        "disable_attn_tp_gather",
-        "disable_chunked_prefix_cache",
-        "disable_fast_image_processor",
-        "disable_flashinfer_cutlass_moe_fp4_allgather",
-        "disable_hybrid_swa_memory",
-        "disable_shared_experts_fusion",
-        "dsa_decode_backend",
-        "dsa_paged_mqa_logits_backend",
-        "dsa_prefill_backend",
-        "dsa_topk_backend",
-        "dsa_triton_union",
-        "dsv4_attn_backend",
-        "dsv4_prefill_backend",
-        "enable_aiter_allreduce_fusion",
-        "enable_amd_monokernel",
-        "enable_attn_tp_input_scattered",
-        "enable_broadcast_mm_inputs_process",
-        "enable_decoder_swa_bounded_replay",
-        "enable_deepseek_v4_fp4_indexer",
-        "enable_dense_mlp_attn_tp",
-        "enable_dsa_fused_indexer",
-        "enable_encoder_swa_bounded_replay",
-        "enable_expert_distribution_metrics",
-        "enable_flashinfer_allreduce_fusion",
-        "enable_fused_moe_sum_all_reduce",
-        "enable_fused_qk_norm_rope",
-        "enable_int8_mamba_checkpoint",
-        "enable_layernorm_sp",
-        "enable_layerwise_nvtx_marker",
-        "enable_lean_attention",
-        "enable_linear_replayssm",
-        "enable_linear_replayssm_spec",
-        "enable_mamba_cache_stochastic_rounding",
-        "enable_megamoe_for_layernorm_sp",
-        "enable_mm_global_cache",
-        "enable_multimodal",
-        "enable_nvidia_megakernel",
-        "enable_page_major_kv_layout",
-        "enable_paged_experts",
-        "enable_precise_embedding_interpolation",
-        "enable_prefill_delayer",
-        "enable_prefix_mm_cache",
-        "enable_quant_communications",
-        "enable_scattered_sconv",
-        "enable_session_radix_cache",
-        "enable_shared_experts_attn_tp",
-        "enable_single_batch_overlap",
-        "enable_symm_mem",
-        "enable_torch_compile",
-        "enable_torch_compile_debug_mode",
-        "enable_torch_symm_mem",
-        "enable_unified_memory",
-        "enable_w4a4_mxfp4_megamoe",
-        "enable_waterfill",
-        "enable_watermark",
-        "enforce_disable_flashinfer_allreduce_fusion",
-        "enforce_shared_experts_fusion",
-        "expert_balancedness_report_mode",
-        "expert_distribution_recorder_buffer_size",
-        "expert_distribution_recorder_mode",
-        "flashinfer_allreduce_fusion_backend",
-        "flashinfer_mla_disable_ragged",
-        "forward_hooks",
-        "image_processor_backend",
-        "int8_mamba_ckpt_size",
-        "keep_mm_feature_on_device",
-        "kt_cpuinfer",
-        "kt_max_deferred_experts_per_token",
-        "kt_method",
-        "kt_num_gpu_experts",
-        "kt_threadpool_count",
-        "kt_weight_path",
-        "language_model_only",
-        "limit_mm_data_per_request",
-        "linear_attn_backend",
-        "linear_attn_decode_backend",
-        "linear_attn_prefill_backend",
-        "linear_attn_verify_backend",
-        "linear_replayssm_cache_len",
-        "mamba_backend",
-        "mamba_cache_philox_rounds",
-        "mamba_full_memory_ratio",
-        "mamba_max_states_per_path",
-        "mamba_radix_cache_strategy",
-        "mamba_ssm_dtype",
-        "mamba_track_interval",
-        "max_mamba_cache_size",
-        "media_url_max_file_size_mb",
-        "mlx_enable_sampling",
-        "mm_attention_backend",
-        "mm_enable_dp_encoder",
-        "mm_feature_transport",
-        "mm_global_cache_backend",
-        "mm_io_worker_num",
-        "mm_preprocess_cache_size_mb",
-        "mm_process_config",
-        "mm_processor_worker_num",
-        "modelopt_checkpoint_restore_path",
-        "modelopt_checkpoint_save_path",
-        "modelopt_export_path",
-        "modelopt_quant",
-        "moe_dense_tp_size",
-        "msprobe_dump_config",
-        "nnodes",
-        "node_rank",
-        "offload_group_size",
-        "offload_mode",
-        "offload_num_in_group",
-        "offload_prefetch_step",
-        "paged_experts_num_resident",
-        "ple_offload_backend",
-        "ple_offload_dir",
-        "ple_offload_embedding",
-        "prefill_delayer_forward_passes_buckets",
-        "prefill_delayer_max_delay_ms",
-        "prefill_delayer_max_delay_passes",
-        "prefill_delayer_queue_min_ratio",
-        "prefill_delayer_token_usage_low_watermark",
-        "prefill_delayer_wait_seconds_buckets",
-        "prefill_kv_cache_dequant_dtype",
-        "qsa_indexer_dtype",
-        "quantization_param_path",
-        "quantize_and_serve",
-        "rl_quant_profile",
-        "shared_experts_tp_size",
-        "sidecar",
-        "sidecar_args",
-        "startup_weight_load_mode",
-        "strip_thinking_cache",
-        "swa_full_tokens_ratio",
-        "swa_prefix_tails",
-        "torchao_config",
-        "trust_mm_content_hashes",
-        "uses_mamba_radix_cache",
-        "watermark_config",
-        "watermark_context_window",
-        "watermark_default_enabled",
-        "watermark_enforce_all",
-        "watermark_key",
-        "watermark_key_b",
-        "watermark_max_probability",
-        "watermark_mixing_probability",
-    }
-)
+"""Names of the fields of ServerArgs, by release. For a new release: ``sorted(compat.argument_defaults())``."""
 
 INSTALLED = compat.argument_defaults()
 
@@ -195,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def plain(model: str) -> Any:
-    """A plain start on a CPU."""
+    """Arguments of a plain start on a CPU."""
     with plugins_loaded():
         return resolved(model, **CPU)
 
@@ -206,7 +42,7 @@ def config(plain: Any) -> Any:
 
 
 def another(value: Any) -> Any:
-    """A value of about the same type that is not this one, and switches on what can be switched on."""
+    """Another value, of about the same type; of a switch, the one that turns it on."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -387,7 +223,7 @@ def test_allow_takes_names_and_options(monkeypatch: pytest.MonkeyPatch):
 def test_allow_names_what_sglang_does_not_have(monkeypatch: pytest.MonkeyPatch, text: str):
     monkeypatch.setenv("A3_ALLOW", text)
     with pytest.raises(ValueError, match=r"^--a3-allow: SGLang has no server option '"):
-        ServerOptions.from_environment()
+        server_options()
 
 
 # ---- options compared with others

@@ -35,9 +35,10 @@ def register() -> None:
     from a3_sglang.fusion import executor
     from a3_sglang.integration import compat, prefill
     from a3_sglang.integration.radix_cache import A3RadixCache
-    from a3_sglang.matching.index import AnyPositionIndex, PromptSearch
+    from a3_sglang.matching.index import AnyPositionIndex
+    from a3_sglang.matching.search import PromptSearch
 
-    targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3RadixCache, "donor_slots"), (compat, "allocate")
+    targets = (AnyPositionIndex, "add"), (PromptSearch, "spans"), (A3RadixCache, "donor_slots"), (compat, "allocate")
     more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
     last = (executor.Executor, "recompute"), (executor.RecomputePass, "attend"), (executor.Executor, "recompute_all")
     report = ((prefill, "make_detail"),)
