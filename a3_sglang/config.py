@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from a3_sglang.fusion.ops import ROW_ATTENTION
+from a3_sglang.attention.registry import ROW_ATTENTION_NAMES
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
@@ -141,7 +141,7 @@ class ServerOptions(BaseModel):
     @field_validator("row_attention")
     @classmethod
     def _known_row_attention(cls, name: str) -> str:
-        known = (AUTO, *ROW_ATTENTION)
+        known = (AUTO, *ROW_ATTENTION_NAMES)
         if name not in known:
             raise ValueError(f"unknown row attention {reprlib.repr(name)}; choose one of {', '.join(known)}")
         return name

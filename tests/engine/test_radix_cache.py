@@ -16,6 +16,7 @@ from a3_sglang.fusion import executor as executor_module
 from a3_sglang.integration import compat
 from a3_sglang.integration.circuit_breaker import LIMIT
 from a3_sglang.integration.request_state import state_of
+from a3_sglang.matching.search import PromptSearch
 from a3_sglang.reporting.report import PARTS, Reason
 from helpers.tree import SLOTS, Cache, text, tokens
 
@@ -264,7 +265,7 @@ def test_an_error_in_the_search_is_a_full_prefill(generator, monkeypatch):
     donor = text(generator, 120)
     cache.donate(donor)
 
-    monkeypatch.setattr(cache.tree.index, "search", fails)
+    monkeypatch.setattr(PromptSearch, "spans", fails)
     req = cache.request(donor[20:] + tokens(generator, 40))
     assert cache.match(req) == 0
     assert state_of(req).match.reason == Reason.ERROR
