@@ -37,10 +37,10 @@ from a3_sglang.attention.probe_attention import ProbeRows
 from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.drift.correction import DriftCorrection, correct_drift
 from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
-from a3_sglang.fusion.executor import Timings
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.kernels.row_attention import Shape, make_tiles, row_attention
 from a3_sglang.rope import RopeTable, rotate
+from a3_sglang.timing import Timings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from a3_sglang.attention.row_attention import RequestRows
-from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
-from a3_sglang.integration.model import UnsupportedModelError
+from a3_sglang.fusion.executor import Executor
+from a3_sglang.fusion.interface import UnsupportedModelError
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
 from a3_sglang.rope import rotate
 from a3_sglang.selectors import Full, Selector
+from a3_sglang.timing import Timings
 
 DONOR, GAP, RATIO = 160, 5, 0.15
 

@@ -9,14 +9,9 @@ from typing import Any
 
 import torch
 
-from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
+from a3_sglang.fusion.interface import AttentionHook, Model, StopForward, UnsupportedModelError
 from a3_sglang.integration import compat
 from a3_sglang.rope import RopeTable, rotate
-
-
-class UnsupportedModelError(ValueError):
-    """The model or its configuration cannot be fused; the message is one line that says what and why."""
-
 
 ROTARY_CLASSES = frozenset(
     {

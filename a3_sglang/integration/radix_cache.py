@@ -13,7 +13,8 @@ import torch
 
 from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.config import REQUEST_KEY, ServerOptions
-from a3_sglang.fusion.executor import Executor, FusionRequest, Slice, Timings
+from a3_sglang.fusion.executor import Executor
+from a3_sglang.fusion.request import FusionRequest, Slice
 from a3_sglang.integration import compat
 from a3_sglang.integration.planning import PlanningRadixCache, most
 from a3_sglang.integration.request import Reason, RequestState, state_of
@@ -22,6 +23,7 @@ from a3_sglang.reporting.account import PrefillLog
 from a3_sglang.reporting.detail import make_detail
 from a3_sglang.reporting.report import Outcome
 from a3_sglang.selectors import make_selector
+from a3_sglang.timing import Timings
 
 logger = logging.getLogger(__name__)
 

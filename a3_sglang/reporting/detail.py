@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from a3_sglang.fusion.executor import FusionRequest, Timings
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.branches import Branch
 from a3_sglang.matching.plan import Span
 from a3_sglang.reporting.report import PARTS, Outcome
+from a3_sglang.timing import Timings
 
 _DIGITS = 4
 

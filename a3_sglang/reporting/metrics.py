@@ -71,7 +71,7 @@ class Metrics:
         self._requests(outcome.result, outcome.why).inc()
 
     def took(self, milliseconds: dict[str, float]) -> None:
-        """The stages of a fused batch took so long; see :meth:`a3_sglang.fusion.executor.Timings.milliseconds`."""
+        """The stages of a fused batch took so long; see :meth:`a3_sglang.timing.Timings.milliseconds`."""
         if self.on:
             for stage, taken in milliseconds.items():
                 self._stages(stage.removesuffix("_ms")).observe(taken / 1e3)

@@ -15,9 +15,13 @@ from torch.testing import assert_close
 
 from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.drift import model as drift
-from a3_sglang.fusion.executor import AttentionHook, Executor, FusionRequest, RecomputePass, Slice, Timings
+from a3_sglang.fusion.executor import Executor
+from a3_sglang.fusion.interface import AttentionHook
+from a3_sglang.fusion.passes import RecomputePass
+from a3_sglang.fusion.request import FusionRequest, Slice
 from a3_sglang.matching.plan import MIN_TAIL, Plan, question_ranges
 from a3_sglang.selectors import A3, CacheBlend, FreshLayer, Probe, Reuse, Rows, Selector
+from a3_sglang.timing import Timings
 from helpers.reference import Llama, gaps, reused, spread64
 from helpers.world import MIN_SPAN, World, executor_of
 

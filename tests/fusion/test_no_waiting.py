@@ -11,10 +11,13 @@ import dataclasses
 import pytest
 import torch
 
-from a3_sglang.fusion.executor import Executor, FusionRequest, RequestRows, Timings
+from a3_sglang.attention.row_attention import RequestRows
+from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.ops import TritonOps
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import Epic, Probe, Random, Selector
+from a3_sglang.timing import Timings
 from helpers.reference import Llama
 from helpers.world import World, executor_of
 

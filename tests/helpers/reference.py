@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from a3_sglang.drift.model import AT_BEGINNING, DEEP, FALL, KEYS, VALUES, Covariance
-from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
+from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
 

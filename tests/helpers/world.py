@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from a3_sglang.fusion.executor import Executor, FusionRequest
+from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.ops import TorchOps
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import make_plan
 from a3_sglang.selectors import Selector

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from a3_sglang.attention.autotune import NoUsableBackendError, fastest
 from a3_sglang.attention.flashinfer import FlashInferRowAttention, PagedRows
 from a3_sglang.attention.row_attention import RowAttention, TorchRowAttention, TritonRowAttention
+from a3_sglang.fusion.interface import UnsupportedModelError
 from a3_sglang.fusion.ops import create_ops
 from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
-from a3_sglang.integration.model import UnsupportedModelError
 from a3_sglang.selectors import make_selector, selector_names
 from helpers.reference import attention64
 from helpers.world import World, executor_of

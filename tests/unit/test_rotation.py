@@ -189,7 +189,8 @@ def one_pair_backwards(table: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_start_check_refuses_a_tampered_table(make_rope, tamper, dtype):
-    from a3_sglang.integration.model import UnsupportedModelError, check_rotation
+    from a3_sglang.fusion.interface import UnsupportedModelError
+    from a3_sglang.integration.model import check_rotation
 
     module = make_rope(dtype=dtype)
     check_rotation(Disguised(module, module.cos_sin_cache, True), 64, dtype)
@@ -198,7 +199,8 @@ def test_start_check_refuses_a_tampered_table(make_rope, tamper, dtype):
 
 
 def test_start_check_refuses_another_pairing(make_rope):
-    from a3_sglang.integration.model import UnsupportedModelError, check_rotation
+    from a3_sglang.fusion.interface import UnsupportedModelError
+    from a3_sglang.integration.model import check_rotation
 
     module = make_rope()
     with pytest.raises(UnsupportedModelError, match="differ from the model's own"):
