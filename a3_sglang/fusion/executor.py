@@ -1,244 +1,177 @@
-"""The fused prefill of a batch of planned requests: copy, probe, select, recompute."""
+"""The fused prefill of a batch of planned requests: copy, select, recompute."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 
 import torch
 
 from a3_sglang.attention.row_attention import RequestRows
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
 from a3_sglang.fusion.interface import Model
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.passes import DenseLayersPass, ProbePass, RecomputePass
-from a3_sglang.fusion.request import FusionRequest, Position, Slice, rows_of
+from a3_sglang.fusion.request import FusionRequest, Slice
+from a3_sglang.selectors import DenseLayer, DenseLayers, ProbeLayers, pick
 from a3_sglang.timing import Timings
 
 SLICE_ROWS = 8192
-"""Rows that go through the model at once, at most, where nothing else is said."""
+"""Default limit on the rows of a forward pass."""
 
 
 class Executor:
-    """Runs jobs on a model.
+    """Runs fused prefills on a model.
+
+    Each request goes through :meth:`copy`, :meth:`select` and :meth:`recompute`. Then the KV between its prefix and its
+    tail is complete, except for the leftover that :meth:`recompute` returns: these rows run in the forward pass of the
+    tails, within :meth:`with_leftover`.
 
     Args:
-        model: see :class:`Model`.
-        device: how it runs where the model's KV lies.
-        slice_rows: rows that go through the model at once, at most.
+        model: holds the KV and runs the passes.
+        ops: the operations for the device of the model's KV.
+        slice_rows: limit on the rows of a forward pass.
     """
 
-    def __init__(self, model: Model, device: Ops, slice_rows: int = SLICE_ROWS) -> None:
+    def __init__(self, model: Model, ops: Ops, slice_rows: int = SLICE_ROWS) -> None:
         self.model = model
-        self.device = device
+        self.ops = ops
         self.slice_rows = slice_rows
-        layers: dict[int, list[int]] = {}
+        by_rope: dict[int, list[int]] = {}
         for layer in range(model.depth):
-            layers.setdefault(id(model.ropes[layer]), []).append(layer)
+            by_rope.setdefault(id(model.ropes[layer]), []).append(layer)
         self._pools = [
-            (model.ropes[same[0]], device.pools([model.keys[i] for i in same], [model.values[i] for i in same]))
-            for same in layers.values()
+            (model.ropes[layers[0]], ops.pools([model.keys[i] for i in layers], [model.values[i] for i in layers]))
+            for layers in by_rope.values()
         ]
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Copy KV rows between slots in all layers, keys turned from their old to their new positions.
+    def copy(self, request: FusionRequest, donor_slots: torch.Tensor) -> None:
+        """Copy the KV of a request's spans to its slots in all layers, keys rotated to their new positions.
 
         Args:
-            source: int64 (n,), slots to copy from.
-            target: int64 (n,), slots to copy to; none of ``source``.
-            old: int64 (n,), positions of the keys in ``source``.
-            new: int64 (n,), positions they are turned to.
+            request: whose slots are written.
+            donor_slots: int64 (plan.reused,), slots to copy from, span after span; none of the request's own.
         """
+        spans, device = request.plan.spans, donor_slots.device
+        old_pos = torch.cat([torch.arange(s.offset, s.offset + s.length, device=device) for s in spans])
+        new_pos = request.reused_rows().positions
         for rope, pools in self._pools:
-            self.device.copy(pools, source, target, rope.turn(old, new), rope.neox)
+            self.ops.copy(pools, donor_slots, request.slots[new_pos], rope.turn(old_pos, new_pos), rope.neox)
 
-    def fill(self, job: FusionRequest, sources: torch.Tensor) -> None:
-        """Copy a job's spans to their places.
+    def select(self, requests: Sequence[FusionRequest], timings: Timings) -> None:
+        """Choose the reused rows to recompute.
 
         Args:
-            job: whose slots are written.
-            sources: int64 (plan.reused,), the donors' slots, span after span.
+            requests: of one batch, their spans copied; ``recomputed_pos`` and ``relevance`` are set.
+            timings: the parts "probe" and "select" are added.
+
+        Raises:
+            FloatingPointError: scores are not finite, on a CPU.
         """
-        device, spans = sources.device, job.plan.spans
-        old = torch.cat([torch.arange(s.offset, s.offset + s.length, device=device) for s in spans])
-        new = rows_of(job.plan, device).positions
-        self.copy(sources, job.slots[new], old, new)
+        with timings.add("probe"):
+            signals = self._probe(requests)
+            scores = [self._score(request, signal) for request, signal in zip(requests, signals, strict=True)]
+        with timings.add("select"):
+            for request, score in zip(requests, scores, strict=True):
+                request.relevance, request.recomputed_pos = _relevance(request, score), _select(request, score)
 
-    def run(self, jobs: Sequence[FusionRequest], timings: Timings) -> None:
-        """Make the KV between each job's prefix and tail ready, in place."""
-        self.prepare(jobs, timings, self.slice_rows)
-
-    def prepare(self, jobs: Sequence[FusionRequest], timings: Timings, behind: int) -> list[Slice]:
-        """Choose what is recomputed, and recompute what the forward of the tails cannot take along.
+    def recompute(self, requests: Sequence[FusionRequest], timings: Timings, room: int = 0) -> list[Slice]:
+        """Recompute the selected rows and the gaps, pass by pass.
 
         Args:
-            jobs: of one batch.
-            timings: are added to.
-            behind: rows that the forward of the tails has of its own. With what is left for it they are
-                ``slice_rows`` at most.
+            requests: of one batch.
+            timings: the part "recompute" is added.
+            room: rows that still fit into the tails' forward pass; 0 runs everything here.
 
         Returns:
-            What is left to recompute, for :meth:`extended`; none where nothing is.
+            The leftover, at most ``room`` rows, for :meth:`with_leftover`.
         """
-        self.choose(jobs, timings)
-        return self.recompute(jobs, timings, behind)
-
-    def recompute_all(self, job: FusionRequest) -> None:
-        """Recompute all reused rows and the gaps of a job, which is the full prefill of its context."""
-        job.recomputed = rows_of(job.plan, job.slots.device).positions
-        self.recompute([job], Timings(), self.slice_rows)
-
-    def choose(self, jobs: Sequence[FusionRequest], timings: Timings) -> None:
-        """Probe, and choose what is recomputed."""
-        with timings.add("probe"):
-            scores = self._probe(jobs)
-            for i, job in enumerate(jobs):
-                if job.chooses and job.selector.fresh_layers:
-                    scores[i] = self._compute_first_layers(job)
-        with timings.add("select"):
-            for job, score in zip(jobs, scores, strict=True):
-                job.relevance, job.recomputed = score, _select(job, score)
-
-    def recompute(self, jobs: Sequence[FusionRequest], timings: Timings, behind: int) -> list[Slice]:
-        """Recompute what was chosen and the gaps, pass after pass; see :meth:`prepare`."""
-        work: list[Slice] = []
+        slices: list[Slice] = []
         pending = 0
         with timings.add("recompute"):
-            for job in jobs:
-                gaps = [torch.arange(a, b, device=job.slots.device) for a, b in job.plan.gaps()]
-                rows = torch.cat([job.recomputed, *gaps]).sort().values
-                begin: Position = job.plan.prefix
-                # Slices of one request go in order of position, so that each finds the KV before it fresh.
-                while len(rows):
-                    part, rows = rows.tensor_split([self.slice_rows - pending])
-                    end = rows[0] if len(rows) else job.plan.end
-                    work.append(Slice(job, part, begin, end))
-                    begin = end
-                    pending += len(part)
+            for request in requests:
+                rest_pos = torch.cat([request.recomputed_pos, *request.gap_pos()]).sort().values
+                begin_pos: int | torch.Tensor = request.plan.prefix
+                # In order of position, so that each slice finds the KV before it recomputed.
+                while len(rest_pos):
+                    pos, rest_pos = rest_pos.tensor_split([self.slice_rows - pending])
+                    end_pos = rest_pos[0] if len(rest_pos) else request.plan.end
+                    slices.append(Slice(request, pos, begin_pos, end_pos))
+                    begin_pos = end_pos
+                    pending += len(pos)
                     if pending == self.slice_rows:
-                        self._pass(work)
-                        work, pending = [], 0
-            if work and behind + pending > self.slice_rows:
-                self._pass(work)
-                work = []
-        return work
+                        self._run(slices)
+                        slices, pending = [], 0
+            if slices and pending > room:
+                self._run(slices)
+                slices = []
+        return slices
 
-    def _probe(self, jobs: Sequence[FusionRequest]) -> list[torch.Tensor | None]:
-        """Question attention over prefix and spans, float32 (end,) a job; None where the rule needs none."""
-        bands: dict[range, list[int]] = {}
-        for i, job in enumerate(jobs):
-            layers = job.selector.probe_layers(self.model.depth)
-            if job.chooses and len(layers):
-                bands.setdefault(layers, []).append(i)
-        scores: list[torch.Tensor | None] = [None] * len(jobs)
-        for layers, asked in bands.items():
-            attention = ProbePass(self.model, self.device, [jobs[i] for i in asked], layers)
-            self.model.forward(attention.tokens, attention.positions, attention)
-            for i, score in zip(asked, attention.by_job(), strict=True):
-                scores[i] = score
-        return scores
-
-    def _compute_first_layers(self, job: FusionRequest) -> torch.Tensor:
-        """Compute the layers that the selector wants in full; what it measures on the last of them, (end,)."""
-        first = DenseLayersPass(self.model, self.device, job)
-        rows = torch.arange(job.plan.prefix, len(job.tokens), device=job.slots.device)
-        for part in rows.split(self.slice_rows):
-            self.model.forward(job.tokens[part], part, first)
-        job.fresh_layers = job.selector.fresh_layers
-        return first.scores()
-
-    def _pass(self, work: Sequence[Slice]) -> None:
-        rows = self._rows_of(work)
-        attend = RecomputePass(self.model, self.device, rows.slots, rows.groups, rows.spreads, kv_only=len(rows.groups))
-        self.model.forward(rows.tokens, rows.positions, attend)
-
-    def extended(
-        self, work: Sequence[Slice], groups: Sequence[RequestRows], slots: torch.Tensor
+    def with_leftover(
+        self, leftover: Sequence[Slice], extend: Sequence[RequestRows], slots: torch.Tensor
     ) -> AbstractContextManager[None]:
-        """A context for the model's own forward of the tails, which takes along what is left to recompute.
+        """A context for the model's own forward of the tails, which recomputes the leftover in the same pass.
 
         Args:
-            work: what :meth:`prepare` returned.
-            groups: of the forward's own rows.
+            leftover: what :meth:`recompute` returned; may be empty.
+            extend: the rows of each request in this forward.
             slots: int64 (rows,), where their KV goes.
         """
-        if not work:
-            return self.model.extended(slots[:0], slots[:0], RecomputePass(self.model, self.device, slots, groups))
-        rows = self._rows_of(work)
-        count = len(rows.tokens)
-        behind = [replace(group, begin=group.begin + count, end=group.end + count) for group in groups]
-        attend = RecomputePass(
-            self.model,
-            self.device,
-            torch.cat([rows.slots, slots]),
-            [*rows.groups, *behind],
-            rows.spreads,
-            kv_only=len(rows.groups),
-        )
-        return self.model.extended(rows.tokens, rows.positions, attend)
+        attend = RecomputePass(self.model, self.ops, leftover, extend, slots)
+        return self.model.prepending(attend.tokens, attend.positions, attend)
 
-    def _rows_of(self, work: Sequence[Slice]) -> _PassRows:
-        groups, spreads, at = [], [], 0
-        for part in work:
-            job, rows = part.job, part.rows
-            # Only the first plan.end slots are seen; the prompt's length decides how PyTorch's kernel rounds.
-            context = torch.cat([job.slots, job.slots[:1].expand(len(job.tokens) - job.plan.end)])
-            groups.append(RequestRows(at, at + len(rows), context, rows + 1, job.exact))
-            if job.selector.spreads and len(job.recomputed) and not job.exact:
-                spreads.append(_spread(part, at))
-            at += len(rows)
-        return _PassRows(
-            torch.cat([part.job.tokens[part.rows] for part in work]),
-            torch.cat([part.rows for part in work]),
-            torch.cat([part.job.slots[part.rows] for part in work]),
-            groups,
-            spreads,
-        )
+    def _probe(self, requests: Sequence[FusionRequest]) -> list[torch.Tensor | None]:
+        """Question attention over prefix and spans, float32 (plan.end,) per request; None if it is not needed."""
+        by_layers: dict[range, list[int]] = {}
+        for i, request in enumerate(requests):
+            needs = request.selector.needs
+            if isinstance(needs, ProbeLayers) and request.budget.leaves_choice:
+                by_layers.setdefault(needs.layers(self.model.depth), []).append(i)
+        signals: list[torch.Tensor | None] = [None] * len(requests)
+        for layers, members in by_layers.items():
+            probe = ProbePass(self.model, self.ops, [requests[i] for i in members], layers)
+            self.model.forward(probe.tokens, probe.positions, probe)
+            for i, signal in zip(members, probe.by_request(), strict=True):
+                signals[i] = signal
+        return signals
 
+    def _score(self, request: FusionRequest, probed: torch.Tensor | None) -> torch.Tensor | None:
+        """The selector's scores, float32 (reused,); None if the budget leaves no choice."""
+        if not request.budget.leaves_choice:
+            return None
+        needs = request.selector.needs
+        signal = self._dense_layer(request, needs.count) if isinstance(needs, DenseLayers) else probed
+        return request.selector.score(signal, request.reused_rows())
 
-@dataclass(frozen=True, slots=True)
-class _PassRows:
-    """Rows that go through the model in one pass: what they are, where their KV goes, who they belong to."""
+    def _dense_layer(self, request: FusionRequest, count: int) -> DenseLayer:
+        """Compute ``count`` layers for all rows after the exact prefix; the last of them."""
+        dense = DenseLayersPass(self.model, self.ops, request, count)
+        all_pos = torch.arange(request.plan.prefix, len(request.tokens), device=request.slots.device)
+        for pos in all_pos.split(self.slice_rows):
+            self.model.forward(request.tokens[pos], pos, dense)
+        request.dense_layers = count
+        return dense.last_layer()
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    groups: list[RequestRows]
-    spreads: list[DriftCorrection]
+    def _run(self, slices: Sequence[Slice]) -> None:
+        attend = RecomputePass(self.model, self.ops, slices)
+        self.model.forward(attend.tokens, attend.positions, attend)
 
 
-def _spread(part: Slice, at: int) -> DriftCorrection:
-    """What a part's rows, which begin at ``at`` in their pass, tell the reused rows among which they stand."""
-    job, device = part.job, part.rows.device
-    every = rows_of(job.plan, device)
-    blocks = PaddedBlocks(every.lengths, device)
-    number = torch.searchsorted(every.positions, part.rows)
-    real = every.positions[number.clamp(max=len(every.positions) - 1)] == part.rows
-    wanted = (every.positions >= part.begin) & (every.positions < part.end)
-    known = number.where(real, len(every.positions))
-    return DriftCorrection(
-        DriftPredictor(known, blocks, candidates_per_block(blocks, len(job.recomputed)), wanted),
-        torch.arange(at, at + len(part.rows), device=device),
-        job.slots[part.rows],
-        part.rows,
-        real,
-        job.slots[every.positions],
-        every.positions,
-    )
+def _relevance(request: FusionRequest, score: torch.Tensor | None) -> torch.Tensor | None:
+    """Scores by position, float32 (plan.end,); None if they are not measured."""
+    if score is None or request.selector.needs is None:
+        return None
+    by_position = torch.zeros(request.plan.end, device=request.slots.device)
+    return by_position.index_copy_(0, request.reused_rows().positions, score)
 
 
-def _select(job: FusionRequest, score: torch.Tensor | None) -> torch.Tensor:
-    rows = rows_of(job.plan, job.slots.device)
-    budget = job.selector.budget(job.ratio, job.plan.reused)
-    if not job.chooses:
-        return rows.positions[: budget[0]]
+def _select(request: FusionRequest, score: torch.Tensor | None) -> torch.Tensor:
+    """Positions of the rows to recompute, int64, ascending; without scores, all or none."""
+    rows, budget = request.reused_rows(), request.budget
     if score is None:
-        score = torch.zeros(job.plan.end, device=job.slots.device)
-    elif not score.is_cpu:
-        # Looking would wait for the device; a row whose score is no number is recomputed first.
+        return rows.positions[: budget.least]
+    if not score.is_cpu:
+        # Testing for NaN would force a host-device sync, so NaN scores are ranked first: these rows are recomputed.
         score = score.nan_to_num(nan=torch.finfo(score.dtype).max)
     elif not bool(torch.isfinite(score).all()):
         raise FloatingPointError("the scores of reused rows are not finite")
-    return job.selector.pick(score, rows, budget)
+    return pick(request.selector, score, rows, budget)

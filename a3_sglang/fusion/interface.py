@@ -1,4 +1,4 @@
-"""The model as the fusion needs it."""
+"""The interface between a fusion and the model it runs on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class UnsupportedModelError(ValueError):
 
 
 class StopForward(Exception):  # noqa: N818 - no error
-    """Raised by :meth:`AttentionHook.attend` where nothing behind it is wanted; ends the pass."""
+    """Raised by :meth:`AttentionHook.attend` to end the pass at this layer."""
 
 
 class AttentionHook(ABC):
-    """What happens where a layer of the model attends."""
+    """Replaces the model's attention during a forward pass."""
 
     @abstractmethod
     def attend(
@@ -40,12 +40,18 @@ class AttentionHook(ABC):
             (rows, heads, head_dim).
 
         Raises:
-            StopForward: no layer behind this one is wanted.
+            StopForward: neither this layer's output nor any later layer is needed.
         """
 
 
 class Model(ABC):
-    """The model as the executor needs it: a pool of KV slots and passes over arbitrary rows."""
+    """The model as the executor needs it: a pool of KV slots and passes over arbitrary rows.
+
+    Attributes:
+        depth: number of layers.
+        keys, values: the KV pool of each layer, (slots, kv_heads, head_dim).
+        ropes: rotary table by layer; layers may share one.
+    """
 
     depth: int
     keys: Sequence[torch.Tensor]
@@ -54,17 +60,17 @@ class Model(ABC):
 
     @abstractmethod
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
-        """Run rows through the layers, until ``attend`` raises :class:`StopForward` or to the end.
+        """Run rows through the layers to the end, or until ``attend`` raises :class:`StopForward`.
 
         Args:
             tokens: int64 (rows,).
             positions: int64 (rows,).
-            attend: takes the place of the model's attention.
+            attend: replaces the model's attention.
         """
 
     @abstractmethod
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> Any:
-        """The model's own forward of rows, head included, as of a batch's tails; within :meth:`extended`.
+        """The model's own forward of rows, head included, as of a batch's tails; within :meth:`prepending`.
 
         Args:
             tokens: int64 (rows,).
@@ -72,16 +78,16 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def extended(
+    def prepending(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook
     ) -> AbstractContextManager[None]:
-        """A context for the model's own forward of other rows: it attends through ``attend``, and these rows go first.
+        """A context for one forward of the model, which runs these rows before its own and attends through ``attend``.
 
         Args:
-            tokens: int64 (rows,), may be none.
+            tokens: int64 (rows,), may be empty.
             positions: int64 (rows,).
-            attend: takes the place of the model's attention.
+            attend: replaces the model's attention, for all rows.
 
         Raises:
-            RuntimeError: at the end, if no forward took the rows along.
+            RuntimeError: on exit, if the rows did not run exactly once.
         """

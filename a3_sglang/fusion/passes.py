@@ -1,4 +1,4 @@
-"""Forward passes over some rows of the model: recompute, probe, first layers in full."""
+"""Forward passes over some rows of the prompts: the probe, the first layers in full, and the recompute."""
 
 from __future__ import annotations
 
@@ -10,161 +10,227 @@ import torch
 from a3_sglang.attention.probe_attention import ProbeFn, ProbeRows
 from a3_sglang.attention.row_attention import Attention, RequestRows
 from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.drift.model import DriftPredictor, PaddedBlocks, candidates_per_block
 from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.fusion.ops import Ops
-from a3_sglang.fusion.request import FusionRequest, rows_of
+from a3_sglang.fusion.request import FusionRequest, Slice
 from a3_sglang.matching.plan import question_ranges
-from a3_sglang.selectors import FreshLayer
+from a3_sglang.selectors import DenseLayer
+
+
+class ProbePass(AttentionHook):
+    """Attention of the questions of some requests over their prefixes and copied spans.
+
+    A question's rows get the prompt's last positions, wherever the question is, so that they follow all known context.
+    They do not attend to the rest of gaps and tail, have no slots and write no KV. The pass ends after the last layer
+    that is read.
+
+    Args:
+        model: runs the pass.
+        ops: how questions attend.
+        requests: one question each; the size of the probe is noted on them.
+        layers: whose attention is read.
+
+    Attributes:
+        tokens, positions: int64 (rows,), of the pass.
+    """
+
+    def __init__(self, model: Model, ops: Ops, requests: Sequence[FusionRequest], layers: range) -> None:
+        self._model, self._ops = model, ops
+        self._requests, self._layers = requests, layers
+        self._known_pos, self._questions, tokens, positions, row = [], [], [], [], 0
+        for request in requests:
+            device, end = request.slots.device, len(request.tokens)
+            asked = [request.tokens[start:stop] for start, stop in question_ranges(request.plan, end, request.question)]
+            rows = sum(map(len, asked))
+            request.probed_rows, request.probed_layers = rows, layers.stop
+            prefix_pos = torch.arange(request.plan.prefix, device=device)
+            known_pos = torch.cat([prefix_pos, request.reused_rows().positions])
+            self._known_pos.append(known_pos)
+            self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos]))
+            tokens += asked
+            positions.append(torch.arange(end - rows, end, device=device))
+            row += rows
+        self.tokens = torch.cat(tokens)
+        self.positions = torch.cat(positions)
+        self._relevance = torch.zeros(sum(map(len, self._known_pos)), device=self.positions.device)
+        self._run: ProbeFn | None = None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        if self._run is None:
+            self._run = self._ops.questions.plan(self._questions, query.shape[1], key.shape[1])
+        pools = self._model.keys[layer], self._model.values[layer]
+        out = self._run(query, (key, value), pools, scaling, self._relevance if layer in self._layers else None)
+        if layer == self._layers[-1]:
+            raise StopForward
+        return out
+
+    def by_request(self) -> list[torch.Tensor]:
+        """Relevance of each request's positions before its tail, float32 (plan.end,); zero in gaps."""
+        parts = self._relevance.split([len(known_pos) for known_pos in self._known_pos])
+        return [
+            part.new_zeros(request.plan.end).index_copy_(0, known_pos, part)
+            for request, known_pos, part in zip(self._requests, self._known_pos, parts, strict=True)
+        ]
+
+
+class DenseLayersPass(AttentionHook):
+    """The first layers of all rows after one request's exact prefix, in slices by position.
+
+    The context's KV is written to its slots; the tail's is kept until the last of these layers is read.
+
+    Args:
+        model: runs the pass.
+        ops: how rows attend.
+        request: whose layers are computed.
+        count: number of layers.
+    """
+
+    def __init__(self, model: Model, ops: Ops, request: FusionRequest, count: int) -> None:
+        self._model, self._attention, self._request = model, ops.rows, request
+        self._last = count - 1
+        self._copied = model.values[self._last].index_select(0, request.slots[request.plan.prefix :])
+        self._tail: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._queries: list[torch.Tensor] = []
+        self._next_pos = request.plan.prefix
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        request, begin, end = self._request, self._next_pos, self._next_pos + len(query)
+        context = max(min(request.plan.end - begin, len(query)), 0)
+        pools = self._model.keys[layer], self._model.values[layer]
+        for pool, own in zip(pools, (key, value), strict=True):
+            pool.index_copy_(0, request.slots[begin : begin + context], own[:context].to(pool.dtype))
+        tail = self._tail.setdefault(layer, [])
+        tail.append((key[context:], value[context:]))
+        if layer == self._last:
+            self._queries.append(query[context:])
+            self._next_pos = end
+            raise StopForward
+        keys, values = (
+            torch.cat([pool[request.slots], *parts]) for pool, parts in zip(pools, zip(*tail, strict=True), strict=True)
+        )
+        # The copy above has one slot per position, so slots and positions are the same.
+        visible = torch.arange(begin, end, device=query.device) + 1
+        group = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), visible, True)
+        run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
+        return run(query, keys, values, scaling)
+
+    def last_layer(self) -> DenseLayer:
+        """The last of the layers, once all slices have run."""
+        request, layer = self._request, self._last
+        pools = self._model.keys[layer], self._model.values[layer]
+        key, value = (
+            torch.cat([pool[request.slots[request.plan.prefix :]], *parts])
+            for pool, parts in zip(pools, zip(*self._tail[layer], strict=True), strict=True)
+        )
+        reused = request.reused_rows().positions - request.plan.prefix
+        return DenseLayer(torch.cat(self._queries), key, value, self._copied, reused)
 
 
 class RecomputePass(AttentionHook):
-    """Rows whose KV is written to their slots before they attend.
+    """Rows whose KV is written to their slots before they attend: slices to recompute, then an extend's own rows.
+
+    Of the slices nothing but the KV is needed, so they do not attend in the last layer; without other rows the pass
+    ends there.
 
     Args:
-        slots: int64 (rows,), where the rows' KV goes.
-        groups: who owns which rows.
-        spreads: what is done before, while the slots still hold the copied KV.
-        kv_only: groups at the beginning of which nothing but the KV is wanted. In the last layer only the rows of the
-            others attend; where there are none, the pass ends there.
+        model: runs the pass.
+        ops: how rows attend and drift is corrected.
+        slices: the rows to recompute.
+        extend: the rows of each request in the extend, which follow the slices; ``begin`` and ``end`` count from the
+            first of them.
+        extend_slots: int64 (rows of the extend,), where their KV goes.
+
+    Attributes:
+        tokens, positions: int64 (rows of the slices,).
     """
 
     def __init__(
         self,
         model: Model,
         ops: Ops,
-        slots: torch.Tensor,
-        groups: Sequence[RequestRows],
-        spreads: Sequence[DriftCorrection] = (),
-        kv_only: int = 0,
+        slices: Sequence[Slice],
+        extend: Sequence[RequestRows] = (),
+        extend_slots: torch.Tensor | None = None,
     ) -> None:
-        self._model, self._device = model, ops
-        self._slots, self._groups, self._spreads, self._kv_only = slots, groups, spreads, kv_only
+        self._model, self._ops = model, ops
+        none = torch.empty(0, dtype=torch.int64, device=model.keys[0].device)
+        self.tokens = torch.cat([none, *(part.request.tokens[part.pos] for part in slices)])
+        self.positions = torch.cat([none, *(part.pos for part in slices)])
+        written = [part.request.slots[part.pos] for part in slices]
+        self._slots = torch.cat([none, *written, none if extend_slots is None else extend_slots])
+        self._slices, self._corrections = _slices(slices)
+        self._extend, self._first_row = extend, len(self.positions)
         self._run: Attention | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         keys, values = self._model.keys[layer], self._model.values[layer]
-        if layer:  # KV of layer 0 has seen no context, so it has no drift.
-            for spread in self._spreads:
-                self._device.spread((keys, values), (key, value), spread, self._model.ropes[layer])
+        if layer:  # KV of layer 0 does not depend on the context, so it has no drift.
+            for correction in self._corrections:
+                # Observed drift is fresh minus copied KV, so this comes before the fresh KV is written.
+                self._ops.spread((keys, values), (key, value), correction, self._model.ropes[layer])
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
-        if layer == self._model.depth - 1 and self._kv_only:
+        if layer == self._model.depth - 1 and self._slices:
             return self._attend_last(query, keys, values, scaling)
         if self._run is None:
-            self._run = self._plan(self._groups, query, keys)
+            first = self._first_row
+            moved = [replace(rows, begin=rows.begin + first, end=rows.end + first) for rows in self._extend]
+            self._run = self._plan([*self._slices, *moved], query, keys)
         return self._run(query, keys, values, scaling)
 
     def _attend_last(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        others = self._groups[self._kv_only :]
-        if not others:
+        """Attention of the extend's rows only; zero for the slices."""
+        if not self._extend:
             raise StopForward
-        first = others[0].begin
-        moved = [replace(group, begin=group.begin - first, end=group.end - first) for group in others]
         out = torch.zeros_like(query)
-        out[first:] = self._plan(moved, query, keys)(query[first:], keys, values, scaling)
+        own = query[self._first_row :]
+        out[self._first_row :] = self._plan(self._extend, query, keys)(own, keys, values, scaling)
         return out
 
     def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> Attention:
-        return self._device.rows.plan(groups, query.shape[1], keys.shape[1], query.dtype)
+        return self._ops.rows.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
-class ProbePass(AttentionHook):
-    """The questions of some jobs over their prefixes and spans as they were copied.
-
-    Wherever a question is in its prompt, its rows get the prompt's last positions, after all known context. They do
-    not attend to the rest of gaps and tail, get no slots and write no KV. The pass ends after the last layer whose
-    scores are wanted.
-    """
-
-    def __init__(self, model: Model, ops: Ops, jobs: Sequence[FusionRequest], layers: range) -> None:
-        self._model, self._device = model, ops
-        self._jobs, self._layers = jobs, layers
-        self._known, self._questions, tokens, positions, begin = [], [], [], [], 0
-        for job in jobs:
-            device, end = job.slots.device, len(job.tokens)
-            asked = [job.tokens[start:stop] for start, stop in question_ranges(job.plan, end, job.question)]
-            rows = sum(map(len, asked))
-            job.probed_rows, job.probed_layers = rows, layers.stop
-            known = torch.cat([torch.arange(job.plan.prefix, device=device), rows_of(job.plan, device).positions])
-            self._known.append(known)
-            self._questions.append(ProbeRows(begin, begin + rows, job.slots[known]))
-            tokens += asked
-            positions.append(torch.arange(end - rows, end, device=device))
-            begin += rows
-        self.tokens = torch.cat(tokens)
-        self.positions = torch.cat(positions)
-        self._scores = torch.zeros(sum(map(len, self._known)), device=self.positions.device)
-        self._ask: ProbeFn | None = None
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        if self._ask is None:
-            self._ask = self._device.questions.plan(self._questions, query.shape[1], key.shape[1])
-        pools = self._model.keys[layer], self._model.values[layer]
-        out = self._ask(query, (key, value), pools, scaling, self._scores if layer in self._layers else None)
-        if layer == self._layers[-1]:
-            raise StopForward
-        return out
-
-    def by_job(self) -> list[torch.Tensor]:
-        """Scores of each job's positions before its tail, float32 (end,); zero where nothing was known."""
-        parts = self._scores.split([len(known) for known in self._known])
-        return [
-            part.new_zeros(job.plan.end).index_copy_(0, known, part)
-            for job, known, part in zip(self._jobs, self._known, parts, strict=True)
-        ]
+def _slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[DriftCorrection]]:
+    """How the rows of slices attend, and how they correct drift, by their rows in one pass."""
+    groups, corrections, row = [], [], 0
+    for part in slices:
+        request, end_row = part.request, row + len(part.pos)
+        # Only the first plan.end slots are visible; the prompt's length decides how PyTorch's kernel rounds.
+        unseen = request.slots[:1].expand(len(request.tokens) - request.plan.end)
+        groups.append(RequestRows(row, end_row, torch.cat([request.slots, unseen]), part.pos + 1, request.exact))
+        if request.selector.corrects_drift and len(request.recomputed_pos) and not request.exact:
+            corrections.append(_drift_correction(part, row))
+        row = end_row
+    return groups, corrections
 
 
-class DenseLayersPass(AttentionHook):
-    """All rows behind one job's exact prefix, in slices by position; the context's KV goes to its slots."""
-
-    def __init__(self, model: Model, ops: Ops, job: FusionRequest) -> None:
-        self._model, self._attention, self._job = model, ops.rows, job
-        self._last = job.selector.fresh_layers - 1
-        self._copied = self._model.values[self._last].index_select(0, job.slots[job.plan.prefix :])
-        self._tail: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._queries: list[torch.Tensor] = []
-        self._at = job.plan.prefix
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        job, end = self._job, self._at + len(query)
-        context = max(min(job.plan.end - self._at, len(query)), 0)
-        pools = self._model.keys[layer], self._model.values[layer]
-        for pool, own in zip(pools, (key, value), strict=True):
-            pool.index_copy_(0, job.slots[self._at : self._at + context], own[:context].to(pool.dtype))
-        tail = self._tail.setdefault(layer, [])
-        tail.append((key[context:], value[context:]))
-        if layer == self._last:
-            self._queries.append(query[context:])
-            self._at = end
-            raise StopForward
-        keys, values = (
-            torch.cat([pool[job.slots], *parts]) for pool, parts in zip(pools, zip(*tail, strict=True), strict=True)
-        )
-        visible = torch.arange(self._at, end, device=query.device) + 1
-        group = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), visible, True)
-        run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
-        return run(query, keys, values, scaling)
-
-    def scores(self) -> torch.Tensor:
-        """What the selector measures, float32 (end,); zero where nothing is reused."""
-        job, layer = self._job, self._last
-        own = slice(job.plan.prefix, None)
-        key, value = (
-            torch.cat([pool[layer][job.slots[own]], *parts])
-            for pool, parts in zip(
-                (self._model.keys, self._model.values), zip(*self._tail[layer], strict=True), strict=True
-            )
-        )
-        measured = job.selector.measure(FreshLayer(torch.cat(self._queries), key, value, self._copied))
-        scores = torch.zeros(job.plan.end, device=job.slots.device)
-        reused = rows_of(job.plan, job.slots.device).positions
-        scores[reused] = measured[reused - job.plan.prefix]
-        return scores
+def _drift_correction(part: Slice, first_row: int) -> DriftCorrection:
+    """Drift correction of one slice, whose rows start at ``first_row`` of the pass."""
+    request, pos = part.request, part.pos
+    reused = request.reused_rows()
+    reused_pos, count = reused.positions, len(reused.positions)
+    blocks = PaddedBlocks(reused.lengths, pos.device)
+    nearest_idx = torch.searchsorted(reused_pos, pos)
+    is_reused = reused_pos[nearest_idx.clamp(max=count - 1)] == pos
+    # Rows in gaps get the index `count`, which stands for no reused row.
+    observed_idx = nearest_idx.where(is_reused, count)
+    corrected = (reused_pos >= part.begin_pos) & (reused_pos < part.end_pos)
+    return DriftCorrection(
+        DriftPredictor(observed_idx, blocks, candidates_per_block(blocks, len(request.recomputed_pos)), corrected),
+        torch.arange(first_row, first_row + len(pos), device=pos.device),
+        request.slots[pos],
+        pos,
+        is_reused,
+        request.slots[reused_pos],
+        reused_pos,
+    )

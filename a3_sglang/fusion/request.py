@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from a3_sglang.matching.plan import Plan
-from a3_sglang.selectors import Ratio, Rows, Selector
+from a3_sglang.selectors import Budget, Ratio, ReusedRows, Selector
 
 
 @dataclass(slots=True)
@@ -16,16 +15,18 @@ class FusionRequest:
     """One request's fused prefill.
 
     Attributes:
-        plan: what comes from where.
+        plan: which tokens are reused, and from where.
         tokens: int64 (prompt,).
-        slots: int64 (plan.end,), the exact prefix's slots and the private ones behind it.
+        slots: int64 (plan.end,), by position: the exact prefix's slots, then private ones.
         selector, ratio: which reused rows are recomputed.
-        question: positions of the prompt's question, ``(start, end)``; None: see :func:`question_ranges`.
-        recomputed: int64, positions of the reused rows that were recomputed, ascending; set by :meth:`Executor.run`.
-        relevance: float32 (plan.end,), what the selector ranked the reused rows by, zero at other positions; None:
-            it measured nothing. Set by :meth:`Executor.choose`.
+        question: positions of the prompt's question, ``(start, end)``; None: see
+            :func:`a3_sglang.matching.plan.question_ranges`.
+        recomputed_pos: int64, positions of the reused rows to recompute, ascending; set by :meth:`Executor.select
+            <a3_sglang.fusion.executor.Executor.select>` or :meth:`select_all`.
+        relevance: float32 (plan.end,), the selector's scores at the positions of the reused rows, zero at others; None
+            if nothing was measured for them. Set by ``Executor.select``.
         probed_rows, probed_layers: size of the probe.
-        fresh_layers: layers, from layer 0 on, that were computed for all rows.
+        dense_layers: layers, from layer 0 on, that were computed for all rows.
     """
 
     plan: Plan
@@ -34,47 +35,57 @@ class FusionRequest:
     selector: Selector
     ratio: Ratio
     question: tuple[int, int] | None = None
-    recomputed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    recomputed_pos: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     relevance: torch.Tensor | None = None
     probed_rows: int = 0
     probed_layers: int = 0
-    fresh_layers: int = 0
+    dense_layers: int = 0
 
     @property
-    def chooses(self) -> bool:
-        """Whether the budget leaves the selector a choice."""
-        budget = self.selector.budget(self.ratio, self.plan.reused)
-        return budget[-1] > 0 and budget[0] < self.plan.reused
+    def budget(self) -> Budget:
+        """How many reused rows are recomputed."""
+        return Budget.of(self.selector, self.ratio, self.plan.reused)
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is reused as it is, which makes it a full prefill."""
-        return len(self.recomputed) == self.plan.reused
+        """Whether every reused row is recomputed, which makes this a full prefill."""
+        return len(self.recomputed_pos) == self.plan.reused
+
+    def reused_rows(self) -> ReusedRows:
+        """The reused rows, on the device of the request's tensors."""
+        return ReusedRows.of([(span.start, span.end) for span in self.plan.spans], self.slots.device)
+
+    def gap_pos(self) -> list[torch.Tensor]:
+        """Positions of each gap, int64."""
+        return [torch.arange(start, end, device=self.slots.device) for start, end in self.plan.gaps()]
+
+    def select_all(self) -> None:
+        """Recompute every reused row: with the gaps, a full prefill of the context."""
+        self.recomputed_pos = self.reused_rows().positions
 
     def charged(self, depth: int) -> float:
         """Rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail).
 
-        A layer's row counts once: that chosen rows pass through the ``fresh_layers`` twice is our doing, not that of
-        the methods which ask for them.
+        Each row counts once per layer: that recomputed rows pass through the ``dense_layers`` twice is a property of
+        this implementation, not of the methods that need these layers.
         """
         context = self.plan.end - self.plan.prefix
-        rows = context * self.fresh_layers + (len(self.recomputed) + self.plan.gap) * (depth - self.fresh_layers)
+        recomputed = len(self.recomputed_pos) + self.plan.gap
+        rows = context * self.dense_layers + recomputed * (depth - self.dense_layers)
         return (rows + self.probed_rows * self.probed_layers) / (depth * context)
-
-
-Position = int | torch.Tensor
-"""A position that may be known on the device only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Rows of one job that go through the model in one pass: all it recomputes of ``[begin, end)``."""
+    """Rows of one request that run in one pass: everything it recomputes between two positions.
 
-    job: FusionRequest
-    rows: torch.Tensor
-    begin: Position
-    end: Position
+    Attributes:
+        request: whose rows they are.
+        pos: int64 (rows,), their positions, ascending.
+        begin_pos, end_pos: the range ``[begin_pos, end_pos)``; on the device if its value is only known there.
+    """
 
-
-def rows_of(plan: Plan, device: Any) -> Rows:
-    return Rows.of([(span.start, span.end) for span in plan.spans], device)
+    request: FusionRequest
+    pos: torch.Tensor
+    begin_pos: int | torch.Tensor
+    end_pos: int | torch.Tensor

@@ -76,7 +76,7 @@ class SGLangModel(Model):
         self._runner.model(tokens, positions, compat.row_batch(tokens, positions))
 
     @contextmanager
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
+    def prepending(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
         passes, total, layers = 0, 0, self._layers
         # Models call their stack by position or by keyword, and name its arguments as they like.
         signature = inspect.signature(type(layers).forward)

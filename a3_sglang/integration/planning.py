@@ -19,7 +19,7 @@ from a3_sglang.matching.index import AnyPositionIndex, Run, Segment, beside
 from a3_sglang.matching.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome
-from a3_sglang.selectors.base import AUTO_CAP, AUTO_USUAL, Ratio
+from a3_sglang.selectors.budget import AUTO_CAP, AUTO_USUAL, Ratio
 
 _BRANCHES_TRIED = 8
 """Branches whose tokens are compared with a prompt's, at most."""

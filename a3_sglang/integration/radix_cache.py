@@ -14,7 +14,7 @@ import torch
 from a3_sglang.attention.row_attention import RequestRows
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.fusion.executor import Executor
-from a3_sglang.fusion.request import FusionRequest, Slice
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.integration import compat
 from a3_sglang.integration.planning import PlanningRadixCache, most
 from a3_sglang.integration.request import Reason, RequestState, state_of
@@ -244,18 +244,19 @@ class A3RadixCache(PlanningRadixCache):
             sources = state_of(req).sources
             assert sources is not None
             with timings.add("copy"):
-                self.executor.fill(job, sources)
-        left: list[Slice] = []
-        if jobs and (on_cpu or all(state_of(req).branch is not None for req in batch.reqs)):
-            left = self.executor.prepare(jobs, timings, sum(batch.extend_lens))
-        elif jobs:
-            self.executor.run(jobs, timings)
+                self.executor.copy(job, sources)
+        left = []
+        if jobs:
+            one_pass = on_cpu or all(state_of(req).branch is not None for req in batch.reqs)
+            room = max(0, self.executor.slice_rows - sum(batch.extend_lens)) if one_pass else 0
+            self.executor.select(jobs, timings)
+            left = self.executor.recompute(jobs, timings, room)
         for req, job in admitted:
-            self.settle(state_of(req), job.plan, len(job.recomputed))
+            self.settle(state_of(req), job.plan, len(job.recomputed_pos))
         with timings.add("recompute" if left else "tail"):
             if not left and not on_cpu:
                 return run()
-            with self.executor.extended(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
+            with self.executor.with_leftover(left, self._groups(batch), batch.out_cache_loc.to(torch.int64)):
                 return run()
 
     def _recompute_everything(self, admitted: list[Any], jobs: dict[int, FusionRequest]) -> None:
@@ -266,8 +267,9 @@ class A3RadixCache(PlanningRadixCache):
             state.reason = Reason.ERROR
             try:
                 job = jobs[id(req)] = self._job(req)
-                self.executor.recompute_all(job)
-                self.settle(state_of(req), job.plan, len(job.recomputed))
+                job.select_all()
+                self.executor.recompute([job], Timings())
+                self.settle(state_of(req), job.plan, len(job.recomputed_pos))
             except Exception:
                 self.breaker.failed("full recompute")
                 self._abort(req)
@@ -284,12 +286,12 @@ class A3RadixCache(PlanningRadixCache):
     def _finish_fusion(self, req: Any, job: FusionRequest | None, timings: Timings) -> None:
         state = state_of(req)
         state.waiting = False
-        state.recomputed = job.recomputed if job is not None else None
+        state.recomputed = job.recomputed_pos if job is not None else None
         self.waiting.pop(id(req), None)
         if job is not None:
             assert self.executor is not None
-            compat.count_as_computed(req, len(job.recomputed) + job.plan.gap)
-            self.count(req, job.plan, len(job.recomputed), job.charged(self.executor.model.depth))
+            compat.count_as_computed(req, len(job.recomputed_pos) + job.plan.gap)
+            self.count(req, job.plan, len(job.recomputed_pos), job.charged(self.executor.model.depth))
             if self.options_of(req).explain:
                 state.explained.append((job, timings))
 

@@ -17,7 +17,7 @@ from a3_sglang.integration.request import RequestState, state_of
 from a3_sglang.matching.plan import Plan
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome
-from a3_sglang.selectors import make_selector
+from a3_sglang.selectors import Budget, make_selector
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Shadow:
         assert state.plan is not None
         options, plan = self.tree.options_of(req), state.plan
         ratio = self.tree.ratio_of(plan, usual(options.ratio))
-        recomputed = make_selector(options.selector).budget(ratio, plan.reused)[0]
+        recomputed = Budget.of(make_selector(options.selector), ratio, plan.reused).least
         self.tree.settle(state, plan, recomputed)
         self.tree.count(req, plan, recomputed, 0.0)
         if not options.keep:

@@ -48,7 +48,7 @@ def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings
         for span in job.plan.spans:
             parts[span.start : span.end] = PARTS.index("reused")
             spans.append(_origin(span) | {"relevance": _relevance(job, span)})
-        parts[job.recomputed.cpu().numpy()] = PARTS.index("recomputed")
+        parts[job.recomputed_pos.cpu().numpy()] = PARTS.index("recomputed")
         stages.update(timings.milliseconds())
     bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
     runs = [[PARTS[parts[start]], start, end] for start, end in pairwise(bounds)]

@@ -1,7 +1,7 @@
-"""Between admission and extend nothing on the host depends on a value that lies on the device.
+"""Between admission and extend there is no host-device sync.
 
-The fused prefill runs over tensors on PyTorch's device ``meta``: these have a shape and no content, so whatever would
-wait for a value (an item, a mask as index, a copy to the host) fails. Only the launches of kernels are left out.
+The fused prefill runs over tensors on PyTorch's device ``meta``, which have a shape but no content, so anything that
+needs a value on the host (an item, a mask as index, a copy) fails. Only the launches of kernels are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.rope import RopeTable
-from a3_sglang.selectors import Epic, Probe, Random, Selector
+from a3_sglang.selectors import Budget, Selector
+from a3_sglang.selectors.epic import Epic
+from a3_sglang.selectors.probe import Probe
+from a3_sglang.selectors.random_rows import Random
 from a3_sglang.timing import Timings
 from helpers.reference import Llama
 from helpers.world import World, executor_of
@@ -42,42 +45,44 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
-def on_meta(world: World, job: FusionRequest) -> tuple[Llama, FusionRequest]:
-    """The same model and job without content."""
+def on_meta(world: World, request: FusionRequest) -> tuple[Llama, FusionRequest]:
+    """The same model and request, without content."""
     model = world.model
     model.weights = {name: weight.to("meta") for name, weight in model.weights.items()}
     model.keys, model.values = ([pool.to("meta") for pool in kind] for kind in (model.keys, model.values))
     table = RopeTable(model.ropes[0].cos_sin.to("meta"), model.neox)
     model.ropes = dict.fromkeys(range(model.depth), table)
-    return model, dataclasses.replace(job, tokens=job.tokens.to("meta"), slots=job.slots.to("meta"))
+    return model, dataclasses.replace(request, tokens=request.tokens.to("meta"), slots=request.slots.to("meta"))
 
 
 def planned(selector: Selector, ratio: float | str) -> tuple[World, FusionRequest]:
     world = World(torch.seed() % 2**31)
-    return world, world.job(world.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor_of(world))
+    return world, world.request(world.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor_of(world))
 
 
 @pytest.mark.parametrize("slice_rows", [9, 8192])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("selector", [Probe(), Epic(), Random()])
-def test_a_fused_prefill_never_waits(selector, ratio, slice_rows, no_launches):
-    world, job = planned(selector, ratio)
-    model, job = on_meta(world, job)
+def test_a_fused_prefill_never_syncs(selector, ratio, slice_rows, no_launches):
+    world, request = planned(selector, ratio)
+    model, request = on_meta(world, request)
     executor = Executor(model, TritonOps(), slice_rows)
-    tail = torch.arange(job.plan.end, len(job.tokens), device="meta")
-    left = executor.prepare([job], Timings(), len(tail))
-    slots = torch.cat([job.slots, tail])
-    with executor.extended(left, [RequestRows(0, len(tail), slots, tail + 1, False)], slots[tail]):
-        model.extend(job.tokens[tail], tail)
-    assert len(job.recomputed) == selector.budget(ratio, job.plan.reused)[0]
+    tail_pos = torch.arange(request.plan.end, len(request.tokens), device="meta")
+    executor.select([request], Timings())
+    leftover = executor.recompute([request], Timings(), max(0, slice_rows - len(tail_pos)))
+    slots = torch.cat([request.slots, tail_pos])
+    rows = RequestRows(0, len(tail_pos), slots, tail_pos + 1, False)
+    with executor.with_leftover(leftover, [rows], slots[tail_pos]):
+        model.extend(request.tokens[tail_pos], tail_pos)
+    assert len(request.recomputed_pos) == Budget.of(selector, ratio, request.plan.reused).least
     assert ("probe_attention" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
     assert ("correct_drift" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
     assert "row_attention" in no_launches
 
 
-def test_the_check_would_notice(no_launches, request):
-    """A budget that the scores decide needs them on the host."""
-    world, job = planned(Probe(), "auto")
-    model, job = on_meta(world, job)
+def test_a_sync_would_fail(no_launches):
+    """The budget of the ratio "auto" depends on the scores, so it needs them on the host."""
+    world, request = planned(Probe(), "auto")
+    model, request = on_meta(world, request)
     with pytest.raises(RuntimeError, match="meta tensors"):
-        Executor(model, TritonOps()).prepare([job], Timings(), 0)
+        Executor(model, TritonOps()).select([request], Timings())

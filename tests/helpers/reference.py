@@ -201,13 +201,13 @@ class Llama(Model):
             self.hidden(tokens, positions, attend)
 
     @contextmanager
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
+    def prepending(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
         self._override = tokens, positions, attend
         yield
         self._override = None
 
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The ordinary pass of an engine over a tail, within :meth:`extended`; the last hidden states."""
+        """The ordinary pass of an engine over a tail, within :meth:`prepending`; the last hidden states."""
         assert self._override is not None
         first, at, attend = self._override
         return self.hidden(torch.cat([first, tokens]), torch.cat([at, positions]), attend)[len(first) :]

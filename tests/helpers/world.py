@@ -56,10 +56,10 @@ class World:
             parts += [self.tokens(gap), donor[begin : begin + span]]
         return np.concatenate([*parts, self.tokens(tail)])
 
-    def job(
+    def request(
         self, prompt: np.ndarray, prefix: int, selector: Selector, ratio: float, executor: Executor
     ) -> FusionRequest:
-        """A planned job: the prefix's KV in place, the spans copied."""
+        """A planned request: the prefix's KV is in its slots, the spans are copied."""
         plan = make_plan(self.index.find("space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
         tokens = torch.from_numpy(prompt).long()
@@ -70,13 +70,13 @@ class World:
                 self.take(plan.end - prefix),
             ]
         )
-        job = FusionRequest(plan, tokens, slots, selector, ratio)
-        sources = []
+        request = FusionRequest(plan, tokens, slots, selector, ratio)
+        donor_slots = []
         for span in plan.spans:
             donor = next(d for d in self.donors if np.array_equal(d[: len(span.run.path())], span.run.path()))
-            sources.append(self.slots_of[donor.tobytes()][span.offset : span.offset + span.length])
-        executor.fill(job, torch.cat(sources))
-        return job
+            donor_slots.append(self.slots_of[donor.tobytes()][span.offset : span.offset + span.length])
+        executor.copy(request, torch.cat(donor_slots))
+        return request
 
 
 def executor_of(world: World, slice_rows: int = 8192) -> Executor:

@@ -140,13 +140,13 @@ def test_the_overhead_of_a_fusion_is_measured():
     world.model.hidden = counted
     overhead = overhead_rows(executor, make_selector("probe"))
     assert max(computed) >= 2 * min(computed)
-    choose = executor.choose
+    select = executor.select
 
     def slow(*args):
         time.sleep(0.2)
-        choose(*args)
+        select(*args)
 
-    executor.choose = slow
+    executor.select = slow
     assert overhead_rows(executor, make_selector("probe")) > overhead >= 0
 
 
@@ -169,6 +169,6 @@ def test_a_warm_up_hides_nothing():
         raise RuntimeError("no kernel image for this device")
 
     executor = executor_of(world)
-    executor.device.questions.plan = fails
+    executor.ops.questions.plan = fails
     with pytest.raises(RuntimeError, match="no kernel image"):
         warm_up(executor, make_selector("probe"))

@@ -33,13 +33,14 @@ def register() -> None:
     if VARIABLE not in os.environ:
         return
     from a3_sglang.fusion import executor, passes
+    from a3_sglang.fusion.request import FusionRequest
     from a3_sglang.integration import compat, radix_cache
     from a3_sglang.integration.radix_cache import A3RadixCache
     from a3_sglang.matching.index import AnyPositionIndex, PromptSearch
 
     targets = (AnyPositionIndex, "add"), (PromptSearch, "runs"), (A3RadixCache, "_sources"), (compat, "allocate")
-    more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
-    last = (executor.Executor, "recompute"), (passes.RecomputePass, "attend"), (executor.Executor, "recompute_all")
+    more = (executor.Executor, "copy"), (executor.Executor, "_probe"), (executor, "_select")
+    last = (executor.Executor, "recompute"), (passes.RecomputePass, "attend"), (FusionRequest, "select_all")
     report = ((radix_cache, "make_detail"),)
     for stage, (owner, name) in zip(STAGES, (*targets, *more, *last, *report), strict=True):
         setattr(owner, name, _failing(stage, getattr(owner, name)))
