@@ -11,23 +11,23 @@ from a3_sglang.selectors.probe import Probe
 from a3_sglang.timing import Timings
 from helpers.fusion import RecordingProbe, pair, pieces, prefixes, run, seeds, several, tails
 from helpers.reference import reused
-from helpers.world import World, executor_of
+from helpers.scenario import Scenario, executor_for
 
 
 @several
 @given(seeds, prefixes, pieces, tails, st.floats(0, 1))
 def test_charged_is_what_the_model_computed(seed, prefix, parts, tail, ratio):
-    world = World(seed)
-    executor = executor_of(world)
-    request = world.request(world.prompt(prefix, parts, tail), prefix, RecordingProbe(), ratio, executor)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, RecordingProbe(), ratio, executor)
     run(executor, request)
-    depth = world.model.depth
-    assert request.charged(depth) * depth * (request.plan.end - prefix) == pytest.approx(world.model.computed)
+    depth = scenario.model.depth
+    assert request.charged(depth) * depth * (request.plan.end - prefix) == pytest.approx(scenario.model.computed)
 
 
 def test_charged_by_hand():
-    world = World(torch.seed() % 2**31)
-    request = world.request(world.prompt(10, [(6, 32)], 40), 10, Probe(), 0.5, executor_of(world))
+    scenario = Scenario(torch.seed() % 2**31)
+    request = scenario.request(scenario.prompt(10, [(6, 32)], 40), 10, Probe(), 0.5, executor_for(scenario))
     plan, gap = request.plan, request.plan.gap
     assert (plan.reused + gap, plan.end - plan.prefix) == (38, 38)
     assert request.charged(4) == pytest.approx(gap / 38)
@@ -38,11 +38,11 @@ def test_charged_by_hand():
 
 def test_timings_add_up():
     timings = Timings()
-    world, executor, requests = pair(torch.seed() % 2**31, (0.2, 0.3))
+    scenario, executor, requests = pair(torch.seed() % 2**31, (0.2, 0.3))
     run(executor, *requests, timings=timings)
     first = timings.milliseconds()
     assert min(first["probe_ms"], first["select_ms"], first["recompute_ms"]) > 0
     assert first["copy_ms"] == first["tail_ms"] == 0
     run(executor, *requests, timings=timings)
     assert timings.milliseconds()["recompute_ms"] > first["recompute_ms"]
-    assert world.model.computed > 0
+    assert scenario.model.computed > 0

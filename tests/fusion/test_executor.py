@@ -38,33 +38,33 @@ from helpers.fusion import (
     tails,
 )
 from helpers.reference import Llama, gaps, reused, spread64
-from helpers.world import World, executor_of
+from helpers.scenario import Scenario, executor_for
 
 
 @several
 @given(seeds, prefixes, pieces, tails)
 def test_ratio_one_is_a_full_prefill(seed, prefix, parts, tail):
-    world = World(seed)
-    executor = executor_of(world)
-    request = world.request(world.prompt(prefix, parts, tail), prefix, Probe(), 1.0, executor)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, Probe(), 1.0, executor)
     run(executor, request)
     assert_close(request.recomputed_pos, reused(request.plan))
     assert request.probed_rows == 0
-    assert_full_prefill(world.model, request)
+    assert_full_prefill(scenario.model, request)
 
 
 @several
 @given(seeds, prefixes, pieces, tails, st.floats(0, 1))
 def test_any_ratio_equals_the_definition(seed, prefix, parts, tail, ratio):
     """Selected rows and gaps are computed over copied and fresh KV; all other rows stay as they were copied."""
-    world = World(seed)
-    executor = executor_of(world)
-    request = world.request(world.prompt(prefix, parts, tail), prefix, RecordingProbe(), ratio, executor)
-    plan, copied = request.plan, kv(world.model, request)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, RecordingProbe(), ratio, executor)
+    plan, copied = request.plan, kv(scenario.model, request)
     run(executor, request)
     rows = torch.cat([request.recomputed_pos, gaps(plan)]).sort().values
-    expected = world.model.rows64(request.tokens, rows, *copied)[:2]
-    found = kv(world.model, request)
+    expected = scenario.model.rows64(request.tokens, rows, *copied)[:2]
+    found = kv(scenario.model, request)
     kept = torch.tensor(sorted(set(range(plan.end)) - set(rows.tolist())), dtype=torch.int64)
     for part in (0, 1):
         assert_close(context(found[part], plan), context(expected[part], plan), **TOLERANCE)
@@ -83,15 +83,15 @@ def test_drift_is_corrected_by_the_definition(seed, prefix, parts, tail, ratio, 
     block = 7 if short_blocks else drift.BLOCK
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drift, "BLOCK", block)
-        world = World(seed)
-        executor = executor_of(world)
-        request = world.request(world.prompt(prefix, parts, tail), prefix, CorrectingProbe(), ratio, executor)
-        copied = kv(world.model, request)
+        scenario = Scenario(seed)
+        executor = executor_for(scenario)
+        request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, CorrectingProbe(), ratio, executor)
+        copied = kv(scenario.model, request)
         run(executor, request)
-        correct = spread64(world.model, request.plan, request.recomputed_pos, block)
+        correct = spread64(scenario.model, request.plan, request.recomputed_pos, block)
         rows = torch.cat([request.recomputed_pos, gaps(request.plan)]).sort().values
-        expected = world.model.rows64(request.tokens, rows, *copied, correct)[:2]
-    found = kv(world.model, request)
+        expected = scenario.model.rows64(request.tokens, rows, *copied, correct)[:2]
+    found = kv(scenario.model, request)
     for part in (0, 1):
         assert_close(context(found[part], request.plan), context(expected[part], request.plan), **TOLERANCE)
 
@@ -99,18 +99,18 @@ def test_drift_is_corrected_by_the_definition(seed, prefix, parts, tail, ratio, 
 @several
 @given(seeds, prefixes, pieces, tails, st.sampled_from([Probe(), Reuse()]))
 def test_ratio_zero_computes_only_the_gaps(seed, prefix, parts, tail, selector):
-    world = World(seed)
-    executor = executor_of(world)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
     # Reuse recomputes nothing at any ratio.
     ratio = 0.7 if isinstance(selector, Reuse) else 0.0
-    request = world.request(world.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
-    before = [layer.clone() for layer in world.model.keys + world.model.values]
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
+    before = [layer.clone() for layer in scenario.model.keys + scenario.model.values]
     run(executor, request)
     assert len(request.recomputed_pos) == 0
-    assert world.model.computed == request.plan.gap * world.model.depth
+    assert scenario.model.computed == request.plan.gap * scenario.model.depth
     written = torch.zeros(len(before[0]), dtype=torch.bool)
     written[request.slots[gaps(request.plan)]] = True
-    for old, new in zip(before, world.model.keys + world.model.values, strict=True):
+    for old, new in zip(before, scenario.model.keys + scenario.model.values, strict=True):
         assert_close(new[~written], old[~written], rtol=0, atol=0, equal_nan=True)
         assert torch.isfinite(new[written]).all()
 
@@ -118,9 +118,9 @@ def test_ratio_zero_computes_only_the_gaps(seed, prefix, parts, tail, selector):
 @several
 @given(seeds, prefixes, pieces, tails)
 def test_moved_spans_have_fresh_layer_0_kv(seed, prefix, parts, tail):
-    world = World(seed)
-    request = world.request(world.prompt(prefix, parts, tail), prefix, Reuse(), 0.0, executor_of(world))
-    exact, found = world.model.prefill64(request.tokens), kv(world.model, request)
+    scenario = Scenario(seed)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, Reuse(), 0.0, executor_for(scenario))
+    exact, found = scenario.model.prefill64(request.tokens), kv(scenario.model, request)
     spans = reused(request.plan)
     for part in (0, 1):
         assert_close(found[part][0][spans], exact[part][0][spans], **TOLERANCE)
@@ -137,12 +137,12 @@ def test_the_leftover_runs_with_the_tails(ratio, selector, slice_rows):
     seed = torch.seed() % 2**31
     results = []
     for one_pass in (True, False):
-        world = World(seed)
-        executor = executor_of(world, slice_rows)
-        request = world.request(world.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor)
-        plain = torch.from_numpy(world.tokens(30)).long()
+        scenario = Scenario(seed)
+        executor = executor_for(scenario, slice_rows)
+        request = scenario.request(scenario.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor)
+        plain = torch.from_numpy(scenario.tokens(30)).long()
         tail, whole = torch.arange(request.plan.end, len(request.tokens)), torch.arange(30)
-        slots, of_plain = torch.cat([request.slots, world.take(len(tail))]), world.take(30)
+        slots, of_plain = torch.cat([request.slots, scenario.take(len(tail))]), scenario.take(30)
         groups = [
             RequestRows(0, len(tail), slots, tail + 1, ratio == 1),
             RequestRows(len(tail), len(tail) + 30, of_plain, whole + 1, True),
@@ -154,12 +154,12 @@ def test_the_leftover_runs_with_the_tails(ratio, selector, slice_rows):
         else:
             run(executor, request)
         with executor.with_leftover(leftover, groups, torch.cat([slots[tail], of_plain])):
-            hidden = world.model.extend(torch.cat([request.tokens[tail], plain]), torch.cat([tail, whole]))
-        of_request = (torch.stack(part)[:, : request.plan.end] for part in kv(world.model, request))
+            hidden = scenario.model.extend(torch.cat([request.tokens[tail], plain]), torch.cat([tail, whole]))
+        of_request = (torch.stack(part)[:, : request.plan.end] for part in kv(scenario.model, request))
         results.append((hidden, *of_request))
-        assert_close(hidden[len(tail) :].double(), world.model.prefill64(plain)[2], **TOLERANCE)
+        assert_close(hidden[len(tail) :].double(), scenario.model.prefill64(plain)[2], **TOLERANCE)
         if ratio == 1:
-            assert_close(hidden[: len(tail)].double(), world.model.prefill64(request.tokens)[2][tail], **TOLERANCE)
+            assert_close(hidden[: len(tail)].double(), scenario.model.prefill64(request.tokens)[2][tail], **TOLERANCE)
     for one, other in zip(*results, strict=True):
         assert_close(one, other, **TOLERANCE)
 
@@ -167,32 +167,32 @@ def test_the_leftover_runs_with_the_tails(ratio, selector, slice_rows):
 @pytest.mark.parametrize("ratios", [(0.2, 0.4), (1.0, 0.15), (0.0, 0.5), (0.0, 0.0), (1.0, 1.0)])
 def test_a_batch_equals_each_alone(ratios):
     seed = torch.seed() % 2**31
-    world, executor, requests = pair(seed, ratios)
+    scenario, executor, requests = pair(seed, ratios)
     run(executor, *requests)
     for number in (0, 1):
-        other_world, other_executor, other_requests = pair(seed, ratios)
+        other_scenario, other_executor, other_requests = pair(seed, ratios)
         alone = other_requests[number]
         run(other_executor, alone)
         assert_close(requests[number].recomputed_pos, alone.recomputed_pos)
-        for together, single in zip(kv(world.model, requests[number]), kv(other_world.model, alone), strict=True):
+        for together, single in zip(kv(scenario.model, requests[number]), kv(other_scenario.model, alone), strict=True):
             assert_close(context(together, alone.plan), context(single, alone.plan), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("slice_rows", [1, 7, 33])
 def test_slices_give_the_same_kv(slice_rows):
     seed = torch.seed() % 2**31
-    whole_world, whole, whole_requests = pair(seed, (0.5, 1.0))
-    sliced_world, sliced, sliced_requests = pair(seed, (0.5, 1.0))
+    whole_scenario, whole, whole_requests = pair(seed, (0.5, 1.0))
+    sliced_scenario, sliced, sliced_requests = pair(seed, (0.5, 1.0))
     sliced.slice_rows = slice_rows
     passes: list[int] = []
-    forward = sliced_world.model.forward
+    forward = sliced_scenario.model.forward
 
     def counted(tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
         if isinstance(attend, RecomputePass):
             passes.append(len(tokens))
         forward(tokens, positions, attend)
 
-    sliced_world.model.forward = counted
+    sliced_scenario.model.forward = counted
     run(whole, *whole_requests)
     run(sliced, *sliced_requests)
     rows = sum(len(request.recomputed_pos) + request.plan.gap for request in sliced_requests)
@@ -200,19 +200,19 @@ def test_slices_give_the_same_kv(slice_rows):
     assert passes == [slice_rows] * (rows // slice_rows) + [rows % slice_rows] * (rows % slice_rows > 0)
     for one, other in zip(whole_requests, sliced_requests, strict=True):
         assert_close(one.recomputed_pos, other.recomputed_pos)
-        for a, b in zip(kv(whole_world.model, one), kv(sliced_world.model, other), strict=True):
+        for a, b in zip(kv(whole_scenario.model, one), kv(sliced_scenario.model, other), strict=True):
             assert_close(context(b, one.plan), context(a, one.plan), rtol=1e-5, atol=1e-5)
-    assert_full_prefill(sliced_world.model, sliced_requests[1])
+    assert_full_prefill(sliced_scenario.model, sliced_requests[1])
 
 
 @pytest.mark.parametrize("slice_rows", [1, 5, 16])
 def test_each_slice_corrects_the_drift_of_its_range(slice_rows):
-    world = World(torch.seed() % 2**31)
-    executor = executor_of(world, slice_rows)
-    prompt = world.prompt(9, [(4, 30), (11, 12), (0, 40), (6, 20)], 40)
-    request = world.request(prompt, 9, CorrectingProbe(), 0.4, executor)
+    scenario = Scenario(torch.seed() % 2**31)
+    executor = executor_for(scenario, slice_rows)
+    prompt = scenario.prompt(9, [(4, 30), (11, 12), (0, 40), (6, 20)], 40)
+    request = scenario.request(prompt, 9, CorrectingProbe(), 0.4, executor)
     plan = request.plan
-    keys, values = kv(world.model, request)
+    keys, values = kv(scenario.model, request)
     run(executor, request)
     rows = torch.cat([request.recomputed_pos, gaps(plan)]).sort().values
     assert len(rows) > slice_rows
@@ -221,10 +221,10 @@ def test_each_slice_corrects_the_drift_of_its_range(slice_rows):
         later = rows[rows > part[-1]]
         end = int(later[0]) if len(later) else plan.end
         chosen = request.recomputed_pos[torch.isin(request.recomputed_pos, part)]
-        correct = spread64(world.model, plan, chosen, drift.BLOCK, (begin, end))
-        keys, values = world.model.rows64(request.tokens, part, keys, values, correct)[:2]
+        correct = spread64(scenario.model, plan, chosen, drift.BLOCK, (begin, end))
+        keys, values = scenario.model.rows64(request.tokens, part, keys, values, correct)[:2]
         begin = end
-    for expected, found in zip((keys, values), kv(world.model, request), strict=True):
+    for expected, found in zip((keys, values), kv(scenario.model, request), strict=True):
         assert_close(context(found, plan), context(expected, plan), **TOLERANCE)
 
 
@@ -251,19 +251,19 @@ class FailingSelect(RecordingProbe):
 @pytest.mark.parametrize("failure", ["model", "selector", "nan"])
 def test_after_an_error_everything_can_be_recomputed(failure):
     """An error of the selection reaches the caller, who recomputes every row instead."""
-    world, executor, requests = pair(torch.seed() % 2**31, (0.2, 0.3))
+    scenario, executor, requests = pair(torch.seed() % 2**31, (0.2, 0.3))
     if failure == "model":
-        world.model.__class__ = FailingProbe
+        scenario.model.__class__ = FailingProbe
         requests = [dataclasses.replace(request, selector=RecordingProbe()) for request in requests]
     elif failure == "selector":
         requests[1] = dataclasses.replace(requests[1], selector=FailingSelect())
     else:
         poisoned = requests[1].plan.spans[0]
-        world.model.keys[1][requests[1].slots[poisoned.start + 3], 0, 2] = torch.nan
+        scenario.model.keys[1][requests[1].slots[poisoned.start + 3], 0, 2] = torch.nan
     with pytest.raises((RuntimeError, IndexError, FloatingPointError)):
         run(executor, *requests)
     for request in requests:
         request.select_all()
         executor.recompute([request], Timings())
         assert_close(request.recomputed_pos, reused(request.plan))
-        assert_full_prefill(world.model, request)
+        assert_full_prefill(scenario.model, request)

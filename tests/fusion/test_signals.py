@@ -16,17 +16,17 @@ from a3_sglang.selectors.a3 import A3
 from a3_sglang.selectors.cacheblend import CacheBlend
 from helpers.fusion import TOLERANCE, RecordingProbe, context, kv, pieces, prefixes, run, seeds, several, tails
 from helpers.reference import gaps, reused
-from helpers.world import World, executor_of
+from helpers.scenario import Scenario, executor_for
 
 
 @several
 @given(seeds, prefixes, pieces, tails, st.floats(0.05, 0.95))
 def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
-    world = World(seed)
-    executor = executor_of(world)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
     selector = RecordingProbe()
-    request = world.request(world.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
-    copied = kv(world.model, request)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
+    copied = kv(scenario.model, request)
     run(executor, request)
     rows = sum(end - start for start, end in question_ranges(request.plan, len(request.tokens)))
     budget = request.budget
@@ -40,8 +40,8 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     for part in copied:
         for layer in part:
             layer[gaps(request.plan)] = torch.nan
-    attention = world.model.question64(request.plan, request.tokens, *copied)
-    group = world.model.shape.heads // world.model.shape.kv_heads
+    attention = scenario.model.question64(request.plan, request.tokens, *copied)
+    group = scenario.model.shape.heads // scenario.model.shape.kv_heads
     score = torch.zeros(request.plan.end, dtype=torch.float64)
     for layer in (1, 2):
         sizes = copied[1][layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
@@ -69,19 +69,19 @@ class RecordingA3(A3):
 @several
 @given(seeds, prefixes, pieces, tails, st.integers(3, 400))
 def test_dense_layers_are_those_of_a_full_prefill(seed, prefix, parts, tail, slice_rows):
-    world = World(seed)
-    executor = executor_of(world, slice_rows)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario, slice_rows)
     selector = RecordingA3()
-    request = world.request(world.prompt(prefix, parts, tail), prefix, selector, 0.3, executor)
-    copied = kv(world.model, request)[1][1][prefix : request.plan.end].clone()
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, selector, 0.3, executor)
+    copied = kv(scenario.model, request)[1][1][prefix : request.plan.end].clone()
     run(executor, request)
     if not request.budget.leaves_choice:
         assert selector.layers == []
         return
     (layer,) = selector.layers
     everything = torch.arange(len(request.tokens))
-    empty = [torch.full((len(everything), 2, 8), torch.nan)] * world.model.depth
-    keys, values, _, _, queries = world.model.rows64(request.tokens, everything, empty, empty)
+    empty = [torch.full((len(everything), 2, 8), torch.nan)] * scenario.model.depth
+    keys, values, _, _, queries = scenario.model.rows64(request.tokens, everything, empty, empty)
     assert_close(layer.query.double(), queries[1][request.plan.end :], **TOLERANCE)
     assert_close(layer.key.double(), keys[1][prefix:], **TOLERANCE)
     assert_close(layer.value.double(), values[1][prefix:], **TOLERANCE)
@@ -92,10 +92,10 @@ def test_dense_layers_are_those_of_a_full_prefill(seed, prefix, parts, tail, sli
 @several
 @given(seeds, prefixes, pieces, tails, st.floats(0.01, 0.9))
 def test_after_the_dense_layers_only_selected_rows_and_gaps_are_computed(seed, prefix, parts, tail, ratio):
-    world = World(seed)
-    executor = executor_of(world)
-    request = world.request(world.prompt(prefix, parts, tail), prefix, CacheBlend(), ratio, executor)
-    copied, exact = kv(world.model, request), world.model.prefill64(request.tokens)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, CacheBlend(), ratio, executor)
+    copied, exact = kv(scenario.model, request), scenario.model.prefill64(request.tokens)
     change = (exact[1][1] - copied[1][1])[reused(request.plan)].pow(2).flatten(1).sum(1)
     run(executor, request)
     budget = request.budget
@@ -112,9 +112,9 @@ def test_after_the_dense_layers_only_selected_rows_and_gaps_are_computed(seed, p
         for layer in range(request.dense_layers):
             copied[part][layer][: request.plan.end] = exact[part][layer][: request.plan.end]
     rows = torch.cat([request.recomputed_pos, gaps(request.plan)]).sort().values
-    expected, found = world.model.rows64(request.tokens, rows, *copied)[:2], kv(world.model, request)
+    expected, found = scenario.model.rows64(request.tokens, rows, *copied)[:2], kv(scenario.model, request)
     for part in (0, 1):
         assert_close(context(found[part], request.plan), context(expected[part], request.plan), **TOLERANCE)
-    depth, size = world.model.depth, request.plan.end - prefix
+    depth, size = scenario.model.depth, request.plan.end - prefix
     computed = 2 * size + (count + request.plan.gap) * (depth - 2)
     assert request.charged(depth) == pytest.approx(computed / (depth * size))

@@ -18,7 +18,7 @@ from a3_sglang.selectors.base import Need
 from a3_sglang.selectors.probe import Probe
 from a3_sglang.timing import Timings
 from helpers.reference import Llama
-from helpers.world import MIN_SPAN, World, executor_of
+from helpers.scenario import MIN_SPAN, Scenario, executor_for
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -28,7 +28,7 @@ several = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**31)
 prefixes = st.integers(0, 20)
 pieces = st.lists(st.tuples(st.integers(0, 12), st.integers(MIN_SPAN, 40)), min_size=1, max_size=4)
-"""Gaps and spans; see :meth:`World.prompt`."""
+"""Gaps and spans; see :meth:`Scenario.prompt`."""
 tails = st.integers(MIN_TAIL, 90)
 
 
@@ -76,14 +76,14 @@ def assert_full_prefill(model: Llama, request: FusionRequest) -> None:
         assert_close(context(found[part], request.plan), context(exact[part], request.plan), **TOLERANCE)
 
 
-def pair(seed: int, ratios: tuple[float, float]) -> tuple[World, Executor, list[FusionRequest]]:
+def pair(seed: int, ratios: tuple[float, float]) -> tuple[Scenario, Executor, list[FusionRequest]]:
     """Two requests with prefixes and spans of their own; the same for the same seed."""
-    world = World(seed)
-    executor = executor_of(world)
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
     shapes = ((9, [(4, 30), (0, 20)], 40), (0, [(6, 35), (11, 12), (0, 20)], 75))
     selectors = (RecordingProbe(), Probe(LAST_LAYERS))
     requests = [
-        world.request(world.prompt(*shape), shape[0], selector, ratio, executor)
+        scenario.request(scenario.prompt(*shape), shape[0], selector, ratio, executor)
         for shape, ratio, selector in zip(shapes, ratios, selectors, strict=True)
     ]
-    return world, executor, requests
+    return scenario, executor, requests

@@ -16,7 +16,7 @@ from helpers.reference import Llama
 MIN_SPAN = 8
 
 
-class World:
+class Scenario:
     """A model, donors whose exact KV lies in random slots of its pool, and prompts glued from them."""
 
     def __init__(self, seed: int, donors: int = 2) -> None:
@@ -79,5 +79,5 @@ class World:
         return request
 
 
-def executor_of(world: World, slice_rows: int = 8192) -> Executor:
-    return Executor(world.model, TorchOps(), slice_rows)
+def executor_for(scenario: Scenario, slice_rows: int = 8192) -> Executor:
+    return Executor(scenario.model, TorchOps(), slice_rows)

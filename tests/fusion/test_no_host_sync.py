@@ -22,7 +22,7 @@ from a3_sglang.selectors.probe import Probe
 from a3_sglang.selectors.random_rows import Random
 from a3_sglang.timing import Timings
 from helpers.reference import Llama
-from helpers.world import World, executor_of
+from helpers.scenario import Scenario, executor_for
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
-def on_meta(world: World, request: FusionRequest) -> tuple[Llama, FusionRequest]:
+def on_meta(scenario: Scenario, request: FusionRequest) -> tuple[Llama, FusionRequest]:
     """The same model and request, without content."""
-    model = world.model
+    model = scenario.model
     model.weights = {name: weight.to("meta") for name, weight in model.weights.items()}
     model.keys, model.values = ([pool.to("meta") for pool in kind] for kind in (model.keys, model.values))
     table = RopeTable(model.ropes[0].cos_sin.to("meta"), model.neox)
@@ -55,17 +55,19 @@ def on_meta(world: World, request: FusionRequest) -> tuple[Llama, FusionRequest]
     return model, dataclasses.replace(request, tokens=request.tokens.to("meta"), slots=request.slots.to("meta"))
 
 
-def planned(selector: Selector, ratio: float | str) -> tuple[World, FusionRequest]:
-    world = World(torch.seed() % 2**31)
-    return world, world.request(world.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor_of(world))
+def planned(selector: Selector, ratio: float | str) -> tuple[Scenario, FusionRequest]:
+    scenario = Scenario(torch.seed() % 2**31)
+    return scenario, scenario.request(
+        scenario.prompt(7, [(5, 30), (0, 25)], 40), 7, selector, ratio, executor_for(scenario)
+    )
 
 
 @pytest.mark.parametrize("slice_rows", [9, 8192])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("selector", [Probe(), Epic(), Random()])
 def test_a_fused_prefill_never_syncs(selector, ratio, slice_rows, no_launches):
-    world, request = planned(selector, ratio)
-    model, request = on_meta(world, request)
+    scenario, request = planned(selector, ratio)
+    model, request = on_meta(scenario, request)
     executor = Executor(model, TritonOps(), slice_rows)
     tail_pos = torch.arange(request.plan.end, len(request.tokens), device="meta")
     executor.select([request], Timings())
@@ -82,7 +84,7 @@ def test_a_fused_prefill_never_syncs(selector, ratio, slice_rows, no_launches):
 
 def test_a_sync_would_fail(no_launches):
     """The budget of the ratio "auto" depends on the scores, so it needs them on the host."""
-    world, request = planned(Probe(), "auto")
-    model, request = on_meta(world, request)
+    scenario, request = planned(Probe(), "auto")
+    model, request = on_meta(scenario, request)
     with pytest.raises(RuntimeError, match="meta tensors"):
         Executor(model, TritonOps()).select([request], Timings())
