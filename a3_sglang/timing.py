@@ -28,10 +28,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 class Timings:
-    """How long the parts of one batch's fused prefill took.
+    """Durations of the parts of one batch's fused prefill.
 
     Args:
-        device: where it runs. On CUDA its own time is taken, of which the host knows nothing; None: the host's time.
+        device: where the prefill runs. On CUDA it is timed by the device's events, otherwise (or if None) on the host.
     """
 
     PARTS = ("copy", "probe", "select", "recompute", "tail")
@@ -40,11 +40,11 @@ class Timings:
         self._cuda = device is not None and device.type == "cuda"
         self._taken: list[tuple[str, Any, Any]] = []
         self.part = self.PARTS[0]
-        """The part that was begun last."""
+        """The part that started last."""
 
     @contextmanager
     def add(self, part: str) -> Iterator[None]:
-        """Time what runs within it, as a part in :attr:`PARTS`."""
+        """A context whose body is timed as ``part``, one of :attr:`PARTS`."""
         self.part = part
         begin = self._now()
         yield
@@ -58,11 +58,11 @@ class Timings:
         return event
 
     def ready(self) -> bool:
-        """Whether all that was timed is over, so that nothing has to wait for it."""
+        """Whether all timed work is complete, so that :meth:`milliseconds` does not block."""
         return not self._cuda or all(end.query() for _, _, end in self._taken)
 
     def milliseconds(self) -> dict[str, float]:
-        """Of each part, as ``copy_ms`` and so on; waits for the device."""
+        """Duration of each part, as ``copy_ms`` and so on; blocks until all timed work is complete."""
         sums = dict.fromkeys((f"{part}_ms" for part in self.PARTS), 0.0)
         for part, begin, end in self._taken:
             if self._cuda:

@@ -45,7 +45,7 @@ class AttentionHook(ABC):
 
 
 class Model(ABC):
-    """The model as the executor needs it: a pool of KV slots and passes over arbitrary rows.
+    """The model as the executor needs it: a pool of KV slots, and forward passes on arbitrary rows.
 
     Attributes:
         depth: number of layers.

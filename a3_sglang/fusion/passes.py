@@ -1,4 +1,4 @@
-"""Forward passes over some rows of the prompts: the probe, the first layers in full, and the recompute."""
+"""Forward passes on selected rows: the probe, the first layers of all rows, and the recompute."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class RecomputePass(AttentionHook):
         self.positions = torch.cat([none, *(part.pos for part in slices)])
         written = [part.request.slots[part.pos] for part in slices]
         self._slots = torch.cat([none, *written, none if extend_slots is None else extend_slots])
-        self._slices, self._corrections = _slices(slices)
+        self._recomputed, self._corrections = _plan_slices(slices)
         self._extend, self._first_row = extend, len(self.positions)
         self._run: Attention | None = None
 
@@ -177,12 +177,12 @@ class RecomputePass(AttentionHook):
                 self._ops.spread((keys, values), (key, value), correction, self._model.ropes[layer])
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
-        if layer == self._model.depth - 1 and self._slices:
+        if layer == self._model.depth - 1 and self._recomputed:
             return self._attend_last(query, keys, values, scaling)
         if self._run is None:
             first = self._first_row
             moved = [replace(rows, begin=rows.begin + first, end=rows.end + first) for rows in self._extend]
-            self._run = self._plan([*self._slices, *moved], query, keys)
+            self._run = self._plan([*self._recomputed, *moved], query, keys)
         return self._run(query, keys, values, scaling)
 
     def _attend_last(
@@ -200,7 +200,7 @@ class RecomputePass(AttentionHook):
         return self._ops.rows.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
-def _slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[DriftCorrection]]:
+def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[DriftCorrection]]:
     """How the rows of slices attend, and how they correct drift, by their rows in one pass."""
     groups, corrections, row = [], [], 0
     for part in slices:
@@ -222,7 +222,7 @@ def _drift_correction(part: Slice, first_row: int) -> DriftCorrection:
     blocks = PaddedBlocks(reused.lengths, pos.device)
     nearest_idx = torch.searchsorted(reused_pos, pos)
     is_reused = reused_pos[nearest_idx.clamp(max=count - 1)] == pos
-    # Rows in gaps get the index `count`, which stands for no reused row.
+    # Rows in gaps get the index `count`, one past the last reused row.
     observed_idx = nearest_idx.where(is_reused, count)
     corrected = (reused_pos >= part.begin_pos) & (reused_pos < part.end_pos)
     return DriftCorrection(

@@ -93,7 +93,7 @@ def warm_up(executor: Executor, selector: Selector) -> FusionRequest:
     prefill.copy()
     full = replace(prefill.request, selector=Full())
     for request in (prefill.request, full):
-        # Rows are recomputed in passes of their own, or in that of the tail: run both ways.
+        # Rows are recomputed in separate passes or in that of the tail: run both ways.
         for room in (0, executor.slice_rows):
             prefill.fuse(request, room)
     _check_keys(executor, full)
@@ -116,5 +116,6 @@ def _check_keys(executor: Executor, request: FusionRequest) -> None:
     # Rounding of both stored keys and of the rotated one.
     if not bool((error < 8 * torch.finfo(keys.dtype).eps).all()):
         raise UnsupportedModelError(
-            f"the keys that reach the model's attention do not turn as its RoPE says (off by {float(error.max()):.3g})"
+            "the keys that reach the model's attention are not rotated as its RoPE says "
+            f"(off by {float(error.max()):.3g})"
         )

@@ -27,7 +27,7 @@ from helpers.scenario import Scenario, executor_for
 
 @pytest.fixture
 def no_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that would have been launched."""
+    """Names of the kernels that would have been launched; nothing is."""
     launched: list[str] = []
 
     def stand_in(module: str, name: str, result=lambda *_: None):

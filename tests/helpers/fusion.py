@@ -77,7 +77,7 @@ def assert_full_prefill(model: Llama, request: FusionRequest) -> None:
 
 
 def pair(seed: int, ratios: tuple[float, float]) -> tuple[Scenario, Executor, list[FusionRequest]]:
-    """Two requests with prefixes and spans of their own; the same for the same seed."""
+    """Two requests with different prefixes and spans; the same for the same seed."""
     scenario = Scenario(seed)
     executor = executor_for(scenario)
     shapes = ((9, [(4, 30), (0, 20)], 40), (0, [(6, 35), (11, 12), (0, 20)], 75))

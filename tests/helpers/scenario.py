@@ -1,4 +1,4 @@
-"""A small Llama with donors in its pool, and prompts glued from them."""
+"""A small Llama with donors in its KV pool, and prompts that quote them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ MIN_SPAN = 8
 
 
 class Scenario:
-    """A model, donors whose exact KV lies in random slots of its pool, and prompts glued from them."""
+    """A small Llama, donors with exact KV in random slots of its pool, and prompts that quote them.
+
+    Args:
+        seed: of the weights and of everything drawn later.
+        donors: number of donors, 100 tokens each.
+    """
 
     def __init__(self, seed: int, donors: int = 2) -> None:
         self.model = Llama(seed)
@@ -32,14 +37,17 @@ class Scenario:
             self.slots_of[donor.tobytes()] = self.write(*self.model.prefill64(torch.from_numpy(donor).long())[:2])
 
     def tokens(self, count: int) -> np.ndarray:
+        """New random tokens, int32."""
         return self.random.integers(0, self.model.shape.vocabulary, count).astype(np.int32)
 
     def take(self, count: int) -> torch.Tensor:
+        """Free slots, in random order."""
         taken, self.free = self.free[:count], self.free[count:]
         assert len(taken) == count
         return taken
 
     def write(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+        """Write KV, (tokens, kv_heads, head_dim) per layer, to free slots; which ones."""
         slots = self.take(len(keys[0]))
         for layer in range(self.model.depth):
             self.model.keys[layer][slots] = keys[layer].float()
@@ -47,7 +55,7 @@ class Scenario:
         return slots
 
     def prompt(self, prefix: int, pieces: list[tuple[int, int]], tail: int) -> np.ndarray:
-        """``prefix`` new tokens, pieces of (new tokens, donor tokens in whole blocks), and ``tail`` new tokens."""
+        """``prefix`` new tokens, pieces of (new tokens, donor tokens in whole blocks), then ``tail`` new tokens."""
         parts = [self.tokens(prefix)]
         for gap, span in pieces:
             donor = self.donors[self.random.integers(len(self.donors))]

@@ -158,7 +158,7 @@ def test_a_model_whose_keys_turn_otherwise_is_refused(factor):
         pool.zero_()
     hidden = scenario.model.hidden
     scenario.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions, attend)
-    with pytest.raises(UnsupportedModelError, match="do not turn as its RoPE says"):
+    with pytest.raises(UnsupportedModelError, match="are not rotated as its RoPE says"):
         warm_up(executor_for(scenario), make_selector("probe"))
 
 
