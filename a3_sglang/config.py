@@ -238,7 +238,7 @@ def check_combination(selector: str, ratio: Ratio | None) -> str:
     Raises:
         ValueError: it does not.
     """
-    measuring = [name for name in selector_names() if make_selector(name).attention]
+    measuring = [name for name in selector_names() if make_selector(name).supports_auto]
     if ratio == AUTO and selector not in measuring:
         raise ValueError(
             f'ratio "{AUTO}" needs a rule that measures attention ({", ".join(measuring)}), not {selector}'

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from a3_sglang.attention.registry import ROW_ATTENTION_NAMES
-from a3_sglang.fusion.executor import Timings
+from a3_sglang.timing import Timings
 from gpu_suite.card import DEVICE, ceilings
 from gpu_suite.case import TOLERANCE
 from gpu_suite.check import errors

@@ -35,7 +35,7 @@ from a3_sglang.evaluation import scores
 from a3_sglang.evaluation.prompts import SHAPES, Case, Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
 from a3_sglang.integration.dumps import ANSWER_KEY, LOGITS_VARIABLE
-from a3_sglang.selectors import Ratio, make_selector
+from a3_sglang.selectors import DenseLayers, Ratio, make_selector
 
 ANSWER_TOKENS = 12
 NOISE = "noise"
@@ -151,7 +151,9 @@ class Evaluation:
             self._reports[selector] = out["meta_info"]["a3"]
         report = self._reports[selector]
         reused = report["reused"] + report["recomputed"]
-        row = (1 - make_selector(selector).fresh_layers / self.depth) / (reused + report["gap"])
+        needs = make_selector(selector).needs
+        dense = needs.count if isinstance(needs, DenseLayers) else 0
+        row = (1 - dense / self.depth) / (reused + report["gap"])
         share = float(min(max((report["recomputed"] + (ratio - report["charged"]) / row) / reused, 0), 1))
         # What matching in whole blocks leaves out counts towards a ratio, so it takes a little more than the share.
         ratio = share

@@ -8,27 +8,30 @@ import numpy as np
 import torch
 
 from a3_sglang.attention.base import RequestRows
-from a3_sglang.fusion.executor import Executor, FusionRequest, Timings
-from a3_sglang.integration.model_checks import UnsupportedModelError
+from a3_sglang.fusion.executor import Executor
+from a3_sglang.fusion.interface import UnsupportedModelError
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
 from a3_sglang.matching.search import find_spans
 from a3_sglang.rope import rotate
-from a3_sglang.selectors import Full, Selector
+from a3_sglang.selectors import Selector
+from a3_sglang.selectors.full import Full
+from a3_sglang.timing import Timings
 
 DONOR, GAP, RATIO = 160, 5, 0.15
 
 
 class SyntheticPrefill:
-    """A prefill of random tokens, fused or plain. It writes KV, so nothing may be in the pool yet.
+    """A prefill of random tokens, fused or plain. It overwrites KV, so the pool must be empty.
 
     Args:
         executor: of a pool with room for a few hundred tokens.
         selector: chooses the rows.
 
     Attributes:
-        job: the fused prefill.
-        tail: int64, positions after its plan.
+        request: the fused prefill.
+        tail_pos: int64, positions after its plan.
     """
 
     def __init__(self, executor: Executor, selector: Selector) -> None:
@@ -41,73 +44,79 @@ class SyntheticPrefill:
         assert plan is not None
         self._executor, device = executor, executor.model.keys[0].device
         # Slot 0 is SGLang's padding slot.
-        free = torch.arange(1, 1 + DONOR + len(prompt), device=device)
-        self._sources = torch.cat([free[span.offset : span.offset + span.length] for span in plan.spans])
-        self._slots = free[DONOR:]
+        free_slots = torch.arange(1, 1 + DONOR + len(prompt), device=device)
+        self._donor_slots = torch.cat([free_slots[span.offset : span.offset + span.length] for span in plan.spans])
+        self._slots = free_slots[DONOR:]
         tokens = torch.from_numpy(prompt).long().to(device)
-        self.job = FusionRequest(plan, tokens, self._slots[: plan.end], selector, RATIO)
-        self.tail = torch.arange(plan.end, len(prompt), device=device)
+        self.request = FusionRequest(plan, tokens, self._slots[: plan.end], selector, RATIO)
+        self.tail_pos = torch.arange(plan.end, len(prompt), device=device)
 
     def copy(self) -> None:
         """Copy the spans."""
-        self._executor.fill(self.job, self._sources)
+        self._executor.copy(self.request, self._donor_slots)
 
-    def fuse(self, job: FusionRequest, one_pass: bool) -> None:
-        """Choose rows, recompute them and extend; ``one_pass``: recompute in the pass of the extend."""
-        executor, tail = self._executor, self.tail
-        left = executor.prepare([job], Timings(), 0 if one_pass else executor.slice_rows)
-        group = RequestRows(0, len(tail), self._slots, tail + 1, job.exact)
-        with executor.extended(left, [group], self._slots[tail]):
-            executor.model.extend(job.tokens[tail], tail)
+    def fuse(self, request: FusionRequest, room: int) -> None:
+        """Select rows, recompute them and run the tail, with up to ``room`` of them in its forward pass."""
+        executor, tail_pos, timings = self._executor, self.tail_pos, Timings()
+        executor.select([request], timings)
+        leftover = executor.recompute([request], timings, room)
+        rows = RequestRows(0, len(tail_pos), self._slots, tail_pos + 1, request.exact)
+        with executor.with_leftover(leftover, [rows], self._slots[tail_pos]):
+            executor.model.extend(request.tokens[tail_pos], tail_pos)
 
-    def compute(self, rows: int) -> None:
-        """A plain prefill of ``rows`` rows."""
-        executor, device = self._executor, self.tail.device
-        slots = torch.arange(1, 1 + rows, device=device)
-        tokens, positions = self.job.tokens.repeat(1 + rows // len(self.job.tokens))[:rows], slots % DONOR
-        group = RequestRows(0, rows, slots, torch.arange(1, 1 + rows, device=device), True)
-        with executor.extended([], [group], slots):
-            executor.model.extend(tokens, positions)
+    def compute(self, count: int) -> None:
+        """A plain prefill of ``count`` rows."""
+        executor, device = self._executor, self.tail_pos.device
+        slots = torch.arange(1, 1 + count, device=device)
+        tokens = self.request.tokens.repeat(1 + count // len(self.request.tokens))[:count]
+        rows = RequestRows(0, count, slots, torch.arange(1, 1 + count, device=device), True)
+        with executor.with_leftover([], [rows], slots):
+            executor.model.extend(tokens, slots % DONOR)
 
 
 def warm_up(executor: Executor, selector: Selector) -> FusionRequest:
-    """Compile what a device has to compile, and see that all that requests will need runs.
+    """Compile the device's kernels, and check that everything requests will need runs.
 
-    Writes KV of random tokens, so nothing may be in the pool yet.
+    Overwrites KV with that of random tokens, so the pool must be empty.
 
     Args:
         executor: of a pool with room for a few hundred tokens.
         selector: chooses the rows.
 
     Returns:
-        What ran.
+        The request that ran.
 
     Raises:
         UnsupportedModelError: a token's keys at two positions do not differ by the rotation between them.
-        Exception: whatever else goes wrong.
+        Exception: any other failure; unlike for a request, there is no fallback.
     """
-    rehearsal = SyntheticPrefill(executor, selector)
-    rehearsal.copy()
-    whole = replace(rehearsal.job, selector=Full())
-    for one in (rehearsal.job, whole):
-        # Both ways to recompute: in a separate pass, and within the extend of the tail.
-        for one_pass in (False, True):
-            rehearsal.fuse(one, one_pass)
-    _check_keys(executor, whole)
-    return rehearsal.job
+    prefill = SyntheticPrefill(executor, selector)
+    prefill.copy()
+    full = replace(prefill.request, selector=Full())
+    for request in (prefill.request, full):
+        # Rows are recomputed in separate passes or in that of the tail: run both ways.
+        for room in (0, executor.slice_rows):
+            prefill.fuse(request, room)
+    _check_keys(executor, full)
+    return prefill.request
 
 
-def _check_keys(executor: Executor, job: FusionRequest) -> None:
-    """Keys of layer 0 know only their token and its position, so equal tokens show how the model rotates keys."""
+def _check_keys(executor: Executor, request: FusionRequest) -> None:
+    """Check how the model rotates keys: those of layer 0 depend on token and position alone.
+
+    Raises:
+        UnsupportedModelError: keys of equal tokens do not differ by the rotation between their positions.
+    """
     keys, rope = executor.model.keys[0], executor.model.ropes[0]
-    order = job.tokens[: job.plan.end].sort(stable=True)
+    order = request.tokens[: request.plan.end].sort(stable=True)
     same = (order.values[1:] == order.values[:-1]).nonzero().squeeze(1)
-    one, other = order.indices[same], order.indices[same + 1]
-    rotated = rotate(keys[job.slots[one]], *rope.rotation(one, other), rope.neox).float()
-    expected = keys[job.slots[other]].float()
+    old_pos, new_pos = order.indices[same], order.indices[same + 1]
+    rotated = rotate(keys[request.slots[old_pos]], *rope.rotation(old_pos, new_pos), rope.neox).float()
+    expected = keys[request.slots[new_pos]].float()
     error = (rotated - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    # One rounding of either key and one of the rotated.
+    # Rounding of both stored keys and of the rotated one.
     if not bool((error < 8 * torch.finfo(keys.dtype).eps).all()):
         raise UnsupportedModelError(
-            f"the keys that reach the model's attention do not follow its RoPE (off by {float(error.max()):.3g})"
+            "the keys that reach the model's attention do not follow its RoPE "
+            f"(off by {float(error.max()):.3g})"
         )

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
+from a3_sglang.fusion.interface import AttentionHook, Model, StopForward, UnsupportedModelError
 from a3_sglang.integration import compat
 from a3_sglang.integration.model_checks import (
-    UnsupportedModelError,
     check_rotation,
     check_stack,
     query_heads,
@@ -73,7 +72,7 @@ class SGLangModel(Model):
         self._runner.model(tokens, positions, compat.make_extend_batch(tokens, positions))
 
     @contextmanager
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
+    def prepending(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
         passes, total, layers = 0, 0, self._layers
         # Models pass the stack's arguments by position or by keyword, and their names differ.
         signature = inspect.signature(type(layers).forward)

@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 
+from a3_sglang.fusion.interface import UnsupportedModelError
 from a3_sglang.rope import RopeTable, rotate
-
-
-class UnsupportedModelError(ValueError):
-    """The model's KV cannot be fused; the message is one line with the reason."""
-
 
 ROTARY_CLASSES = frozenset(
     {

@@ -16,7 +16,7 @@ from a3_sglang.integration.request_state import Admission, Progress, RequestStat
 from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch
 from a3_sglang.matching.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan
 from a3_sglang.reporting.report import Outcome, Reason
-from a3_sglang.selectors.base import AUTO_CAP, AUTO_USUAL, Ratio
+from a3_sglang.selectors.budget import AUTO_CAP, AUTO_USUAL, Ratio
 
 _MAX_BRANCHES = 8
 """Branches that a prompt is matched with, at most."""

@@ -13,13 +13,15 @@ import torch
 
 from a3_sglang.attention.base import RequestRows
 from a3_sglang.config import REQUEST_KEY
-from a3_sglang.fusion.executor import Executor, FusionRequest, Slice, Timings
+from a3_sglang.fusion.executor import Executor
+from a3_sglang.fusion.request import FusionRequest, Slice
 from a3_sglang.integration import compat
 from a3_sglang.integration.request_state import RequestState, state_of
 from a3_sglang.reporting.detail import make_detail
 from a3_sglang.reporting.prefill_log import PrefillLog
 from a3_sglang.reporting.report import TIMINGS_KEY, Outcome, Reason
 from a3_sglang.selectors import make_selector
+from a3_sglang.timing import Timings
 
 if TYPE_CHECKING:
     from a3_sglang.integration.radix_cache import A3RadixCache
@@ -122,18 +124,19 @@ class FusedPrefill:
             admission = state_of(req).admission
             assert admission is not None
             with timings.add("copy"):
-                self.executor.fill(fusion, admission.donor_slots)
-        left: list[Slice] = []
-        if fusions and (on_cpu or all(state_of(req).match.branch is not None for req in batch.reqs)):
-            left = self.executor.prepare(fusions, timings, sum(batch.extend_lens))
-        elif fusions:
-            self.executor.run(fusions, timings)
+                self.executor.copy(fusion, admission.donor_slots)
+        leftover: list[Slice] = []
+        if fusions:
+            one_pass = on_cpu or all(state_of(req).match.branch is not None for req in batch.reqs)
+            room = max(0, self.executor.slice_rows - sum(batch.extend_lens)) if one_pass else 0
+            self.executor.select(fusions, timings)
+            leftover = self.executor.recompute(fusions, timings, room)
         for req, fusion in admitted:
-            self._cache.settle(req, fusion.plan, len(fusion.recomputed))
-        with timings.add("recompute" if left else "tail"):
-            if not left and not on_cpu:
+            self._cache.settle(req, fusion.plan, len(fusion.recomputed_pos))
+        with timings.add("recompute" if leftover else "tail"):
+            if not leftover and not on_cpu:
                 return run()
-            with self.executor.extended(left, self._rows_of(batch), batch.out_cache_loc.to(torch.int64)):
+            with self.executor.with_leftover(leftover, self._rows_of(batch), batch.out_cache_loc.to(torch.int64)):
                 return run()
 
     def _rows_of(self, batch: Any) -> list[RequestRows]:
@@ -153,8 +156,9 @@ class FusedPrefill:
             state_of(req).match.reason = Reason.ERROR
             try:
                 fusion = fusions[id(req)] = self._fusion_of(req)
-                self.executor.recompute_all(fusion)
-                self._cache.settle(req, fusion.plan, len(fusion.recomputed))
+                fusion.select_all()
+                self.executor.recompute([fusion], Timings())
+                self._cache.settle(req, fusion.plan, len(fusion.recomputed_pos))
             except Exception:
                 self._cache.breaker.failed("full recompute")
                 self._abort(req)
@@ -173,13 +177,13 @@ class FusedPrefill:
         state = state_of(req)
         if state.admission is not None:
             state.admission.pending = False
-            state.admission.recomputed_pos = fusion.recomputed if fusion is not None else None
+            state.admission.recomputed_pos = fusion.recomputed_pos if fusion is not None else None
         self._cache.admitted.pop(id(req), None)
         if fusion is None:
             return
-        compat.count_as_computed(req, len(fusion.recomputed) + fusion.plan.gap)
+        compat.count_as_computed(req, len(fusion.recomputed_pos) + fusion.plan.gap)
         charged = fusion.charged(self.executor.model.depth)
-        self._cache.add_fusion(req, fusion.plan, len(fusion.recomputed), charged)
+        self._cache.add_fusion(req, fusion.plan, len(fusion.recomputed_pos), charged)
         if self._cache.options_of(req).explain:
             state.fusions.append((fusion, timings))
 

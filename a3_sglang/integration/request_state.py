@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 
 from a3_sglang.config import ResolvedOptions
-from a3_sglang.fusion.executor import FusionRequest, Timings
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.branches import Branch
 from a3_sglang.matching.plan import Plan
 from a3_sglang.matching.search import PromptSearch
 from a3_sglang.reporting.report import Reason
+from a3_sglang.timing import Timings
 
 
 @dataclass(slots=True)

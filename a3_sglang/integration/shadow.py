@@ -17,7 +17,7 @@ from a3_sglang.integration.request_state import RequestState, state_of
 from a3_sglang.matching.plan import Plan
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome
-from a3_sglang.selectors import make_selector
+from a3_sglang.selectors import Budget, make_selector
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Shadow:
         assert match.plan is not None
         options, plan = self.tree.options_of(req), match.plan
         ratio = self.tree.ratio_of(plan, typical_ratio(options.ratio))
-        recomputed = make_selector(options.selector).budget(ratio, plan.reused)[0]
+        recomputed = Budget.of(make_selector(options.selector), ratio, plan.reused).least
         self.tree.settle(req, plan, recomputed)
         self.tree.add_fusion(req, plan, recomputed, 0.0)
         if not options.keep:

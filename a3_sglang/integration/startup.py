@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.executor import SLICE_ROWS, Executor
+from a3_sglang.fusion.interface import UnsupportedModelError
 from a3_sglang.fusion.ops import Ops, create_ops
 from a3_sglang.fusion.overhead import overhead_rows
 from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.integration import compat
 from a3_sglang.integration.model import SGLangModel
-from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.integration.observing import ObservingRadixCache
 from a3_sglang.integration.radix_cache import A3RadixCache
 from a3_sglang.integration.shadow import Shadow

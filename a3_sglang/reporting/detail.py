@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from a3_sglang.fusion.executor import FusionRequest, Timings
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.branches import Branch
 from a3_sglang.matching.span import Span
 from a3_sglang.reporting.report import PARTS, Outcome
+from a3_sglang.timing import Timings
 
 _DIGITS = 4
 """Significant digits of a relevance."""
@@ -48,7 +49,7 @@ def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings
         for span in fusion.plan.spans:
             parts[span.start : span.end] = PARTS.index("reused")
             spans.append(_origin(span) | {"relevance": _relevance(fusion, span)})
-        parts[fusion.recomputed.cpu().numpy()] = PARTS.index("recomputed")
+        parts[fusion.recomputed_pos.cpu().numpy()] = PARTS.index("recomputed")
         stages.update(timings.milliseconds())
     bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
     runs = [[PARTS[parts[start]], start, end] for start, end in pairwise(bounds)]

@@ -73,7 +73,7 @@ class Metrics:
         self._requests(outcome.result, outcome.why).inc()
 
     def stages_took(self, milliseconds: dict[str, float]) -> None:
-        """Record the times of a fused batch; see :meth:`a3_sglang.fusion.executor.Timings.milliseconds`."""
+        """Record the times of a fused batch; see :meth:`a3_sglang.timing.Timings.milliseconds`."""
         if self.on:
             for stage, duration in milliseconds.items():
                 self._stages(stage.removesuffix("_ms")).observe(duration / 1e3)

@@ -6,9 +6,9 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from a3_sglang.fusion.executor import Timings
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import PARTS, Outcome
+from a3_sglang.timing import Timings
 
 logger = logging.getLogger(__name__)
 

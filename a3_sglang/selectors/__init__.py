@@ -1,17 +1,22 @@
-"""Selectors by name, one rule a file."""
+"""Selectors by name, one rule per file."""
 
 from __future__ import annotations
 
-from a3_sglang.selectors.a3 import A3
-from a3_sglang.selectors.base import FreshLayer, Ratio, Rows, Selector
-from a3_sglang.selectors.cacheblend import CacheBlend
-from a3_sglang.selectors.epic import Epic
-from a3_sglang.selectors.full import Full
-from a3_sglang.selectors.probe import Probe
-from a3_sglang.selectors.random_rows import Random
-from a3_sglang.selectors.reuse import Reuse
+from importlib import import_module
 
-_SELECTORS: dict[str, type[Selector]] = {cls.name: cls for cls in (Probe, A3, CacheBlend, Epic, Random, Reuse, Full)}
+from a3_sglang.selectors.base import DenseLayer, DenseLayers, ProbeLayers, ReusedRows, Selector
+from a3_sglang.selectors.budget import Budget, Ratio, pick
+
+_SELECTORS = {
+    "probe": ("probe", "Probe"),
+    "a3": ("a3", "A3"),
+    "cacheblend": ("cacheblend", "CacheBlend"),
+    "epic": ("epic", "Epic"),
+    "random": ("random_rows", "Random"),
+    "reuse": ("reuse", "Reuse"),
+    "full": ("full", "Full"),
+}
+"""Module of this package and class, by the name of the selector."""
 
 
 def selector_names() -> tuple[str, ...]:
@@ -20,22 +25,25 @@ def selector_names() -> tuple[str, ...]:
 
 
 def make_selector(name: str) -> Selector:
-    """The selector of this name with its default options."""
-    return _SELECTORS[name]()
+    """The selector of this name with its default options.
+
+    Raises:
+        KeyError: there is none.
+    """
+    module, cls = _SELECTORS[name]
+    selector: Selector = getattr(import_module(f"{__name__}.{module}"), cls)()
+    return selector
 
 
 __all__ = [
-    "A3",
-    "CacheBlend",
-    "Epic",
-    "FreshLayer",
-    "Full",
-    "Probe",
-    "Random",
+    "Budget",
+    "DenseLayer",
+    "DenseLayers",
+    "ProbeLayers",
     "Ratio",
-    "Reuse",
-    "Rows",
+    "ReusedRows",
     "Selector",
     "make_selector",
+    "pick",
     "selector_names",
 ]

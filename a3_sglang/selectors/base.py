@@ -1,25 +1,22 @@
-"""What a selector is: the rule that ranks the reused rows of one request."""
+"""The interface of a selector: the rule that ranks the reused rows of one request."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
-Ratio = float | Literal["auto"]
-"""Share of the reused rows that is recomputed; ``"auto"`` lets the question's attention decide."""
-
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class ReusedRows:
     """The reused rows of one request, span after span.
 
     Attributes:
-        positions: int64 (reused,), ascending; where they stand in the prompt.
-        offsets: int64 (reused,), how far each stands behind the beginning of its span.
+        positions: int64 (reused,), ascending prompt positions.
+        offsets: int64 (reused,), distance of each row from the beginning of its span.
         lengths: rows of each span.
     """
 
@@ -28,7 +25,7 @@ class Rows:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, spans: Sequence[tuple[int, int]], device: Any) -> Rows:
+    def of(cls, spans: Sequence[tuple[int, int]], device: Any) -> ReusedRows:
         """The rows of spans ``[start, end)``, ascending."""
         none = torch.arange(0, device=device)
         positions = [torch.arange(start, end, device=device) for start, end in spans]
@@ -37,96 +34,99 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class FreshLayer:
-    """One layer of one request, computed for all rows behind the exact prefix: first the context, then the tail.
+class ProbeLayers:
+    """Need of a selector: the question's attention over the reused KV in a band of layers.
+
+    Its signal is float32 (context,), one value per prompt position before the tail: the relevance of the position
+    (:func:`a3_sglang.attention.relevance.relevance`) summed over the band; zero in gaps, which have no KV yet.
+
+    Attributes:
+        first, last: the band, as shares of the model's depth.
+    """
+
+    first: float
+    last: float
+
+    def layers(self, depth: int) -> range:
+        """The layers of the band, at least one, in a model of ``depth`` layers."""
+        begin = int(self.first * depth)
+        return range(begin, max(begin + 1, int(self.last * depth)))
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayers:
+    """Need of a selector: the first layers, computed for all rows after the exact prefix.
+
+    Its signal is a :class:`DenseLayer`, the last of them.
+
+    Attributes:
+        count: number of layers.
+    """
+
+    count: int
+
+
+Need = ProbeLayers | DenseLayers | None
+"""What is measured before the rows of a request are ranked; None: nothing, and the signal is None."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """One layer of one request, computed for all rows after the exact prefix: first the context, then the tail.
 
     Attributes:
         query: (tail, heads, head_dim), after RoPE.
         key: (context + tail, kv_heads, head_dim), after RoPE.
         value: like ``key``.
-        copied: (context, kv_heads, head_dim), the values that were copied; arbitrary where nothing was reused.
+        copied: (context, kv_heads, head_dim), the values that were copied; arbitrary in gaps.
+        reused: int64 (reused,), ascending; which rows of the context are reused.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     copied: torch.Tensor
+    reused: torch.Tensor
 
 
-class Selector:
+class Selector(ABC):
     """Ranks reused rows; the executor recomputes those that rank highest, as many as the budget allows.
 
-    A subclass is a frozen dataclass of its options. It sees tensors only, nothing of SGLang. What it ranks by is
-    measured either by the probe (:meth:`probe_layers`) or on the first layers computed in full
-    (:attr:`fresh_layers`, :meth:`measure`), or not at all.
+    A subclass is a frozen dataclass of its options. It sees tensors only, nothing of SGLang. The class attributes say
+    what it needs and what may be done with it; :meth:`score` is all it has to define.
     """
 
-    name: ClassVar[str]
-    fresh_layers: ClassVar[int] = 0
-    """So many layers, from layer 0 on, are computed for all rows before any are chosen."""
-    attention: ClassVar[bool] = False
-    """Whether scores are shares of the question's attention, which ``ratio="auto"`` needs."""
-
+    needs: Need = None
+    """What is measured for :meth:`score`."""
+    supports_auto: ClassVar[bool] = False
+    """Whether scores are shares of the question's attention, which the budget of ``ratio="auto"`` assumes."""
     corrects_drift: ClassVar[bool] = False
-    """Whether the rows between recomputed ones are corrected, too; see :mod:`a3_sglang.drift`."""
+    """Whether the reused rows between the recomputed ones are corrected, too; see :mod:`a3_sglang.drift`."""
+    fixed_ratio: ClassVar[float | None] = None
+    """The ratio of a selector that ignores the requested one."""
 
-    def probe_layers(self, depth: int) -> range:
-        """Layers whose question attention is wanted (contiguous; empty, the default: the probe is not run).
-
-        Args:
-            depth: number of layers of the model.
-        """
-        return range(0)
-
-    def measure(self, layer: FreshLayer) -> torch.Tensor:
-        """Relevance of the context's rows, float32 (context,), from the last of the :attr:`fresh_layers`."""
-        raise NotImplementedError
-
-    def budget(self, ratio: Ratio, reused: int) -> range:
-        """How many of ``reused`` rows are recomputed, from the least to the most, one or more counts."""
-        if ratio == "auto":
-            return range(_rows(AUTO_FLOOR, reused), _rows(AUTO_CAP, reused) + 1)
-        count = _rows(ratio, reused)
-        return range(count, count + 1)
-
-    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """How much each reused row deserves to be recomputed: what was measured for it, unless a rule knows better.
+    @abstractmethod
+    def score(self, signal: Any, rows: ReusedRows) -> torch.Tensor:
+        """How much each reused row deserves to be recomputed.
 
         Args:
-            relevance: float32 (context,); what was measured for each prompt position before the tail, zero where
-                nothing was.
+            signal: what was measured, as :attr:`needs` asks for: see :class:`ProbeLayers` and :class:`DenseLayers`;
+                None if nothing is needed.
             rows: the reused rows.
 
         Returns:
-            float32 (reused,), not negative where :attr:`attention` is set.
+            float32 (reused,), not negative if :attr:`supports_auto` is set.
         """
-        return relevance[rows.positions]
 
-    def pick(self, relevance: torch.Tensor, rows: Rows, budget: range) -> torch.Tensor:
-        """Positions to recompute, int64, ascending.
+    def select(self, score: torch.Tensor, rows: ReusedRows, count: int) -> torch.Tensor:
+        """Which rows to recompute: those with the highest scores; of equal ones, the earlier.
 
-        Where ``budget`` leaves a choice, attention decides: the geometric mean of as many as it takes to cover
-        :data:`AUTO_SHARE` of all scores and of :data:`AUTO_USUAL`. Attention in few places tells only half that few
-        rows will do.
+        Args:
+            score: what :meth:`score` returned.
+            rows: the reused rows.
+            count: how many to choose.
+
+        Returns:
+            int64 (count,), distinct indices into ``rows``, in any order.
         """
-        scores = self.scores(relevance, rows)
-        count = budget[0]
-        if len(budget) > 1:
-            covered = scores.double().sort(descending=True).values.cumsum(0)
-            needed = 1 + int((covered < AUTO_SHARE * covered[-1]).sum())
-            tempered = math.ceil(math.sqrt(needed * AUTO_USUAL * len(scores)))
-            count = min(max(tempered, budget[0]), budget[-1])
-        return rows.positions[self.choose(scores, rows, count)].sort().values
-
-    def choose(self, scores: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
-        """Indices of ``count`` rows, int64: those with the highest scores, of equal ones the earlier."""
-        return scores.sort(descending=True, stable=True).indices[:count]
-
-
-AUTO_SHARE, AUTO_USUAL, AUTO_FLOOR, AUTO_CAP = 0.7, 0.15, 0.05, 0.4
-"""With ``ratio="auto"``: share of the scores to cover, and shares of the reused rows that the budget is drawn to and
-bounded by."""
-
-
-def _rows(ratio: float, reused: int) -> int:
-    return min(reused, math.ceil(ratio * reused))
+        return score.sort(descending=True, stable=True).indices[:count]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from a3_sglang.selectors.base import Rows, Selector
+from a3_sglang.selectors.base import ReusedRows, Selector
 
 
 @dataclass(frozen=True)
 class Epic(Selector):
-    """As many rows at the head of each span, blind to the question: LegoLink (EPIC, arXiv 2410.15332, Section 4).
+    """The same number of rows at the head of each span, whatever the question.
 
-    The paper takes a fixed count a chunk; here the ratio decides how many, the same for every span.
+    LegoLink (EPIC, arXiv 2410.15332, Section 4). The paper fixes the number per chunk; here it follows from the ratio.
     """
 
-    name: ClassVar[str] = "epic"
-
-    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def score(self, signal: None, rows: ReusedRows) -> torch.Tensor:
         return -rows.offsets.to(torch.float32)

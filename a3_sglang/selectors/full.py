@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a3_sglang.selectors.base import Ratio, Selector
+import torch
+
+from a3_sglang.selectors.base import ReusedRows, Selector
 
 
 @dataclass(frozen=True)
 class Full(Selector):
-    """Recompute every reused row, whatever the ratio: a full prefill by way of the fusion."""
+    """Recompute every reused row at any ratio: a full prefill by way of the fusion."""
 
-    name: ClassVar[str] = "full"
+    fixed_ratio: ClassVar[float | None] = 1.0
 
-    def budget(self, ratio: Ratio, reused: int) -> range:
-        return range(reused, reused + 1)
+    def score(self, signal: None, rows: ReusedRows) -> torch.Tensor:
+        return torch.zeros_like(rows.positions, dtype=torch.float32)

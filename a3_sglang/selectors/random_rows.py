@@ -1,27 +1,25 @@
-"""Rows drawn at random: what any rule has to beat."""
+"""Rows drawn at random: the baseline that any rule has to beat."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from a3_sglang.selectors.base import Rows, Selector
+from a3_sglang.selectors.base import ReusedRows, Selector
 
 
 @dataclass(frozen=True)
 class Random(Selector):
-    """Uniformly drawn rows; equally many rows give the same draw.
+    """Uniformly drawn rows; requests with the same number of reused rows get the same draw.
 
     Attributes:
         seed: of the draw.
     """
 
-    name: ClassVar[str] = "random"
     seed: int = 0
 
-    def scores(self, relevance: torch.Tensor, rows: Rows) -> torch.Tensor:
-        # Drawn on the CPU, so that a device does not change the draw.
+    def score(self, signal: None, rows: ReusedRows) -> torch.Tensor:
+        # Drawn on the CPU, so that the draw is the same on every device.
         drawn = torch.rand(len(rows.positions), generator=torch.Generator().manual_seed(self.seed))
         return drawn.to(rows.positions.device)

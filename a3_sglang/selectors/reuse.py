@@ -1,18 +1,20 @@
-"""No recompute at all: gaps only."""
+"""Recompute nothing: only gaps are computed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a3_sglang.selectors.base import Ratio, Selector
+import torch
+
+from a3_sglang.selectors.base import ReusedRows, Selector
 
 
 @dataclass(frozen=True)
 class Reuse(Selector):
-    """Keep every reused row as it is, whatever the ratio: the fastest and least exact choice."""
+    """Keep every reused row as it is at any ratio: the fastest and least exact choice."""
 
-    name: ClassVar[str] = "reuse"
+    fixed_ratio: ClassVar[float | None] = 0.0
 
-    def budget(self, ratio: Ratio, reused: int) -> range:
-        return range(1)
+    def score(self, signal: None, rows: ReusedRows) -> torch.Tensor:
+        return torch.zeros_like(rows.positions, dtype=torch.float32)

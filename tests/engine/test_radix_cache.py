@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion import executor as executor_module
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.integration import compat
 from a3_sglang.integration.circuit_breaker import LIMIT
 from a3_sglang.integration.request_state import state_of
@@ -149,10 +150,10 @@ def test_only_a_request_that_cannot_be_recomputed_is_aborted(generator, monkeypa
     (req, prompt), (other, _) = (admitted(cache, generator) for _ in "ab")
     for pool in (*cache.model.keys, *cache.model.values):
         pool[private_slots(other)] = torch.nan
-    real = cache.executor.recompute_all
-    monkeypatch.setattr(cache.executor, "prepare", fails)
+    real = FusionRequest.select_all
+    monkeypatch.setattr(cache.executor, "select", fails)
     monkeypatch.setattr(
-        cache.executor, "recompute_all", lambda job: fails() if job.tokens.tolist() != prompt else real(job)
+        FusionRequest, "select_all", lambda request: fails() if request.tokens.tolist() != prompt else real(request)
     )
     assert cache.fuse(req, other, run=lambda: "result") == "result"
     assert_full_prefill(cache, req, prompt)
@@ -171,7 +172,7 @@ def test_fusion_is_turned_off_after_repeated_errors(generator, monkeypatch, capl
     for number in range(2 * LIMIT + 1):
         with monkeypatch.context() as patch:
             if number in failing:
-                patch.setattr(cache.executor, "prepare", fails)
+                patch.setattr(cache.executor, "select", fails)
             assert not cache.tree.breaker.open
             req, _ = admitted(cache, generator)
             cache.fuse(req)
@@ -181,7 +182,7 @@ def test_fusion_is_turned_off_after_repeated_errors(generator, monkeypatch, capl
             # A success after two failures resets the count.
             assert not cache.tree.breaker.open
     with monkeypatch.context() as patch:
-        patch.setattr(cache.executor, "prepare", fails)
+        patch.setattr(cache.executor, "select", fails)
         for _ in range(LIMIT):
             assert not cache.tree.breaker.open
             req, _ = admitted(cache, generator)

@@ -1,4 +1,4 @@
-"""Small random models of many architectures, by name."""
+"""Configurations of small models of many architectures, by name."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3": ("Phi3Config", {}),
     "Cohere": ("CohereConfig", {}),
     "Granite": ("GraniteConfig", {}),
-    # SGLang serves OLMo with as many KV heads as query heads only.
+    # SGLang supports OLMo only with one KV head per query head.
     "OLMo": ("OlmoConfig", {"num_key_value_heads": 4}),
     "OLMo-2": ("Olmo2Config", {}),
     "StableLM": ("StableLmConfig", {"partial_rotary_factor": 0.25}),
     "GPT-NeoX": ("GPTNeoXConfig", {"rotary_pct": 0.25}),
 }
-"""transformers' config class and what differs from :data:`SHAPE`."""
+"""Per architecture, the config class of transformers and its differences from :data:`SHAPE`."""
 
 
 def config_of(name: str) -> Any:
-    """A transformers config of this architecture."""
+    """The transformers config of an architecture."""
     kind, overrides = ARCHITECTURES[name]
     return getattr(transformers, kind)(**SHAPE | overrides)

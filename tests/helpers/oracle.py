@@ -13,7 +13,8 @@ from a3_sglang.integration.startup import line_ends
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import Plan, make_plan
 from a3_sglang.matching.search import find_spans
-from a3_sglang.selectors import Probe, Rows
+from a3_sglang.selectors import Budget, ProbeLayers, ReusedRows, pick
+from a3_sglang.selectors.probe import Probe
 from helpers.drift import drift_correction64
 from helpers.reference import Llama, backwards, gaps, reused, rope64
 from helpers.tolerance import distance, rope_error, roundings
@@ -109,9 +110,11 @@ def probe_agreement(traffic: Traffic, oracle: Llama, documents: int = 4) -> floa
     attention = oracle.question64(fused.plan, fused.tokens, keys, values)
     probe, group = Probe(), oracle.shape.heads // oracle.shape.kv_heads
     score = torch.zeros(end, dtype=torch.float64)
-    for layer in probe.probe_layers(oracle.depth):
+    assert isinstance(probe.needs, ProbeLayers)
+    for layer in probe.needs.layers(oracle.depth):
         sizes = values[layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
         score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, :end]).sum(0)
-    rows = Rows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")
-    picked = probe.pick(score, rows, probe.budget(fused.plan.ratio(0.25, INDEX_BLOCK), len(fused.reused)))
+    rows = ReusedRows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")
+    budget = Budget.of(probe, fused.plan.ratio(0.25, INDEX_BLOCK), len(fused.reused))
+    picked = pick(probe, probe.score(score, rows), rows, budget)
     return len(set(picked.tolist()) & set(fused.recomputed.tolist())) / len(picked)

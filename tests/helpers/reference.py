@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from a3_sglang.fusion.executor import AttentionHook, Model, StopForward
+from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
 
@@ -200,13 +200,13 @@ class Llama(Model):
             self.hidden(tokens, positions, attend)
 
     @contextmanager
-    def extended(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
+    def prepending(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> Iterator[None]:
         self._override = tokens, positions, attend
         yield
         self._override = None
 
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """An engine's ordinary forward of a tail, within :meth:`extended`; the last hidden states."""
+        """An engine's ordinary forward of a tail, within :meth:`prepending`; the last hidden states."""
         assert self._override is not None
         first, at, attend = self._override
         return self.hidden(torch.cat([first, tokens]), torch.cat([at, positions]), attend)[len(first) :]

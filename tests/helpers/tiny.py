@@ -1,4 +1,4 @@
-"""Small random models for tests that need no language."""
+"""Small random models, for tests whose text need not make sense."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save_random_model(folder: Path, config: Any, tokenizer: Path, seed: int = 0,
         config: a transformers config of a causal language model.
         tokenizer: a model folder whose tokenizer is copied.
         seed: of the weights.
-        deviation: standard deviation of the weight matrices; at 0.06 attention is clearly not uniform.
+        deviation: standard deviation of the weight matrices; at 0.06, attention is far from uniform.
 
     Returns:
         ``folder``.

@@ -23,7 +23,7 @@ from a3_sglang.fusion.warm_up import warm_up
 from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.selectors import make_selector, selector_names
 from helpers.reference import attention64
-from helpers.world import World, executor_of
+from helpers.scenario import Scenario, executor_for
 
 POOL = torch.zeros(10, 2, 16)
 SMALL = {"heads": 4, "pool": POOL, "layers": 2, "contexts": (90, 40)}
@@ -115,61 +115,61 @@ def test_flashinfer_passes_the_trial(dtype, dim):
 
 @pytest.mark.parametrize("name", selector_names())
 def test_a_warm_up_runs_a_fused_prefill(name):
-    world = World(torch.seed() % 2**31)
-    for pool in (*world.model.keys, *world.model.values):
+    scenario = Scenario(torch.seed() % 2**31)
+    for pool in (*scenario.model.keys, *scenario.model.values):
         pool.zero_()
-    job = warm_up(executor_of(world), make_selector(name))
+    job = warm_up(executor_for(scenario), make_selector(name))
     assert job.plan.reused > 0
     assert job.plan.gap > 0
-    for pool in (*world.model.keys, *world.model.values):
+    for pool in (*scenario.model.keys, *scenario.model.values):
         assert bool(pool.isfinite().all())
         assert bool(pool[job.slots].any())
 
 
 def test_the_overhead_of_a_fusion_is_measured():
     """In rows of plain prefills of several lengths; it includes the time of the choice."""
-    world = World(torch.seed() % 2**31)
-    for pool in (*world.model.keys, *world.model.values):
+    scenario = Scenario(torch.seed() % 2**31)
+    for pool in (*scenario.model.keys, *scenario.model.values):
         pool.zero_()
-    executor, computed = executor_of(world), []
-    forward = world.model.hidden
+    executor, computed = executor_for(scenario), []
+    forward = scenario.model.hidden
 
     def counted(tokens, positions, attend):
         computed.append(len(tokens))
         return forward(tokens, positions, attend)
 
-    world.model.hidden = counted
+    scenario.model.hidden = counted
     overhead = overhead_rows(executor, make_selector("probe"))
     assert max(computed) >= 2 * min(computed)
-    choose = executor.choose
+    select = executor.select
 
     def slow(*args):
         time.sleep(0.2)
-        choose(*args)
+        select(*args)
 
-    executor.choose = slow
+    executor.select = slow
     assert overhead_rows(executor, make_selector("probe")) > overhead >= 0
 
 
 @pytest.mark.parametrize("factor", [0, 2])
 def test_a_model_that_rotates_otherwise_is_refused(factor):
     """Its keys are not rotated, or twice as far as its table says."""
-    world = World(torch.seed() % 2**31)
-    for pool in (*world.model.keys, *world.model.values):
+    scenario = Scenario(torch.seed() % 2**31)
+    for pool in (*scenario.model.keys, *scenario.model.values):
         pool.zero_()
-    hidden = world.model.hidden
-    world.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions, attend)
+    hidden = scenario.model.hidden
+    scenario.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions, attend)
     with pytest.raises(UnsupportedModelError, match="do not follow its RoPE"):
-        warm_up(executor_of(world), make_selector("probe"))
+        warm_up(executor_for(scenario), make_selector("probe"))
 
 
 def test_a_warm_up_hides_nothing():
-    world = World(torch.seed() % 2**31)
+    scenario = Scenario(torch.seed() % 2**31)
 
     def fails(*_):
         raise RuntimeError("no kernel image for this device")
 
-    executor = executor_of(world)
+    executor = executor_for(scenario)
     executor.ops.probe_attention.plan = fails
     with pytest.raises(RuntimeError, match="no kernel image"):
         warm_up(executor, make_selector("probe"))

@@ -14,6 +14,7 @@ import pytest
 
 from a3_sglang.config import ServerOptions, env_name
 from a3_sglang.launch_server import arguments
+from helpers.steps import python_blocks, steps
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -62,13 +63,14 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
 
 
 def test_recipes_include_the_programs_as_they_are(site: Path) -> None:
-    """Every example is included in some page, and every Python block of a page is included from a file."""
+    """Every example is included in some page; every Python block is included from a file or followed by a test."""
     shown = {name for page in PAGES for name in re.findall(r'--8<-- "examples/([^"]+)"', page.read_text())}
     demo = {"demo.py"}  # `make demo`
     assert shown == {file.name for file in (ROOT / "examples").glob("*.*") if file.suffix in (".py", ".yaml")} - demo
+    followed = {block for step in steps("Add a selector") for block in python_blocks(step)}  # test_extending.py
     for page in PAGES:
-        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-            assert block.startswith("--8<--"), (page.name, block)
+        for block in python_blocks(page.read_text()):
+            assert block.startswith("--8<--") or block in followed, (page.name, block)
 
 
 def launches() -> list[str]:

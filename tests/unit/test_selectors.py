@@ -1,8 +1,9 @@
-"""The rules that rank reused rows."""
+"""The selectors and the budget."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -12,29 +13,41 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang.selectors import (
-    A3,
-    CacheBlend,
-    Epic,
-    FreshLayer,
-    Full,
-    Probe,
-    Random,
-    Reuse,
-    Rows,
+    Budget,
+    DenseLayer,
+    DenseLayers,
+    ProbeLayers,
+    ReusedRows,
     Selector,
     make_selector,
+    pick,
     selector_names,
 )
-from a3_sglang.selectors.base import AUTO_CAP, AUTO_FLOOR, AUTO_SHARE, AUTO_USUAL
+from a3_sglang.selectors.a3 import A3
+from a3_sglang.selectors.budget import AUTO_CAP, AUTO_FLOOR, AUTO_SHARE, AUTO_USUAL
+from a3_sglang.selectors.cacheblend import CacheBlend
+from a3_sglang.selectors.epic import Epic
+from a3_sglang.selectors.full import Full
+from a3_sglang.selectors.probe import Probe
+from a3_sglang.selectors.random_rows import Random
+from a3_sglang.selectors.reuse import Reuse
 
-SELECTORS = [make_selector(name) for name in selector_names()]
+
+def exactly(count: int, reused: int) -> Budget:
+    return Budget(reused, count, count)
 
 
-def exactly(count: int) -> range:
-    return range(count, count + 1)
+def single_rows(positions: list[int]) -> ReusedRows:
+    """Spans of one row each."""
+    return ReusedRows.of([(p, p + 1) for p in positions], "cpu")
 
 
-def test_names_make_what_they_say():
+def picked_by(selector: Selector, signal: torch.Tensor | None, rows: ReusedRows, count: int) -> torch.Tensor:
+    """Positions of the ``count`` rows that a selector picks."""
+    return pick(selector, selector.score(signal, rows), rows, exactly(count, len(rows.positions)))
+
+
+def test_selectors_by_name():
     expected = {
         "probe": Probe,
         "a3": A3,
@@ -45,15 +58,19 @@ def test_names_make_what_they_say():
         "full": Full,
     }
     assert {name: type(make_selector(name)) for name in selector_names()} == expected
-    assert all(make_selector(name).name == name for name in selector_names())
+    # The order is that of messages and of the documentation.
+    assert selector_names() == tuple(expected)
 
 
-@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.name)
+@pytest.mark.parametrize("name", selector_names())
 @given(reused=st.integers(0, 100_000), ratio=st.floats(0, 1))
-def test_budget_is_the_ratio_rounded_up(selector: Selector, reused: int, ratio: float):
-    (count,) = selector.budget(ratio, reused)
-    if selector.name in ("reuse", "full"):
-        assert count == (0 if selector.name == "reuse" else reused)
+def test_budget_is_the_ratio_rounded_up(name: str, reused: int, ratio: float):
+    budget = Budget.of(make_selector(name), ratio, reused)
+    count = budget.least
+    assert budget == exactly(count, reused)
+    assert budget.leaves_choice == (0 < count < reused)
+    if name in ("reuse", "full"):
+        assert count == (0 if name == "reuse" else reused)
     else:
         assert count - 1 < ratio * reused <= count or count == ratio * reused == 0
         assert count <= reused
@@ -62,74 +79,81 @@ def test_budget_is_the_ratio_rounded_up(selector: Selector, reused: int, ratio: 
 @given(st.integers(0, 100_000))
 def test_budget_edges(reused: int):
     probe = Probe()
-    assert probe.budget(0.0, reused) == exactly(0)
-    assert probe.budget(1.0, reused) == exactly(reused)
-    assert probe.budget(1e-9, reused) == exactly(min(1, reused))
-    auto = probe.budget("auto", reused)
-    assert auto[0] == probe.budget(AUTO_FLOOR, reused)[0]
-    assert auto[-1] == probe.budget(AUTO_CAP, reused)[0]
+    assert Budget.of(probe, 0.0, reused) == exactly(0, reused)
+    assert Budget.of(probe, 1.0, reused) == exactly(reused, reused)
+    assert Budget.of(probe, 1e-9, reused) == exactly(min(1, reused), reused)
+    auto = Budget.of(probe, "auto", reused)
+    assert auto.least == Budget.of(probe, AUTO_FLOOR, reused).least
+    assert auto.most == Budget.of(probe, AUTO_CAP, reused).least
 
 
 @given(st.data())
-def test_pick_takes_the_highest_and_of_equals_the_earlier(data: st.DataObject):
+def test_pick_takes_the_highest_scores_and_of_equal_ones_the_earlier(data: st.DataObject):
     context = data.draw(st.integers(1, 200))
     # Few distinct values, so that ties are the rule.
     scores = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.5]), min_size=context, max_size=context))
     positions = sorted(data.draw(st.sets(st.integers(0, context - 1), min_size=1)))
     count = data.draw(st.integers(0, len(positions)))
-    rows = Rows.of([(p, p + 1) for p in positions], "cpu")
+    rows = single_rows(positions)
     expected = sorted(sorted(positions, key=lambda p: (-scores[p], p))[:count])
     for _ in range(2):
-        picked = A3().pick(torch.tensor(scores), rows, exactly(count))
+        picked = pick(A3(), torch.tensor(scores)[rows.positions], rows, exactly(count, len(positions)))
         assert picked.dtype == torch.int64
         assert picked.tolist() == expected
 
 
-@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.name)
+@pytest.mark.parametrize("name", selector_names())
 @given(data=st.data())
-def test_pick_gives_distinct_reused_rows(selector: Selector, data: st.DataObject):
+def test_pick_gives_distinct_reused_rows(name: str, data: st.DataObject):
+    selector = make_selector(name)
     positions = sorted(data.draw(st.sets(st.integers(0, 300), min_size=1)))
     count = data.draw(st.integers(0, len(positions)))
-    rows = Rows.of([(p, p + 1) for p in positions], "cpu")
-    picked = selector.pick(torch.rand(301), rows, exactly(count))
+    rows = single_rows(positions)
+    relevance = torch.rand(301)
+    dense = isinstance(selector.needs, DenseLayers)
+    score = relevance[rows.positions] if dense else selector.score(relevance, rows)
+    picked = pick(selector, score, rows, exactly(count, len(positions)))
     assert picked.dtype == torch.int64
     assert len(picked) == count
     assert picked.tolist() == sorted(set(picked.tolist()) & set(positions))
 
 
 def test_probe_prefers_rows_at_the_beginning_of_their_span():
-    rows = Rows.of([(0, 100), (100, 400)], "cpu")
+    rows = ReusedRows.of([(0, 100), (100, 400)], "cpu")
     relevance = torch.zeros(400)
-    # 192 rows behind its beginning a row drifts by 193 ** -0.38 of the energy at the beginning, which is 1 / 7.39.
+    # 192 rows after the beginning of its span, a row's drift has 193 ** -0.38 = 1 / 7.39 of the energy there.
     relevance[[0, 292]] = torch.tensor([1.0, 7.3])
-    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [0]
+    assert picked_by(Probe(), relevance, rows, 1).tolist() == [0]
     relevance[292] = 7.5
-    assert Probe().pick(relevance, rows, exactly(1)).tolist() == [292]
+    assert picked_by(Probe(), relevance, rows, 1).tolist() == [292]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 40))
-def test_epic_takes_as_many_rows_at_the_head_of_every_span(lengths: list[int], head: int):
+def test_epic_takes_the_same_number_of_rows_at_the_head_of_each_span(lengths: list[int], head: int):
     ends = list(accumulate(lengths))
-    rows = Rows.of(list(zip([0, *ends], ends, strict=False)), "cpu")
+    rows = ReusedRows.of(list(zip([0, *ends], ends, strict=False)), "cpu")
     count = sum(min(head, length) for length in lengths)
-    picked = Epic().pick(torch.zeros(sum(lengths)), rows, exactly(count))
+    picked = picked_by(Epic(), None, rows, count)
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
     expected = [s + i for s, length in zip(starts, lengths, strict=True) for i in range(min(head, length))]
     assert picked.tolist() == expected
 
 
-def test_random_draws_evenly_and_again():
-    rows = Rows.of([(0, 4000)], "cpu")
-    nothing = torch.zeros(4000)
-    picked = Random().pick(nothing, rows, exactly(1000))
-    assert torch.equal(picked, Random().pick(nothing, rows, exactly(1000)))
-    assert not torch.equal(picked, Random(seed=1).pick(nothing, rows, exactly(1000)))
+def test_random_draws_uniformly_and_reproducibly():
+    rows = ReusedRows.of([(0, 4000)], "cpu")
+    picked = picked_by(Random(), None, rows, 1000)
+    assert torch.equal(picked, picked_by(Random(), None, rows, 1000))
+    assert not torch.equal(picked, picked_by(Random(seed=1), None, rows, 1000))
     assert all(180 < int(((picked >= a) & (picked < a + 800)).sum()) < 220 + 20 for a in range(0, 4000, 800))
+
+
+def probe_layers(selector: Selector, depth: int) -> range:
+    return selector.needs.layers(depth) if isinstance(selector.needs, ProbeLayers) else range(0)
 
 
 @given(st.integers(1, 200))
 def test_probe_reads_a_band_of_middle_layers(depth: int):
-    layers = Probe().probe_layers(depth)
+    layers = probe_layers(Probe(), depth)
     assert 1 <= len(layers) <= math.ceil(0.55 * depth) + 1
     assert layers.start >= 0
     assert layers.stop <= depth
@@ -137,54 +161,65 @@ def test_probe_reads_a_band_of_middle_layers(depth: int):
 
 
 def test_probe_band_of_known_models():
-    assert Probe().probe_layers(30) == range(7, 24)
-    assert Probe().probe_layers(32) == range(8, 25)
-    assert Probe(first=0.0, last=1.0).probe_layers(7) == range(7)
+    assert probe_layers(Probe(), 30) == range(7, 24)
+    assert probe_layers(Probe(), 32) == range(8, 25)
+    assert probe_layers(Probe(ProbeLayers(0.0, 1.0)), 7) == range(7)
 
 
 @given(st.integers(1, 200))
-def test_only_the_probe_asks_for_one(depth: int):
-    assert [s.name for s in SELECTORS if len(s.probe_layers(depth))] == ["probe"]
+def test_only_the_probe_needs_a_probe(depth: int):
+    assert [name for name in selector_names() if len(probe_layers(make_selector(name), depth))] == ["probe"]
 
 
 @given(st.data())
-def test_auto_follows_the_rows_that_cover_its_share(data: st.DataObject):
+def test_auto_follows_the_number_of_rows_that_cover_its_share(data: st.DataObject):
     drawn = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=400)
     relevance = torch.tensor(data.draw(drawn), dtype=torch.float32)
-    rows = Rows.of([(p, p + 1) for p in range(len(relevance))], "cpu")
-    budget = Probe().budget("auto", len(relevance))
-    picked = Probe().pick(relevance, rows, budget)
+    rows = single_rows(list(range(len(relevance))))
+    budget = Budget.of(Probe(), "auto", len(relevance))
+    picked = pick(Probe(), relevance, rows, budget)
     count = len(picked)
-    assert count in budget
+    assert budget.least <= count <= budget.most
     ranked = relevance.double().sort(descending=True).values
     sums = [0.0, *accumulate(ranked.tolist())]
 
     def rows_for(share: float) -> int:
-        """Between them and the usual ratio, by the definition."""
+        """Geometric mean of the rows that cover the share and the usual ratio, by the definition."""
         needed = max(1, next((i for i, covered in enumerate(sums) if covered >= share * sums[-1]), len(ranked)))
-        return min(max(math.ceil((needed * AUTO_USUAL * len(ranked)) ** 0.5), budget[0]), budget[-1])
+        return min(max(math.ceil((needed * AUTO_USUAL * len(ranked)) ** 0.5), budget.least), budget.most)
 
-    # Sums round: a share may be reached a row earlier or later.
+    # By rounding of the sums, the share may be covered one row earlier or later.
     assert rows_for(AUTO_SHARE * (1 - 1e-9)) <= count <= rows_for(AUTO_SHARE * (1 + 1e-9))
-    # A rule without an order of its own takes those very rows.
-    assert_close(relevance[A3().pick(relevance, rows, budget)].double().sort(descending=True).values, ranked[:count])
+    # A selector with the default `select` picks exactly the rows with the highest scores.
+    assert_close(relevance[pick(A3(), relevance, rows, budget)].double().sort(descending=True).values, ranked[:count])
 
 
-def fresh_layer(generator: torch.Generator, context: int, tail: int, kv_heads: int, group: int) -> FreshLayer:
+def dense_layer(generator: torch.Generator, context: int, tail: int, kv_heads: int, group: int) -> DenseLayer:
+    """Random, with every row of the context reused."""
+
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, 8, generator=generator)
 
     n = context + tail
-    return FreshLayer(
-        random(tail, kv_heads * group), random(n, kv_heads), random(n, kv_heads), random(context, kv_heads)
+    return DenseLayer(
+        random(tail, kv_heads * group),
+        random(n, kv_heads),
+        random(n, kv_heads),
+        random(context, kv_heads),
+        torch.arange(context),
     )
+
+
+def some_of(layer: DenseLayer) -> DenseLayer:
+    """The same layer with every other row of the context in gaps."""
+    return replace(layer, reused=layer.reused[::2])
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
 def test_a3_is_the_papers_attention(context: int, tail: int, kv_heads: int, group: int, seed: int):
     """Row by row from the definition: one softmax over concatenated heads, causal, then sums and means of 5."""
-    layer = fresh_layer(torch.Generator().manual_seed(seed), context, tail, kv_heads, group)
+    layer = dense_layer(torch.Generator().manual_seed(seed), context, tail, kv_heads, group)
     key = layer.key.double().repeat_interleave(group, 1).flatten(1)
     summed = torch.zeros(context, dtype=torch.float64)
     for i in range(tail):
@@ -193,11 +228,15 @@ def test_a3_is_the_papers_attention(context: int, tail: int, kv_heads: int, grou
         summed += torch.softmax(logits, 0)[:context]
     padded = torch.nn.functional.pad(summed, (2, 2))
     expected = torch.stack([padded[j : j + 5].mean() for j in range(context)])
-    assert_close(A3().measure(layer).double(), expected, rtol=1e-4, atol=1e-6)
+    rows = single_rows(list(range(context)))
+    assert_close(A3().score(layer, rows).double(), expected, rtol=1e-4, atol=1e-6)
+    assert_close(A3().score(some_of(layer), rows).double(), expected[::2], rtol=1e-4, atol=1e-6)
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**31))
 def test_cacheblend_is_the_change_of_values(context: int, tail: int, seed: int):
-    layer = fresh_layer(torch.Generator().manual_seed(seed), context, tail, 2, 2)
+    layer = dense_layer(torch.Generator().manual_seed(seed), context, tail, 2, 2)
     expected = (layer.value[:context] - layer.copied).double().pow(2).flatten(1).sum(1)
-    assert_close(CacheBlend().measure(layer).double(), expected, rtol=1e-4, atol=1e-6)
+    rows = single_rows(list(range(context)))
+    assert_close(CacheBlend().score(layer, rows).double(), expected, rtol=1e-4, atol=1e-6)
+    assert_close(CacheBlend().score(some_of(layer), rows).double(), expected[::2], rtol=1e-4, atol=1e-6)

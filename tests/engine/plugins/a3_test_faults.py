@@ -32,15 +32,16 @@ def register() -> None:
     """Called by SGLang in every process it starts."""
     if VARIABLE not in os.environ:
         return
-    from a3_sglang.fusion import executor
+    from a3_sglang.fusion import executor, passes
+    from a3_sglang.fusion.request import FusionRequest
     from a3_sglang.integration import compat, prefill
     from a3_sglang.integration.radix_cache import A3RadixCache
     from a3_sglang.matching.index import AnyPositionIndex
     from a3_sglang.matching.search import PromptSearch
 
     targets = (AnyPositionIndex, "add"), (PromptSearch, "spans"), (A3RadixCache, "donor_slots"), (compat, "allocate")
-    more = (executor.Executor, "fill"), (executor.Executor, "_probe"), (executor, "_select")
-    last = (executor.Executor, "recompute"), (executor.RecomputePass, "attend"), (executor.Executor, "recompute_all")
+    more = (executor.Executor, "copy"), (executor.Executor, "_probe"), (executor, "_select")
+    last = (executor.Executor, "recompute"), (passes.RecomputePass, "attend"), (FusionRequest, "select_all")
     report = ((prefill, "make_detail"),)
     for stage, (owner, name) in zip(STAGES, (*targets, *more, *last, *report), strict=True):
         setattr(owner, name, _failing(stage, getattr(owner, name)))

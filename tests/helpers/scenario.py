@@ -1,12 +1,13 @@
-"""A small Llama with donors in its pool, and prompts glued from them."""
+"""A small Llama with donors in its KV pool, and prompts that quote them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from a3_sglang.fusion.executor import Executor, FusionRequest
+from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.ops import TorchOps
+from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import make_plan
 from a3_sglang.matching.search import find_spans
@@ -16,8 +17,13 @@ from helpers.reference import Llama
 MIN_SPAN = 8
 
 
-class World:
-    """A model, donors whose exact KV lies in random slots of its pool, and prompts glued from them."""
+class Scenario:
+    """A small Llama, donors with exact KV in random slots of its pool, and prompts that quote them.
+
+    Args:
+        seed: of the weights and of everything drawn later.
+        donors: number of donors, 100 tokens each.
+    """
 
     def __init__(self, seed: int, donors: int = 2) -> None:
         self.model = Llama(seed)
@@ -32,14 +38,17 @@ class World:
             self.slots_of[donor.tobytes()] = self.write(*self.model.prefill64(torch.from_numpy(donor).long())[:2])
 
     def tokens(self, count: int) -> np.ndarray:
+        """New random tokens, int32."""
         return self.random.integers(0, self.model.shape.vocabulary, count).astype(np.int32)
 
     def take(self, count: int) -> torch.Tensor:
+        """Free slots, in random order."""
         taken, self.free = self.free[:count], self.free[count:]
         assert len(taken) == count
         return taken
 
     def write(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+        """Write KV, (tokens, kv_heads, head_dim) per layer, to free slots; which ones."""
         slots = self.take(len(keys[0]))
         for layer in range(self.model.depth):
             self.model.keys[layer][slots] = keys[layer].float()
@@ -47,7 +56,7 @@ class World:
         return slots
 
     def prompt(self, prefix: int, pieces: list[tuple[int, int]], tail: int) -> np.ndarray:
-        """``prefix`` new tokens, pieces of (new tokens, donor tokens in whole blocks), and ``tail`` new tokens."""
+        """``prefix`` new tokens, pieces of (new tokens, donor tokens in whole blocks), then ``tail`` new tokens."""
         parts = [self.tokens(prefix)]
         for gap, span in pieces:
             donor = self.donors[self.random.integers(len(self.donors))]
@@ -56,10 +65,10 @@ class World:
             parts += [self.tokens(gap), donor[begin : begin + span]]
         return np.concatenate([*parts, self.tokens(tail)])
 
-    def job(
+    def request(
         self, prompt: np.ndarray, prefix: int, selector: Selector, ratio: float, executor: Executor
     ) -> FusionRequest:
-        """A planned job: the prefix's KV in place, the spans copied."""
+        """A planned request: the prefix's KV is in its slots, the spans are copied."""
         plan = make_plan(find_spans(self.index, "space", prompt, prefix), prefix, len(prompt), len(prompt), 1)
         assert plan is not None
         tokens = torch.from_numpy(prompt).long()
@@ -70,15 +79,15 @@ class World:
                 self.take(plan.end - prefix),
             ]
         )
-        job = FusionRequest(plan, tokens, slots, selector, ratio)
-        sources = []
+        request = FusionRequest(plan, tokens, slots, selector, ratio)
+        donor_slots = []
         for span in plan.spans:
             path = span.segment.path(span.donor_end)
             donor = next(d for d in self.donors if np.array_equal(d[: len(path)], path))
-            sources.append(self.slots_of[donor.tobytes()][span.offset : span.offset + span.length])
-        executor.fill(job, torch.cat(sources))
-        return job
+            donor_slots.append(self.slots_of[donor.tobytes()][span.offset : span.offset + span.length])
+        executor.copy(request, torch.cat(donor_slots))
+        return request
 
 
-def executor_of(world: World, slice_rows: int = 8192) -> Executor:
-    return Executor(world.model, TorchOps(), slice_rows)
+def executor_for(scenario: Scenario, slice_rows: int = 8192) -> Executor:
+    return Executor(scenario.model, TorchOps(), slice_rows)

@@ -1,0 +1,224 @@
+"""Forward passes on selected rows: the probe, the first layers of all rows, and the recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from a3_sglang.attention.base import ProbeFn, ProbeRows, RequestRows, RowAttentionFn
+from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
+from a3_sglang.fusion.ops import Ops
+from a3_sglang.fusion.request import FusionRequest, Slice
+from a3_sglang.matching.plan import question_ranges
+from a3_sglang.selectors import DenseLayer
+
+
+class ProbePass(AttentionHook):
+    """Attention of the questions of some requests over their prefixes and copied spans.
+
+    A question's rows get the prompt's last positions, wherever the question is, so that they follow all known context.
+    They do not attend to the rest of gaps and tail, have no slots and write no KV. The pass ends after the last layer
+    that is read.
+
+    Args:
+        model: runs the pass.
+        ops: how questions attend.
+        requests: one question each; the size of the probe is noted on them.
+        layers: whose attention is read.
+
+    Attributes:
+        tokens, positions: int64 (rows,), of the pass.
+    """
+
+    def __init__(self, model: Model, ops: Ops, requests: Sequence[FusionRequest], layers: range) -> None:
+        self._model, self._ops = model, ops
+        self._requests, self._layers = requests, layers
+        self._known_pos, self._questions, tokens, positions, row = [], [], [], [], 0
+        for request in requests:
+            device, end = request.slots.device, len(request.tokens)
+            asked = [request.tokens[start:stop] for start, stop in question_ranges(request.plan, end, request.question)]
+            rows = sum(map(len, asked))
+            request.probed_rows, request.probed_layers = rows, layers.stop
+            prefix_pos = torch.arange(request.plan.prefix, device=device)
+            known_pos = torch.cat([prefix_pos, request.reused_rows().positions])
+            self._known_pos.append(known_pos)
+            self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos]))
+            tokens += asked
+            positions.append(torch.arange(end - rows, end, device=device))
+            row += rows
+        self.tokens = torch.cat(tokens)
+        self.positions = torch.cat(positions)
+        self._relevance = torch.zeros(sum(map(len, self._known_pos)), device=self.positions.device)
+        self._run: ProbeFn | None = None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        if self._run is None:
+            self._run = self._ops.probe_attention.plan(self._questions, query.shape[1], key.shape[1])
+        pools = self._model.keys[layer], self._model.values[layer]
+        out = self._run(query, (key, value), pools, scaling, self._relevance if layer in self._layers else None)
+        if layer == self._layers[-1]:
+            raise StopForward
+        return out
+
+    def by_request(self) -> list[torch.Tensor]:
+        """Relevance of each request's positions before its tail, float32 (plan.end,); zero in gaps."""
+        parts = self._relevance.split([len(known_pos) for known_pos in self._known_pos])
+        return [
+            part.new_zeros(request.plan.end).index_copy_(0, known_pos, part)
+            for request, known_pos, part in zip(self._requests, self._known_pos, parts, strict=True)
+        ]
+
+
+class DenseLayersPass(AttentionHook):
+    """The first layers of all rows after one request's exact prefix, in slices by position.
+
+    The context's KV is written to its slots; the tail's is kept until the last of these layers is read.
+
+    Args:
+        model: runs the pass.
+        ops: how rows attend.
+        request: whose layers are computed.
+        count: number of layers.
+    """
+
+    def __init__(self, model: Model, ops: Ops, request: FusionRequest, count: int) -> None:
+        self._model, self._attention, self._request = model, ops.row_attention, request
+        self._last = count - 1
+        self._copied = model.values[self._last].index_select(0, request.slots[request.plan.prefix :])
+        self._tail: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._queries: list[torch.Tensor] = []
+        self._next_pos = request.plan.prefix
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        request, begin, end = self._request, self._next_pos, self._next_pos + len(query)
+        context = max(min(request.plan.end - begin, len(query)), 0)
+        pools = self._model.keys[layer], self._model.values[layer]
+        for pool, own in zip(pools, (key, value), strict=True):
+            pool.index_copy_(0, request.slots[begin : begin + context], own[:context].to(pool.dtype))
+        tail = self._tail.setdefault(layer, [])
+        tail.append((key[context:], value[context:]))
+        if layer == self._last:
+            self._queries.append(query[context:])
+            self._next_pos = end
+            raise StopForward
+        keys, values = (
+            torch.cat([pool[request.slots], *parts]) for pool, parts in zip(pools, zip(*tail, strict=True), strict=True)
+        )
+        # The copy above has one slot per position, so slots and positions are the same.
+        kv_lens = torch.arange(begin, end, device=query.device) + 1
+        group = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), kv_lens, True)
+        run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
+        return run(query, keys, values, scaling)
+
+    def last_layer(self) -> DenseLayer:
+        """The last of the layers, once all slices have run."""
+        request, layer = self._request, self._last
+        pools = self._model.keys[layer], self._model.values[layer]
+        key, value = (
+            torch.cat([pool[request.slots[request.plan.prefix :]], *parts])
+            for pool, parts in zip(pools, zip(*self._tail[layer], strict=True), strict=True)
+        )
+        reused = request.reused_rows().positions - request.plan.prefix
+        return DenseLayer(torch.cat(self._queries), key, value, self._copied, reused)
+
+
+class RecomputePass(AttentionHook):
+    """Rows whose KV is written to their slots before they attend: slices to recompute, then an extend's own rows.
+
+    Of the slices nothing but the KV is needed, so they do not attend in the last layer; without other rows the pass
+    ends there.
+
+    Args:
+        model: runs the pass.
+        ops: how rows attend and drift is corrected.
+        slices: the rows to recompute.
+        extend: the rows of each request in the extend, which follow the slices; ``begin`` and ``end`` count from the
+            first of them.
+        extend_slots: int64 (rows of the extend,), where their KV goes.
+
+    Attributes:
+        tokens, positions: int64 (rows of the slices,).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ops: Ops,
+        slices: Sequence[Slice],
+        extend: Sequence[RequestRows] = (),
+        extend_slots: torch.Tensor | None = None,
+    ) -> None:
+        self._model, self._ops = model, ops
+        none = torch.empty(0, dtype=torch.int64, device=model.keys[0].device)
+        self.tokens = torch.cat([none, *(part.request.tokens[part.pos] for part in slices)])
+        self.positions = torch.cat([none, *(part.pos for part in slices)])
+        written = [part.request.slots[part.pos] for part in slices]
+        self._slots = torch.cat([none, *written, none if extend_slots is None else extend_slots])
+        self._recomputed, self._corrections = _plan_slices(slices)
+        self._extend, self._first_row = extend, len(self.positions)
+        self._run: RowAttentionFn | None = None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        keys, values = self._model.keys[layer], self._model.values[layer]
+        if layer:  # KV of layer 0 does not depend on the context, so it has no drift.
+            for correction in self._corrections:
+                # Observed drift is fresh minus copied KV, so this comes before the fresh KV is written.
+                self._ops.correct_drift((keys, values), (key, value), correction, self._model.ropes[layer])
+        keys.index_copy_(0, self._slots, key.to(keys.dtype))
+        values.index_copy_(0, self._slots, value.to(values.dtype))
+        if layer == self._model.depth - 1 and self._recomputed:
+            return self._attend_last(query, keys, values, scaling)
+        if self._run is None:
+            first = self._first_row
+            moved = [replace(rows, begin=rows.begin + first, end=rows.end + first) for rows in self._extend]
+            self._run = self._plan([*self._recomputed, *moved], query, keys)
+        return self._run(query, keys, values, scaling)
+
+    def _attend_last(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention of the extend's rows only; zero for the slices."""
+        if not self._extend:
+            raise StopForward
+        out = torch.zeros_like(query)
+        own = query[self._first_row :]
+        out[self._first_row :] = self._plan(self._extend, query, keys)(own, keys, values, scaling)
+        return out
+
+    def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> RowAttentionFn:
+        return self._ops.row_attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
+
+
+def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[DriftCorrection]]:
+    """How the rows of slices attend, and how they correct drift, by their rows in one pass."""
+    groups, corrections, row = [], [], 0
+    for part in slices:
+        request, end_row = part.request, row + len(part.pos)
+        # Only the first plan.end slots are visible; the prompt's length decides how PyTorch's kernel rounds.
+        unseen = request.slots[:1].expand(len(request.tokens) - request.plan.end)
+        groups.append(RequestRows(row, end_row, torch.cat([request.slots, unseen]), part.pos + 1, request.exact))
+        if request.selector.corrects_drift and len(request.recomputed_pos) and not request.exact:
+            reused = request.reused_rows()
+            corrections.append(
+                DriftCorrection.plan(
+                    reused.positions,
+                    reused.lengths,
+                    request.slots,
+                    part.pos,
+                    row,
+                    len(request.recomputed_pos),
+                    part.begin_pos,
+                    part.end_pos,
+                )
+            )
+        row = end_row
+    return groups, corrections

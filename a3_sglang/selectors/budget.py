@@ -1,0 +1,80 @@
+"""How many reused rows are recomputed, whichever they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from a3_sglang.selectors.base import ReusedRows, Selector
+
+Ratio = float | Literal["auto"]
+"""Share of the reused rows that is recomputed; ``"auto"`` derives it from the question's attention."""
+
+AUTO_SHARE, AUTO_USUAL, AUTO_FLOOR, AUTO_CAP = 0.7, 0.15, 0.05, 0.4
+"""With ``ratio="auto"``: the share of the scores to cover, then three shares of the reused rows: the usual one, towards
+which the budget is drawn, and its bounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bounds on the number of rows to recompute; equal unless the ratio is ``"auto"``.
+
+    Attributes:
+        reused: reused rows of the request.
+        least, most: the bounds, both inclusive.
+    """
+
+    reused: int
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, selector: Selector, ratio: Ratio, reused: int) -> Budget:
+        """The budget of a request.
+
+        Args:
+            selector: its :attr:`~Selector.fixed_ratio` takes precedence.
+            ratio: the requested share, rounded up to whole rows.
+            reused: reused rows of the request.
+        """
+        if selector.fixed_ratio is not None:
+            ratio = selector.fixed_ratio
+        low, high = (AUTO_FLOOR, AUTO_CAP) if ratio == "auto" else (ratio, ratio)
+        return cls(reused, *(min(reused, math.ceil(share * reused)) for share in (low, high)))
+
+    @property
+    def leaves_choice(self) -> bool:
+        """Whether there is anything to rank: neither all rows are recomputed nor none."""
+        return self.most > 0 and self.least < self.reused
+
+    def count(self, score: torch.Tensor) -> int:
+        """Rows to recompute.
+
+        Between the bounds the scores decide: the geometric mean of the number of rows that cover :data:`AUTO_SHARE` of
+        all scores and of :data:`AUTO_USUAL` of the rows. Concentrated attention is only weak evidence that few rows
+        suffice, hence the mean.
+
+        Args:
+            score: float32 (reused,), not negative; read on the host only if the bounds differ.
+        """
+        if self.least == self.most:
+            return self.least
+        covered = score.double().sort(descending=True).values.cumsum(0)
+        needed = 1 + int((covered < AUTO_SHARE * covered[-1]).sum())
+        tempered = math.ceil(math.sqrt(needed * AUTO_USUAL * len(score)))
+        return min(max(tempered, self.least), self.most)
+
+
+def pick(selector: Selector, score: torch.Tensor, rows: ReusedRows, budget: Budget) -> torch.Tensor:
+    """Prompt positions of the rows to recompute, int64, ascending.
+
+    Args:
+        selector: selects the rows.
+        score: float32 (reused,), by the selector.
+        rows: the reused rows.
+        budget: how many.
+    """
+    return rows.positions[selector.select(score, rows, budget.count(score))].sort().values

@@ -1,0 +1,120 @@
+"""What is measured before rows are selected, against float64: the probe, and the first layers of all rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from a3_sglang.matching.plan import question_ranges
+from a3_sglang.selectors import DenseLayer, ReusedRows
+from a3_sglang.selectors.a3 import A3
+from a3_sglang.selectors.cacheblend import CacheBlend
+from helpers.fusion import TOLERANCE, RecordingProbe, context, kv, pieces, prefixes, run, seeds, several, tails
+from helpers.reference import gaps, reused
+from helpers.scenario import Scenario, executor_for
+
+
+@several
+@given(seeds, prefixes, pieces, tails, st.floats(0.05, 0.95))
+def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
+    selector = RecordingProbe()
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, selector, ratio, executor)
+    copied = kv(scenario.model, request)
+    run(executor, request)
+    rows = sum(end - start for start, end in question_ranges(request.plan, len(request.tokens)))
+    budget = request.budget
+    count = budget.least
+    assert budget.most == count
+    if count == request.plan.reused:
+        assert selector.signals == []
+        return
+    assert (request.probed_rows, request.probed_layers) == (rows, 3)
+    # Gaps have no KV yet, so nothing attends to them.
+    for part in copied:
+        for layer in part:
+            layer[gaps(request.plan)] = torch.nan
+    attention = scenario.model.question64(request.plan, request.tokens, *copied)
+    group = scenario.model.shape.heads // scenario.model.shape.kv_heads
+    score = torch.zeros(request.plan.end, dtype=torch.float64)
+    for layer in (1, 2):
+        sizes = copied[1][layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
+        score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, : request.plan.end]).sum(0)
+    assert len(selector.signals) == 1
+    assert_close(selector.signals[0].double(), score, rtol=1e-4, atol=1e-5)
+    # The rows that rank highest are the ones recomputed.
+    threshold = score[reused(request.plan)].sort(descending=True).values[count - 1]
+    assert len(request.recomputed_pos) == count
+    assert (score[request.recomputed_pos] >= threshold - 1e-5).all()
+    assert (request.recomputed_pos.diff() > 0).all()
+
+
+@dataclass(frozen=True)
+class RecordingA3(A3):
+    """Records the layer it scores."""
+
+    layers: list[DenseLayer] = field(default_factory=list, compare=False)
+
+    def score(self, signal: DenseLayer, rows: ReusedRows) -> torch.Tensor:
+        self.layers.append(signal)
+        return super().score(signal, rows)
+
+
+@several
+@given(seeds, prefixes, pieces, tails, st.integers(3, 400))
+def test_dense_layers_are_those_of_a_full_prefill(seed, prefix, parts, tail, slice_rows):
+    scenario = Scenario(seed)
+    executor = executor_for(scenario, slice_rows)
+    selector = RecordingA3()
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, selector, 0.3, executor)
+    copied = kv(scenario.model, request)[1][1][prefix : request.plan.end].clone()
+    run(executor, request)
+    if not request.budget.leaves_choice:
+        assert selector.layers == []
+        return
+    (layer,) = selector.layers
+    everything = torch.arange(len(request.tokens))
+    empty = [torch.full((len(everything), 2, 8), torch.nan)] * scenario.model.depth
+    keys, values, _, _, queries = scenario.model.rows64(request.tokens, everything, empty, empty)
+    assert_close(layer.query.double(), queries[1][request.plan.end :], **TOLERANCE)
+    assert_close(layer.key.double(), keys[1][prefix:], **TOLERANCE)
+    assert_close(layer.value.double(), values[1][prefix:], **TOLERANCE)
+    assert_close(layer.reused, reused(request.plan) - prefix)
+    assert_close(layer.copied.double()[layer.reused], copied[layer.reused], rtol=0, atol=0)
+
+
+@several
+@given(seeds, prefixes, pieces, tails, st.floats(0.01, 0.9))
+def test_after_the_dense_layers_only_selected_rows_and_gaps_are_computed(seed, prefix, parts, tail, ratio):
+    scenario = Scenario(seed)
+    executor = executor_for(scenario)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, CacheBlend(), ratio, executor)
+    copied, exact = kv(scenario.model, request), scenario.model.prefill64(request.tokens)
+    change = (exact[1][1] - copied[1][1])[reused(request.plan)].pow(2).flatten(1).sum(1)
+    run(executor, request)
+    budget = request.budget
+    if not budget.leaves_choice:
+        return
+    count = budget.least
+    assert budget.most == count
+    least = change.sort(descending=True).values[count - 1]
+    chosen = torch.isin(reused(request.plan), request.recomputed_pos)
+    assert len(request.recomputed_pos) == count
+    assert (change[chosen] >= least - 1e-5).all()
+    assert request.dense_layers == 2
+    for part in (0, 1):
+        for layer in range(request.dense_layers):
+            copied[part][layer][: request.plan.end] = exact[part][layer][: request.plan.end]
+    rows = torch.cat([request.recomputed_pos, gaps(request.plan)]).sort().values
+    expected, found = scenario.model.rows64(request.tokens, rows, *copied)[:2], kv(scenario.model, request)
+    for part in (0, 1):
+        assert_close(context(found[part], request.plan), context(expected[part], request.plan), **TOLERANCE)
+    depth, size = scenario.model.depth, request.plan.end - prefix
+    computed = 2 * size + (count + request.plan.gap) * (depth - 2)
+    assert request.charged(depth) == pytest.approx(computed / (depth * size))
