@@ -31,7 +31,7 @@ from a3_sglang.client import (
     write_json,
 )
 from a3_sglang.config import AUTO, DONOR_MODES, check_combination, check_ratio, check_selector
-from a3_sglang.evaluation import scores
+from a3_sglang.evaluation import metrics
 from a3_sglang.evaluation.prompts import SHAPES, Case, Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
 from a3_sglang.integration.debug import ANSWER_KEY, LOGITS_VARIABLE
@@ -100,17 +100,17 @@ class Evaluation:
             if option is not False and way[0] != "full" and report["reason"] is not None:
                 raise RuntimeError(f"fusion did not engage: {report}")
             said = teacher
-            if scores.agreement(reference, logits) < 1:
+            if metrics.agreement(reference, logits) < 1:
                 # It would have said something else by itself.
                 said = self._ask(case.prompt, option, ANSWER_TOKENS)[1]["output_ids"]
             text = self._text(said)
             return Cell(
                 number,
                 *way,
-                kl=scores.divergence(reference, logits),
-                agreement=scores.agreement(reference, logits),
-                f1=scores.f1(text, right),
-                em=scores.exact_match(text, right),
+                kl=metrics.divergence(reference, logits),
+                agreement=metrics.agreement(reference, logits),
+                f1=metrics.f1(text, right),
+                em=metrics.exact_match(text, right),
                 charged=report["charged"],
             )
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from a3_sglang.cli.evaluate import NOISE, evaluate, parse_ways
-from a3_sglang.evaluation import scores
+from a3_sglang.evaluation import metrics
 from a3_sglang.evaluation.prompts import Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
 
@@ -26,8 +26,8 @@ def test_divergence_is_the_definition(tokens: int, vocabulary: int, seed: int):
     p, q = torch.randn(2, tokens, vocabulary, generator=torch.Generator().manual_seed(seed))
     a, b = (x.double().exp() / x.double().exp().sum(-1, keepdim=True) for x in (p, q))
     expected = sum(float(x * math.log(x / y)) for x, y in zip(a.flatten(), b.flatten(), strict=True)) / tokens
-    assert scores.divergence(p, q) == pytest.approx(expected, abs=1e-6)
-    assert scores.divergence(p, p + 3) == pytest.approx(0, abs=1e-6)
+    assert metrics.divergence(p, q) == pytest.approx(expected, abs=1e-6)
+    assert metrics.divergence(p, p + 3) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -35,14 +35,14 @@ def test_divergence_refuses_what_is_not_finite(bad: float):
     broken = torch.zeros(2, 3)
     broken[1, 1] = bad
     with pytest.raises(FloatingPointError):
-        scores.divergence(torch.zeros(2, 3), broken)
+        metrics.divergence(torch.zeros(2, 3), broken)
     with pytest.raises(FloatingPointError):
-        scores.divergence(broken, torch.zeros(2, 3))
+        metrics.divergence(broken, torch.zeros(2, 3))
 
 
 def test_agreement_counts_equal_first_choices():
     mine, theirs = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
-    assert scores.agreement(mine, theirs) == 0.5
+    assert metrics.agreement(mine, theirs) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_agreement_counts_equal_first_choices():
     ],
 )
 def test_words_are_compared_without_case_articles_and_punctuation(answer, right, f1, em):
-    assert scores.f1(answer, right) == pytest.approx(f1)
-    assert scores.exact_match(answer, right) == em
+    assert metrics.f1(answer, right) == pytest.approx(f1)
+    assert metrics.exact_match(answer, right) == em
 
 
 @pytest.mark.parametrize("task", TASKS)
