@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.client import JsonOption, VerboseOption, console, print_table, write_json
+from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.config import ServerOptions
 from a3_sglang.evaluation.analysis import Analysis, Document, LoggedRequest, Skipped, Sums, analyze, read
 from a3_sglang.reporting.report import PARTS

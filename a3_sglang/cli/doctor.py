@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
-from a3_sglang.client import JsonOption, VerboseOption, print_table, write_json
+from a3_sglang.cli.common import JsonOption, VerboseOption, print_table, write_json
 
 
 class Check(NamedTuple):
@@ -100,9 +100,9 @@ def _model(model: str) -> list[Check]:
 
     name = f"model {Path(model).name}"
     try:
-        from sglang.srt.configs.model_config import ModelConfig
+        from a3_sglang.integration.diagnosis import load_model_config
 
-        config: Any = ModelConfig(model_path=model)
+        config = load_model_config(model)
         reason = model_refusal(config)
     except Exception as error:
         return [Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])]
@@ -121,22 +121,15 @@ def _model(model: str) -> list[Check]:
 
 
 def _server(model: str, given: list[str]) -> Check:
-    """Whether SGLang's and a3's options are accepted with this model."""
+    """Whether SGLang and a3 accept these options with this model."""
     import torch
 
-    from a3_sglang.config import ServerOptions
-    from a3_sglang.integration import compat
-    from a3_sglang.integration.support import refusal
     from a3_sglang.launch_server import arguments
 
     try:
-        from sglang.srt.plugins import load_plugins
-        from sglang.srt.server_args import prepare_server_args
+        from a3_sglang.integration.diagnosis import arguments_refusal
 
-        load_plugins()
-        server_args = prepare_server_args(arguments(["--model-path", model, *given], torch.cuda.is_available()))
-        compat.resolve_arguments(server_args)
-        reason = refusal(server_args, compat.model_config(server_args), ServerOptions.from_environment())
+        reason = arguments_refusal(arguments(["--model-path", model, *given], torch.cuda.is_available()))
     except SystemExit:
         reason = "SGLang does not take these options; it says why above"
     except Exception as error:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from a3_sglang.cli.common import DtypeOption, JsonOption, VerboseOption, console, resolve_dtype, write_json
 from a3_sglang.cli.output import steps, working
-from a3_sglang.client import DtypeOption, JsonOption, VerboseOption, console, resolve_dtype, write_json
 from a3_sglang.config import check_ratio, check_selector
 from a3_sglang.explain.client import Client, ExplainError
 from a3_sglang.explain.collect import Prompt, collect

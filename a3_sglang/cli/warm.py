@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.cli.output import steps
-from a3_sglang.client import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.warm import Document, ServerError, ServerInfo, Warmed, server_info, warm
 from a3_sglang.warm.journal import Journal
 from a3_sglang.warm.sources import Wrong, count, files, read

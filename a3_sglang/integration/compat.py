@@ -501,17 +501,3 @@ def attention_override(backend: Any) -> Any:
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
     return forward_context(ForwardContext(attn_backend=backend))
-
-
-# ---- an engine
-
-
-def ask(engine: Any, **fields: Any) -> Any:
-    """One request, or several at once, with any field of SGLang's GenerateReqInput.
-
-    ``Engine.generate`` takes fewer: no ``extra_key``.
-    """
-    from sglang.srt.managers.io_struct import GenerateReqInput
-
-    answers = engine.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
-    return engine.loop.run_until_complete(answers.__anext__())

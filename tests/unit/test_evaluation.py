@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from a3_sglang.cli.evaluate import NOISE, evaluate, parse_ways
+from a3_sglang.cli.evaluate import evaluate, parse_variants
 from a3_sglang.evaluation import metrics
 from a3_sglang.evaluation.prompts import Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
+from a3_sglang.evaluation.runner import NOISE
 
 
 @given(st.integers(1, 5), st.integers(2, 40), st.integers(0, 1 << 30))
@@ -100,15 +101,15 @@ def test_bad_data_is_named(tmp_path, content: str, message: str):
         (("probe", "0.1", "sown"), "--donors"),
     ],
 )
-def test_bad_ways_are_named(arguments, hint):
+def test_bad_variants_are_named(arguments, hint):
     with pytest.raises(typer.BadParameter) as error:
-        parse_ways(*arguments)
+        parse_variants(*arguments)
     assert error.value.param_hint == hint
 
 
-def test_ways_start_with_the_references_and_ask_fixed_rules_once():
-    ways = parse_ways("probe,reuse,full", "0.05,0.15", "compiled")
-    assert ways == [
+def test_variants_start_with_the_references_and_ask_rules_that_ignore_the_ratio_once():
+    variants = parse_variants("probe,reuse,full", "0.05,0.15", "compiled")
+    assert variants == [
         (NOISE, 0.0, "compiled"),
         ("full", 1.0, "compiled"),
         ("probe", 0.05, "compiled"),
@@ -118,8 +119,8 @@ def test_ways_start_with_the_references_and_ask_fixed_rules_once():
 
 
 def test_auto_is_asked_of_rules_that_measure_attention():
-    ways = parse_ways("probe,a3,epic", "auto,0.1", "harvest")
-    assert [way[:2] for way in ways[2:]] == [
+    variants = parse_variants("probe,a3,epic", "auto,0.1", "harvest")
+    assert [variant[:2] for variant in variants[2:]] == [
         ("probe", "auto"),
         ("probe", 0.1),
         ("a3", "auto"),
