@@ -1,4 +1,4 @@
-"""The documents that a command is given: JSON Lines, text files, folders."""
+"""Documents from files: JSON Lines, text files, folders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STANDARD_INPUT = Path("-")
 
 @dataclass(frozen=True)
 class Wrong:
-    """What is no document: where it is, and why."""
+    """A line or file that is no document: where it is, and why."""
 
     place: str
     reason: str
 
 
 def files(sources: Iterable[Path]) -> list[Path]:
-    """The files of the sources, those of a folder sorted by name.
+    """The files of the sources; those of a folder are sorted by name.
 
     Raises:
         ValueError: names the source that cannot be read.
@@ -89,7 +89,7 @@ def _why(error: Exception) -> str:
 
 
 def count(paths: Iterable[Path]) -> int | None:
-    """Documents and wrong lines of files; None if standard input is among them, which can be read only once."""
+    """Number of documents and wrong lines; None if standard input is among the files, as it can be read only once."""
     total = 0
     for path in paths:
         if path == STANDARD_INPUT:
