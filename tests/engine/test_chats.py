@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.serving import Served, serving
+from helpers.serving import Served
 from helpers.traffic import parts
 
 pytestmark = pytest.mark.engine
@@ -72,17 +71,11 @@ class Chats:
         return sum(len(self.tokenizer.encode(text)) for text in texts)
 
 
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(model, tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 @pytest.fixture(params=[OWN, *TEMPLATES])
-def chats(request: pytest.FixtureRequest, server: Served, model: str) -> Chats:
+def chats(request: pytest.FixtureRequest, shared_server: Served, model: str) -> Chats:
     """A client of the server, whose cache is empty."""
-    server.flush()
-    return Chats(server, model, request.param)
+    shared_server.flush()
+    return Chats(shared_server, model, request.param)
 
 
 def said(role: str, content: str) -> dict[str, Any]:
@@ -168,10 +161,10 @@ def test_turns_dropped_from_the_start(chats: Chats) -> None:
     assert reused(report) > 0.75 * chats.tokens(*TEXTS[1:4])
 
 
-def test_parts_of_one_message(server: Served, model: str) -> None:
+def test_parts_of_one_message(shared_server: Served, model: str) -> None:
     """OpenAI's messages may have a list of parts; here each is a passage."""
-    server.flush()
-    chats = Chats(server, model, OWN)
+    shared_server.flush()
+    chats = Chats(shared_server, model, OWN)
 
     def message(order: list[int], question: str) -> Messages:
         texts = [*(f"{TEXTS[i]}\n\n" for i in order), question]

@@ -28,6 +28,11 @@ WORDS = (
     "market",
 )
 """For texts that mean nothing."""
+ODD = (
+    "naïve 🧑‍🚀 漢字 Ω≈ç √ \u00a0 e\u0301 \ufffd \t\r\n"
+    "<|im_end|> {{data}} </script><script>document.title = 'hacked'</script>"
+)
+"""A text that is hard to show token by token, and to embed in a page."""
 
 
 class Traffic:
