@@ -1,4 +1,4 @@
-"""The programs in examples/, run as users run them, and the commands of the recipes; what they print has to be true."""
+"""The programs in examples/, run as users run them, and the commands of the recipes; their output has to be true."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COUNTS = re.compile(", ".join(rf"{name} (\d+)" for name in Counts._fields))
 
 
 def run(*command: str, folder: Path | None = None, **variables: str) -> str:
-    """What a program printed, after it ended well."""
+    """Output of a program, which has to succeed."""
     done = subprocess.run(
         [sys.executable, "-P", *command],
         capture_output=True,
@@ -120,7 +120,7 @@ def test_chat_over_documents(url: str) -> None:
     assert full(other)
     assert first.reused > 0.6 * sum(first)
     assert len(later) == 5
-    # A turn after the first one computes its own text and the answer before it.
+    # Later turns compute their own text and the answer before it.
     assert all(one.computed < first.computed / 2 for one in later)
     assert all(one.exact + one.continued > 0.9 * sum(one) for one in later)
     assert [sum(one) for one in later] == sorted(sum(one) for one in later)
@@ -210,7 +210,7 @@ def test_bench_serving_reads_the_dataset(source: Path, model: str, tmp_path: Pat
 
 @pytest.mark.parametrize("source", ["conversations"], indirect=True)
 def test_bench_serving_runs(url: str, shared_server: Served, model: str, source: Path, tmp_path: Path) -> None:
-    """The commands of the docstring; the second one, which adds a header to the first, is run."""
+    """Run the second command of the docstring, which adds a header to the first."""
     example("sharegpt_to_bench.py", str(source), str(tmp_path / "shuffled.jsonl"), "--prompts", "4", "--words", "100")
     text = (EXAMPLES / "sharegpt_to_bench.py").read_text().replace("\\\n", " ")
     fused, full = (shlex.split(found) for found in re.findall(r"python (-m sglang\.bench_serving .*)", text))

@@ -20,7 +20,7 @@ OPTIONS = {"A3_EXPLAIN": "on"}
 
 
 def explained(traffic: Traffic, ids: list[int], donors: list[list[int]] = [], **options: Any) -> dict[str, Any]:  # noqa: B006
-    """The report of a prompt with its detail, after checking that the two agree."""
+    """A prompt's report with its detail, after checking that the two agree."""
     report: dict[str, Any] = traffic.ask(ids, options | {"explain": True})["meta_info"]["a3"]
     detail = report["detail"]
     runs, spans = detail["runs"], detail["spans"]
@@ -47,7 +47,7 @@ def explained(traffic: Traffic, ids: list[int], donors: list[list[int]] = [], **
 
 @pytest.fixture
 def donor(traffic: Traffic) -> list[int]:
-    """A prompt whose documents are cached, and nothing else."""
+    """A prompt of which the documents are cached, and nothing else is."""
     flush(traffic.running)
     traffic.renew()
     ids = traffic.prompt([0, 1, 2, 3])
@@ -69,14 +69,14 @@ def test_the_detail_adds_up_to_the_report(traffic: Traffic, donor: list[int], se
     assert report["reason"] is None
     assert min(report[part] for part in PARTS if part != "continued") > 0
     recomputed, reused = (relevance_of(report, part) for part in ("recomputed", "reused"))
-    if selector == "probe":  # It also counts how stale a row is.
+    if selector == "probe":  # It also considers how stale a row is.
         assert sum(recomputed) / len(recomputed) > sum(reused) / len(reused)
     else:
         assert min(recomputed) >= max(reused) > 0
 
 
 def test_steps_of_a_long_prompt_add_up(traffic: Traffic, donor: list[int]) -> None:
-    """New text longer than a chunk is computed in full, and what follows it is reused by a later step."""
+    """New text longer than a chunk is computed in full, and the text after it is reused by a later step."""
     new = traffic.tokens(CHUNK + 100)
     ids = [*traffic.system, *traffic.documents[1], *new, *traffic.documents[3], *traffic.tokens(40)]
     report = explained(traffic, ids, [donor], keep=False)
@@ -88,7 +88,7 @@ def test_steps_of_a_long_prompt_add_up(traffic: Traffic, donor: list[int]) -> No
     assert all(span["relevance"] is not None for span in report["detail"]["spans"])
 
 
-def test_what_is_continued(traffic: Traffic, donor: list[int]) -> None:
+def test_continued_tokens(traffic: Traffic, donor: list[int]) -> None:
     ids = traffic.prompt([2, 0, 1])
     first = explained(traffic, ids, [donor])
     again = explained(traffic, ids, [donor])
@@ -97,7 +97,7 @@ def test_what_is_continued(traffic: Traffic, donor: list[int]) -> None:
         ["continued", first["prefix"], len(ids) - 1],
         ["tail", len(ids) - 1, len(ids)],
     ]
-    # The next turn continues it and reuses more.
+    # A longer prompt continues it and reuses more.
     further = [*ids, *traffic.tokens(20), *traffic.documents[3], *traffic.tokens(40)]
     report = explained(traffic, further, [donor])
     assert report["continued"] > 0
@@ -113,13 +113,13 @@ def test_a_full_prefill_has_a_detail_too(traffic: Traffic, donor: list[int]) -> 
 
 
 @pytest.mark.parametrize("selector", ["epic", "random", "reuse"])
-def test_a_rule_that_measures_nothing_tells_no_relevance(traffic: Traffic, donor: list[int], selector: str) -> None:
+def test_a_rule_that_measures_nothing_reports_no_relevance(traffic: Traffic, donor: list[int], selector: str) -> None:
     report = explained(traffic, traffic.prompt([1, 3, 2]), [donor], selector=selector, keep=False)
     assert report["detail"]["spans"]
     assert all(span["relevance"] is None for span in report["detail"]["spans"])
 
 
-def test_donors_of_fused_prompts_are_told_apart(traffic: Traffic, donor: list[int]) -> None:
+def test_exact_and_fused_donors_are_distinguished(traffic: Traffic, donor: list[int]) -> None:
     new = traffic.documents[5]
     fused = [*traffic.prompt([3, 1])[:-40], *new, *traffic.documents[2], *traffic.tokens(40)]
     assert explained(traffic, fused, [donor])["gap"] >= len(new) - 30
@@ -127,16 +127,16 @@ def test_donors_of_fused_prompts_are_told_apart(traffic: Traffic, donor: list[in
     assert {span["generation"] for span in report["detail"]["spans"]} == {0, 1}
 
 
-def test_only_those_who_ask_and_may_are_told(
+def test_only_requests_that_ask_and_may_get_a_detail(
     traffic: Traffic, donor: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = traffic.prompt([1, 3, 2])
     asked = traffic.ask(ids, {"keep": False, "explain": True})
     plain = traffic.ask(ids, {"keep": False})
     assert answer(asked) == answer(plain)
-    told = asked["meta_info"]["a3"]
-    assert told.pop("detail")
-    assert plain["meta_info"]["a3"] == told
+    report = asked["meta_info"]["a3"]
+    assert report.pop("detail")
+    assert plain["meta_info"]["a3"] == report
     monkeypatch.delenv("A3_EXPLAIN")
     with pytest.raises(ValueError, match=r"custom_params\.a3\.explain: only a server with --a3-explain on"):
         traffic.ask(ids, {"explain": True})

@@ -33,7 +33,7 @@ NAME = "prompt <img src=x onerror=window.hacked=3>.txt"
 
 
 class Explained:
-    """What the command wrote, and what it was asked."""
+    """Files that the command wrote, and its prompt."""
 
     def __init__(self, folder: Path, text: str) -> None:
         self.folder, self.text = folder, text
@@ -43,7 +43,7 @@ class Explained:
 
 @pytest.fixture(scope="module")
 def shown(model: str, tmp_path_factory: pytest.TempPathFactory) -> Explained:
-    """The command on a server of its own, over documents that two donors hold."""
+    """The command, which starts a server, over documents of two donors."""
     folder = tmp_path_factory.mktemp("explain")
     documents = [" ".join(random.choices(WORDS[:12], k=70)) + "." for _ in range(4)]
     beginning = "Read the passages."
@@ -74,7 +74,7 @@ def shown(model: str, tmp_path_factory: pytest.TempPathFactory) -> Explained:
 
 @pytest.fixture
 def page(browser: Any, shown: Explained) -> Iterator[Page]:
-    """The page; whatever it writes to the console or asks of the network is an error."""
+    """The page. Console messages and network requests are errors."""
     page = browser.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -112,7 +112,7 @@ def test_the_legend_filters(page: Page) -> None:
     assert button.get_attribute("aria-pressed") == "true"
     assert page.locator("#prompt .run.recomputed.off").count() == 0
     assert page.locator("#prompt .run:not(.off)").count() == page.locator("#prompt .run.recomputed").count()
-    # The arrow keys go to what is shown.
+    # The arrow keys skip what is not shown.
     page.locator("#prompt [tabindex='0']").focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")

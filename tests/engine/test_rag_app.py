@@ -28,14 +28,14 @@ FOLDER = Path(__file__).parents[2] / "examples" / "rag_app"
 SAMPLES = FOLDER / "samples"
 COMPUTED = ("recomputed", "gap", "tail")
 MILLISECONDS = 60_000
-"""Longest wait for something on the page."""
+"""Longest wait for anything on the page."""
 
 
 @contextmanager
 def running_app(url: str) -> Iterator[str]:
-    """The app as users start it, over a server, on a free port."""
+    """The app as users start it, for a server, on a free port."""
     port = free_port()
-    # A script's own folder is on its path unless this is set.
+    # With this variable set, the script's folder would not be on its import path.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, str(FOLDER / "app.py"), "--url", url, "--port", str(port)]
     app = subprocess.Popen(command, env=environment)
@@ -57,7 +57,7 @@ def running_app(url: str) -> Iterator[str]:
 
 @pytest.fixture
 def problems() -> list[str]:
-    """What the browser's console says is wrong."""
+    """Errors and warnings in the browser's console."""
     return []
 
 
@@ -82,11 +82,11 @@ WATCH = """() => {
     };
     look();
 }"""
-"""Notes with each frame how long the answer is that still grows."""
+"""Records the length of the growing answer in every frame."""
 
 
 def expect(target: Any) -> Any:
-    """Playwright's; imported here, as the environments of older releases of SGLang do without it."""
+    """Playwright's ``expect``; imported here, as the environments of older releases of SGLang do not have it."""
     from playwright import sync_api
 
     sync_api.expect.set_options(timeout=MILLISECONDS)
@@ -94,7 +94,7 @@ def expect(target: Any) -> Any:
 
 
 def listed(page: Page) -> Any:
-    """What is done in it ends with a new list of documents."""
+    """A context in which something is done that ends with a new list of documents."""
     return page.expect_response(lambda got: got.url.endswith("/documents") and got.request.method == "GET")
 
 
@@ -119,7 +119,7 @@ def status(page: Page) -> str:
 
 
 def ask(page: Page, question: str) -> dict[str, Any]:
-    """Ask with the keyboard; what the app sent for it, by event, and the pieces of the answer as one text."""
+    """Ask with the keyboard. Returns the app's events by type, and the whole answer."""
     page.fill("#question", question)
     with page.expect_response("**/ask") as response:
         page.press("#question", "Enter")
@@ -185,7 +185,7 @@ def test_questions_over_uploaded_documents(shared_server: Served, page: Page, pr
         assert first["done"]["a3"]["reason"] is None
         assert first["done"]["a3"]["reused"] > 0
         check_card(page, first)
-        # The full prefill found nothing, although all of it is cached.
+        # The full prefill found nothing, although the prompt is cached.
         assert first["full"]["a3"]["tail"] == first["full"]["prompt_tokens"] == first["done"]["prompt_tokens"]
         expect(page.locator(".times .full")).to_contain_text("times as long")
 

@@ -104,7 +104,7 @@ def test_the_report_is_in_the_usage_of_openai_answers(
 
 
 def test_other_routes_take_options_by_header(server: ServerTraffic) -> None:
-    """Each route's request is fused or not as the header says, and the log says so."""
+    """On every route, the header decides whether the request is fused; the log shows it."""
     routes: list[tuple[str, str, dict[str, Any]]] = [
         ("/generate", "text", {"sampling_params": {"max_new_tokens": 2}}),
         ("/generate", "text", {}),
@@ -125,7 +125,7 @@ def test_other_routes_take_options_by_header(server: ServerTraffic) -> None:
         text = server.text()
         said = [{"role": "user", "content": text}] if field == "messages" else text
         body = {"model": name, field: said, **more}
-        # The full prefill comes last: after it, all of the prompt is an exact prefix.
+        # The full prefill comes last: after it, the whole prompt is an exact prefix.
         for header, wanted in (('{"keep": false, "ratio": 0.3}', ("fused", "")), ("false", ("full", "off"))):
             before = len(logged())
             status, answer = server.served.request(path, body, {"x-a3": header})
@@ -137,8 +137,8 @@ def test_other_routes_take_options_by_header(server: ServerTraffic) -> None:
             assert ("x-a3" if bad == "nonsense" else "ratio") in str(answer), path
 
 
-def test_clients_that_hang_up_leave_nothing_behind(server: ServerTraffic) -> None:
-    """Before, in and after fusion: the server lets go of what they held."""
+def test_clients_that_hang_up_leak_no_slots(server: ServerTraffic) -> None:
+    """Before, during and after fusion: the server frees their slots."""
     for wait in (0.0, 0.01, 0.05, 0.1, 0.3, 0.6):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
         params = {"max_new_tokens": 400, "ignore_eos": True, "custom_params": {"a3": {"ratio": 0.5}}}
@@ -151,7 +151,7 @@ def test_clients_that_hang_up_leave_nothing_behind(server: ServerTraffic) -> Non
 
 
 def test_frontend_programs_are_fused(server: ServerTraffic) -> None:
-    """A program of SGLang's frontend language needs no change."""
+    """Programs in SGLang's frontend language need no change."""
 
     @sglang.function
     def compare(s: Any, first: str, second: str) -> None:
@@ -167,7 +167,7 @@ def test_frontend_programs_are_fused(server: ServerTraffic) -> None:
 
 
 def test_retracted_requests_are_fused_again(server: ServerTraffic) -> None:
-    """A retracted request loses its private slots and gets others; its KV is right again, and all come back."""
+    """A retracted request loses its private slots and gets others; its KV is right again, and all slots are freed."""
     ids = [server.tokenizer.encode(server.text()) for _ in range(4)]
     params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
     params["custom_params"] = {"a3": {"ratio": 1.0, "keep": False}}
@@ -217,7 +217,7 @@ def test_frontend_programs_over_documents(server: ServerTraffic) -> None:
     ask.run([0, 1, 2, 3], None, backend=backend)
     state = ask.run([3, 1, 0, 2], None, backend=backend)
     assert state["word"] in ("river", "stone")
-    # Either the program's own prefill before the fork has fused the documents, or each fork does.
+    # The documents are fused either by the program's own prefill before the fork, or by each fork.
     assert all(one["continued"] + one["reused"] > 64 and one["reason"] is None for one in state["reports"])
     plain = ask.run([2, 3, 0, 1], False, backend=backend)
     assert [one["reason"] for one in plain["reports"]] == ["off", "off"]

@@ -1,4 +1,4 @@
-"""The server's log, metrics and dashboard: what became of every request."""
+"""The server's log, metrics and dashboard account for every request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def donors(server: ServerTraffic) -> None:
     server.send_donors()
 
 
-def test_log_and_metrics_say_of_every_request_what_became_of_it(server: ServerTraffic) -> None:
+def test_log_and_metrics_account_for_every_request(server: ServerTraffic) -> None:
     def counted() -> Counter[tuple[str, ...]]:
         return Counter(
             {
@@ -83,7 +83,7 @@ def test_log_and_metrics_say_of_every_request_what_became_of_it(server: ServerTr
 
 
 def test_every_panel_of_the_dashboard_has_data(server: ServerTraffic) -> None:
-    """Each selector of each query finds samples of the server, or of an event that has not happened yet."""
+    """Each selector of each query matches samples of the server, except for events that have not happened."""
     for text in (server.text(), server.text()):
         server.generate(text, True)
     samples = server.metrics()

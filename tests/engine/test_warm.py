@@ -38,7 +38,7 @@ TRIMMING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 
 @dataclass
 class Server:
-    """A server and documents that it does not know."""
+    """A server, and documents that are new to it."""
 
     url: str
     donors: str
@@ -49,7 +49,7 @@ class Server:
 
     def documents(self, number: int, words: int = 120) -> list[Document]:
         texts = [" ".join(self.random.choices(WORDS, k=words)) for _ in range(number)]
-        # Half of them end in a full stop: some tokenizers merge it with a blank line.
+        # Half of them end in a full stop, which some tokenizers merge with a blank line.
         return [Document(f"Page {i}: {text}{'.' * (i % 2)}", f"page {i}") for i, text in enumerate(texts)]
 
     def file(self, *lines: Document | str) -> Path:
@@ -61,7 +61,7 @@ class Server:
         return path
 
     def ask(self, chosen: list[Document]) -> tuple[dict[str, int], int]:
-        """The report of a question over documents, and the tokens of their texts."""
+        """The report of a question over documents, and the number of tokens of their texts."""
         text = documents(one.text for one in chosen)
         question = (
             f"Question {self.random.randrange(1 << 20)}: which of these pages is the last one, and which the first?"
@@ -125,7 +125,7 @@ def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Serve
     chosen = server.random.sample(pages, 4)
     report, tokens = server.ask(chosen)
     assert report["reason"] is None
-    # With compiled donors the exact prefix is whole blocks; what is left of the first document is a gap.
+    # With compiled donors the exact prefix is whole blocks, and the rest of the first document is a gap.
     assert report["gap"] < (32 if server.donors == "compiled" else 1)
     found = sum(report[part] for part in ("prefix", "continued", "reused", "recomputed"))
     assert found + report["gap"] >= tokens
@@ -221,7 +221,7 @@ def test_a_full_pool_ends_the_run_before_anything_is_evicted(server: Server, con
 
 
 def test_a_server_that_goes_away_ends_the_iteration(running: Server) -> None:
-    """Comes last, as it stops the server."""
+    """The last test, as it stops the server."""
     pages = running.documents(5)
 
     def until_stopped() -> Iterator[Document]:

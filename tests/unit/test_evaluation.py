@@ -1,4 +1,4 @@
-"""Questions, prompts and scores of the evaluation."""
+"""Questions, prompts, metrics and variants of the evaluation."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_passages_are_the_same_tokens_in_prompt_and_donors(model: str):
 
 @pytest.mark.engine
 def test_eval_on_the_engine(model: str, tmp_path):
-    """`full` is the reference, the rest is further away; single results are kept and gone on from."""
+    """`full` equals the reference, the rest is further away; single results are kept, and a run resumes from them."""
     cells, out = tmp_path / "cells.jsonl", tmp_path / "out.json"
     arguments: dict[str, Any] = {
         "model": model,
@@ -174,7 +174,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
         assert rows["full", donors]["kl"] == 0
         assert rows["full", donors]["agreement"] == 1
         assert rows["full", donors]["charged"] == 1
-        # Nothing is recomputed, but blocks leave out up to 30 tokens of each passage.
+        # Nothing is recomputed, but block matching leaves out up to 30 tokens of each passage.
         assert rows["reuse", donors]["charged"] < 30 / 150
         assert rows["reuse", donors]["kl"] > max(rows[NOISE, donors]["kl"], 1e-6)
         assert rows["probe", donors]["kl"] < rows["reuse", donors]["kl"]
@@ -189,7 +189,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
     assert json.loads(out.read_text()) == before
     with pytest.raises(typer.BadParameter, match="other settings"):
         evaluate(**arguments | {"seed": 6})
-    # Two other questions at equal cost: the rule that computes layers in full gets fewer rows.
+    # Two other questions at equal cost: a rule that computes some layers in full gets fewer rows.
     equal = {"selectors": "probe,cacheblend", "ratios": "0.2", "donors": "compiled", "start": 2, "charged": True}
     evaluate(**arguments | equal | {"cells": None})
     for row in json.loads(out.read_text())["rows"][2:]:

@@ -1,4 +1,4 @@
-"""What is warmed, without a server: sources, pace, journal, errors."""
+"""Warming without a server: sources, pace, journal, errors."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_source_that_cannot_be_read_is_an_error_at_once(tmp_path: Path, name: 
     assert files([STANDARD_INPUT]) == [STANDARD_INPUT]
 
 
-def test_starts_are_apart_and_lost_time_is_not_made_up_for() -> None:
+def test_starts_are_apart_and_do_not_catch_up() -> None:
     pace = Pace(4)
     assert [pace.delay(now) for now in (10.0, 10.0, 10.1, 10.75, 20.0, 20.0)] == pytest.approx(
         [0, 0.25, 0.4, 0, 0, 0.25]
