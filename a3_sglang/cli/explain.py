@@ -125,8 +125,8 @@ def _prompt(tokenizer: Any, path: Path, question: str | None, chat: bool) -> Pro
         raise ExplainError(f"{path} is no UTF-8 text: {error}") from None
     text = text if question is None else f"{text.rstrip()}\n\n{question}"
     if chat:
-        said = [{"role": "user", "content": text}]
-        whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": text}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer.encode(whole, add_special_tokens=False)
     else:
         ids = tokenizer.encode(text)

@@ -54,15 +54,15 @@ def steps(
     """
     console = console or progress_console
     if not console.is_terminal:
-        count, started, said = done, time.monotonic(), -math.inf
+        count, started, printed = done, time.monotonic(), -math.inf
         _say(console, f"{title} ..." if total is None else f"{title}: {total - done} steps")
 
         def line() -> None:
-            nonlocal count, said
+            nonlocal count, printed
             count += 1
             now = time.monotonic()
-            if now - said >= pause or count == total:
-                said = now
+            if now - printed >= pause or count == total:
+                printed = now
                 _say(console, f"{title}: {count}{'' if total is None else f'/{total}'} ({now - started:.0f} s)")
 
         yield line

@@ -110,8 +110,8 @@ class Writer:
             for i in range(4, 0, -1):
                 prompt = [*prompt, *asked[i], *after]
                 before.append(prompt)
-                said = questions[(number + i) % len(questions)].answers[0]
-                prompt = [*prompt, *self.ids(said + self._between)]
+                answer = questions[(number + i) % len(questions)].answers[0]
+                prompt = [*prompt, *self.ids(answer + self._between)]
             prompt = [*prompt, *asked[0], *after]
         else:
             rules = self.ids("\n" + _RULES) if self._shape == "instructions" else []

@@ -92,11 +92,11 @@ class Evaluation:
             # `full` leaves exact KV, so the prompt may be a prefix by now, with nothing left to fuse.
             if option is not False and variant[0] != "full" and report["reason"] is not None:
                 raise RuntimeError(f"fusion did not engage: {report}")
-            said = teacher
+            answer = teacher
             if metrics.agreement(reference, logits) < 1:
                 # Without the forced tokens, it would have answered differently.
-                said = self._ask(case.prompt, option, ANSWER_TOKENS)[1]["output_ids"]
-            text = self._text(said)
+                answer = self._ask(case.prompt, option, ANSWER_TOKENS)[1]["output_ids"]
+            text = self._text(answer)
             return Result(
                 number,
                 *variant,

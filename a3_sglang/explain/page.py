@@ -53,8 +53,8 @@ def screenshot(page: Path, picture: Path, size: tuple[int, int]) -> None:
         command += [f"--window-size={size[0]},{size[1]}", f"--screenshot={picture.resolve()}", page.resolve().as_uri()]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-            said = done.stderr.strip()
+            output = done.stderr.strip()
         except subprocess.TimeoutExpired:
-            said = f"no picture after {_SECONDS} seconds"
+            output = f"no picture after {_SECONDS} seconds"
     if not picture.exists():
-        raise ExplainError(f"--png: {browser} drew nothing: {said[-200:]}")
+        raise ExplainError(f"--png: {browser} drew nothing: {output[-200:]}")

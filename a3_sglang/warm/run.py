@@ -7,7 +7,7 @@ from pathlib import Path
 
 from a3_sglang.warm import Document, ServerError, ServerInfo, Warmed
 from a3_sglang.warm.journal import Journal
-from a3_sglang.warm.sources import Wrong, read
+from a3_sglang.warm.sources import InvalidSource, read
 
 FULL = 0.9
 """Share of the KV pool that documents may fill; prompts and answers need room, too."""
@@ -47,7 +47,7 @@ class Run:
     ) -> None:
         self.send, self.info, self.journal, self.evict, self.say = send, info, journal, evict, say
         self.warmed = self.skipped = self.computed = self.tokens = 0
-        self.failed: list[Wrong] = []
+        self.failed: list[InvalidSource] = []
         self.full = self.left_out = False
         self.failure: str | None = None
         self._seen: set[str] = set()
@@ -77,7 +77,7 @@ class Run:
                 if self.full and not self.evict:
                     self.left_out = True
                     return
-                if isinstance(one, Wrong):
+                if isinstance(one, InvalidSource):
                     self._fail(one)
                 elif not self._holds(one):
                     yield one
@@ -117,7 +117,7 @@ class Run:
 
     def _add(self, one: Warmed) -> None:
         if one.error is not None:
-            self._fail(Wrong(one.document.name, one.error))
+            self._fail(InvalidSource(one.document.name, one.error))
             return
         # Only the template, which all share, was cached of a new document; of a known one, nearly everything was.
         tokens = one.tokens - min(one.cached, self._template)
@@ -136,6 +136,6 @@ class Run:
             + ("further ones may evict earlier ones" if self.evict else "stopping; --evict continues")
         )
 
-    def _fail(self, wrong: Wrong) -> None:
+    def _fail(self, wrong: InvalidSource) -> None:
         self.failed.append(wrong)
         self.say(f"{wrong.place} skipped: {wrong.reason}")

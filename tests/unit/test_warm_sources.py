@@ -12,7 +12,7 @@ from a3_sglang.cli.app import app
 from a3_sglang.local_server import free_port
 from a3_sglang.warm import Document, Pace, ServerError, warm
 from a3_sglang.warm.journal import Journal
-from a3_sglang.warm.sources import STANDARD_INPUT, Wrong, count, files, read
+from a3_sglang.warm.sources import STANDARD_INPUT, InvalidSource, count, files, read
 
 SYSTEM = "Answer in one word."
 
@@ -34,7 +34,7 @@ def test_every_line_is_a_document_or_named(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     found = list(read([path]))
     good = [one for one in found if isinstance(one, Document)]
-    wrong = {one.place.rpartition(":")[2]: one.reason for one in found if isinstance(one, Wrong)}
+    wrong = {one.place.rpartition(":")[2]: one.reason for one in found if isinstance(one, InvalidSource)}
     assert good == [Document("One.", "7"), Document("Two.", "second"), Document("Last.", f"{path}:10")]
     assert list(wrong) == ["4", "5", "6", "7", "8", "9"]
     assert '"text"' in wrong["4"]
@@ -57,7 +57,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
         "latin.txt",
         "c.txt",
     ]
-    assert found[2] == Wrong(str(tmp_path / "latin.txt"), "it is not UTF-8 (byte 2)")
+    assert found[2] == InvalidSource(str(tmp_path / "latin.txt"), "it is not UTF-8 (byte 2)")
     assert found[3] == Document("Text of sub/c.txt.", str(tmp_path / "sub" / "c.txt"))
 
 
