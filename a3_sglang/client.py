@@ -1,53 +1,30 @@
-"""What the subcommands share: engines, prompts, tables, figures."""
+"""An SGLang engine in this process and requests to it: starting, flushing, greedy requests, synthetic prompts."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
-import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from a3_sglang.cli.output import VERBOSE, working
 from a3_sglang.cpu import SERVER_ARGUMENTS, serving_dtype
-from a3_sglang.integration import compat
+from a3_sglang.integration import engine as sglang_engine
 
-console = Console()
-
-ModelOption = Annotated[str, typer.Option(help="Model folder or Hub id.")]
-DtypeOption = Annotated[
-    str, typer.Option(help="Dtype of the model, by SGLang's name; auto: on a CPU what runs fast on it.")
-]
-VerboseOption = Annotated[bool, typer.Option(VERBOSE, help="Show what SGLang and its libraries print.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-
-
-def resolve_dtype(dtype: str) -> str:
-    """The dtype that a command serves its model in, which is printed with the reason."""
-    import torch
-
-    reason = "given with --dtype"
-    if dtype == "auto":
-        dtype, reason = ("auto", "the model's own") if torch.cuda.is_available() else serving_dtype()
-    console.print(f"dtype {dtype}: {reason}", highlight=False)
-    return dtype
+Progress = Callable[[str], AbstractContextManager[None]]
+"""Shows that something is being done: a context for as long as it takes, given what it is."""
+StartEngine = Callable[..., AbstractContextManager[Any]]
+"""Starts an engine of one model: ``start(backend, **arguments)``, see :func:`engine`."""
+Step = Callable[[], None]
+"""Called after every step of a piece of work."""
 
 
 def engine_arguments(model: str, **overrides: Any) -> dict[str, Any]:
-    """Arguments of ``sglang.Engine``; on a machine without a GPU those with which SGLang runs on the CPU."""
+    """Arguments of ``sglang.Engine``; without a GPU they include those that SGLang needs to run on the CPU."""
     import torch
 
-    level = "warning" if VERBOSE in sys.argv else "error"
-    arguments: dict[str, Any] = {"model_path": model, "log_level": level, "random_seed": 1}
+    arguments: dict[str, Any] = {"model_path": model, "log_level": "error", "random_seed": 1}
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         arguments |= SERVER_ARGUMENTS | {
@@ -58,16 +35,25 @@ def engine_arguments(model: str, **overrides: Any) -> dict[str, Any]:
     return arguments | overrides
 
 
-@contextmanager
-def engine(model: str, backend: str | None, **overrides: Any) -> Iterator[Any]:
-    """A running engine; ``backend`` None is stock SGLang. Shut down whatever happens."""
-    import sglang
+def _no_progress(title: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
-    name = f"SGLang {sglang.__version__} " + (f"with --radix-cache-backend {backend}" if backend else "as it is")
+
+@contextmanager
+def engine(model: str, backend: str | None, progress: Progress = _no_progress, **overrides: Any) -> Iterator[Any]:
+    """A running engine, shut down on exit.
+
+    Args:
+        model: folder or Hub id.
+        backend: the radix cache backend; None: stock SGLang.
+        progress: shows the start.
+        overrides: arguments of ``sglang.Engine``, see :func:`engine_arguments`.
+    """
+    how = f"with --radix-cache-backend {backend}" if backend else "as it is"
     if backend is not None:
         overrides["radix_cache_backend"] = backend
-    with working(f"starting {name}"):
-        running = sglang.Engine(**engine_arguments(model, **overrides))
+    with progress(f"starting SGLang {sglang_engine.sglang_version()} {how}"):
+        running = sglang_engine.start_engine(**engine_arguments(model, **overrides))
     try:
         yield running
     finally:
@@ -76,7 +62,7 @@ def engine(model: str, backend: str | None, **overrides: Any) -> Iterator[Any]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for the processes an engine spawns; set back afterwards."""
+    """Set environment variables, which the processes of an engine inherit; restored on exit."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -93,10 +79,11 @@ class Prompts:
     """Prompts of random tokens: a system part, chunks in any order, a question.
 
     Args:
-        vocabulary: tokens are drawn below it.
-        context: tokens of system part and chunks together.
-        chunks: how many chunks.
-        seed: of the draw.
+        vocabulary: tokens are drawn from 5 to ``vocabulary - 1``.
+        context: tokens of the system part and the chunks together.
+        chunks: number of chunks.
+        seed: of the random tokens.
+        question: tokens of a question.
     """
 
     def __init__(self, vocabulary: int, context: int, chunks: int, seed: int, question: int = 48) -> None:
@@ -118,7 +105,7 @@ class Prompts:
         return [self.random.randrange(5, self.vocabulary) for _ in range(count)]
 
     def renew(self) -> None:
-        """Draw all chunks and the system part anew."""
+        """Draw a new system part and new chunks."""
         self.system = self.tokens(len(self.system))
         self.chunks = [self.tokens(len(chunk)) for chunk in self.chunks]
 
@@ -132,7 +119,7 @@ class Prompts:
 
 
 def vocabulary_of(model: str) -> int:
-    """Size of the model's vocabulary, less what may be special tokens at its end."""
+    """Size of the model's vocabulary, without the last 64 tokens, which may be special ones."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
@@ -143,10 +130,10 @@ def vocabulary_of(model: str) -> int:
 def flush(running: Any, patience: float = 30) -> None:
     """Empty an engine's cache.
 
-    SGLang refuses while anything is in use, and an answer may arrive before its slots are given back.
+    SGLang refuses while anything is in use, and a request's slots may be freed only after its answer has arrived.
 
     Raises:
-        RuntimeError: still refused after ``patience`` seconds.
+        RuntimeError: SGLang still refuses after ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
     while not running.flush_cache().success:
@@ -163,17 +150,25 @@ def generate(
     custom_params: dict[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """One greedy request; ``a3`` becomes ``custom_params["a3"]`` beside what else is in there."""
-    out: dict[str, Any] = compat.ask(
-        running, input_ids=list(ids), sampling_params=_greedy(tokens, a3, custom_params), **more
-    )
+    """Send one greedy request.
+
+    Args:
+        running: the engine.
+        ids: tokens of the prompt.
+        tokens: length of the answer.
+        a3: ``custom_params["a3"]``; None: not set.
+        custom_params: the other custom parameters.
+        more: other fields of the request.
+    """
+    params = _greedy(tokens, a3, custom_params)
+    out: dict[str, Any] = sglang_engine.generate(running, input_ids=list(ids), sampling_params=params, **more)
     return out
 
 
 def generate_all(running: Any, prompts: Sequence[Sequence[int]], a3: Any = None) -> list[dict[str, Any]]:
-    """One token each of several greedy requests, sent at once."""
-    params = [_greedy(1, a3, None) for _ in prompts]
-    out: list[dict[str, Any]] = compat.ask(running, input_ids=[list(ids) for ids in prompts], sampling_params=params)
+    """Send several greedy requests at once, for one token each."""
+    ids, params = [list(prompt) for prompt in prompts], [_greedy(1, a3, None) for _ in prompts]
+    out: list[dict[str, Any]] = sglang_engine.generate(running, input_ids=ids, sampling_params=params)
     return out
 
 
@@ -181,17 +176,3 @@ def _greedy(tokens: int, a3: Any, custom_params: dict[str, Any] | None) -> dict[
     params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     custom = (custom_params or {}) | ({} if a3 is None else {"a3": a3})
     return params | ({"custom_params": custom} if custom else {})
-
-
-def write_json(path: Path | None, figures: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console.print(table)

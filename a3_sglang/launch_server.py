@@ -1,6 +1,6 @@
-"""``python -m a3_sglang.launch_server``: SGLang's server with a3, and with what suits prompts over documents.
+"""``python -m a3_sglang.launch_server``: SGLang's server with a3 and defaults for prompts over documents.
 
-It takes all options of ``sglang.launch_server``; what is given wins.
+It takes all options of ``sglang.launch_server``; they take precedence over the defaults.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DEFAULTS = {"radix_cache_backend": "a3", "enable_cache_report": True}
 
 
 def arguments(given: Sequence[str], cuda: bool) -> list[str]:
-    """A command line with the defaults that it does not decide itself.
+    """A command line, followed by the defaults of options that it does not contain.
 
     Args:
         given: the command line.
-        cuda: whether there is a GPU; without one the server runs on the CPU.
+        cuda: whether there is a GPU; if not, the server runs on the CPU.
     """
     defaults = DEFAULTS if cuda else DEFAULTS | SERVER_ARGUMENTS | {"dtype": serving_dtype()[0]}
     names = {argument.partition("=")[0] for argument in given}

@@ -1,4 +1,4 @@
-"""A server of one's own on the loopback interface, for as long as it is needed: demo, tests, pages, pictures."""
+"""A temporary server on the loopback interface: for the demo, tests, `explain` and the pictures of the docs."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class StartError(RuntimeError):
 def local_server(
     model: str, log: Path, *arguments: str, variables: Mapping[str, str] | None = None, port: int | None = None
 ) -> Iterator[str]:
-    """Run ``a3_sglang.launch_server`` and stop it, with everything it started, whatever happens.
+    """Run ``a3_sglang.launch_server``; it and its processes are stopped on exit.
 
     Args:
         model: folder or Hub id.
-        log: file that gets the server's output.
+        log: file that receives the server's output.
         arguments: of the server, for example ``"--dtype", "float32"``.
-        variables: of its environment, beside this process's.
-        port: a free one by default.
+        variables: added to this process's environment.
+        port: a free port by default.
 
     Yields:
         The server's URL, once it answers.
 
     Raises:
-        StartError: it ended before it answered, or took more than :data:`START_SECONDS`.
+        StartError: the server exited before it answered, or did not answer within :data:`START_SECONDS`.
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"

@@ -1,7 +1,7 @@
 """Quality against charged budget, measured by ``a3-sglang eval``, as tables and a picture.
 
 Run by ``make quality DATA=questions.json`` from the clone's root. Single results are kept beside the figures in
-``benchmarks/results``, so a run that was cut off goes on where it was. What each run measures::
+``benchmarks/results``, so an interrupted run can be resumed. It runs this command::
 
     python benchmarks/quality.py --model DIR --data questions.json --results benchmarks/results --docs docs
 """
@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-# Element names that stay the same from run to run.
+# Makes the names of the SVG's elements reproducible.
 plt.rcParams["svg.hashsalt"] = "a3"
 
 RULES = ("probe", "a3", "cacheblend", "epic", "random")
@@ -29,7 +29,7 @@ QUESTIONS, HELD_OUT = 24, 10
 
 
 def runs(data: Path) -> dict[str, list[list[str]]]:
-    """By name, the arguments of ``a3-sglang eval``; runs of one name share their single results."""
+    """Arguments of ``a3-sglang eval`` by name; calls under one name share their single results."""
     both, dev = ["--donors", "harvest,compiled"], ["--data", str(data), "--limit", str(QUESTIONS)]
     held_out = ["--data", str(data), "--start", "30", "--limit", str(HELD_OUT)]
     baselines = ",".join(RULES[1:])
@@ -62,7 +62,7 @@ TITLES = {
 
 
 def measure(model: str, name: str, calls: list[list[str]], results: Path) -> dict[str, Any]:
-    """Run ``eval`` and join the rows of its calls."""
+    """Run ``eval``, and join and write the rows of its calls."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     figures: dict[str, Any] = {}
     commands = []
@@ -83,7 +83,7 @@ def measure(model: str, name: str, calls: list[list[str]], results: Path) -> dic
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Rows by donor mode, the best first."""
+    """The commands and a table, by donor mode, lowest KL first."""
     rows = sorted(figures["rows"], key=lambda row: (row["donors"] != "harvest", row["kl"]))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
@@ -91,7 +91,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def draw(every: list[dict[str, Any]], path: Path) -> None:
-    """KL against charged budget, a panel per donor mode, a line per rule from reusing all as it is upwards."""
+    """KL against charged budget: a panel per donor mode, a line per selector that starts at ``reuse``."""
     picture, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for panel, donors in zip(panels, ("harvest", "compiled"), strict=True):
         rows = [row for row in every if row["donors"] == donors]
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--results", default=Path("benchmarks/results"), type=Path)
     parser.add_argument("--docs", default=Path("docs"), type=Path)
     parser.add_argument("--only", default="", help=f"comma-separated names of runs: {', '.join(TITLES)}")
-    parser.add_argument("--first", type=int, help="only so many calls of each run")
+    parser.add_argument("--first", type=int, help="run only the first N calls of each")
     args = parser.parse_args()
     wanted = runs(args.data)
     for name in [name for name in args.only.split(",") if name] or wanted:

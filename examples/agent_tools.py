@@ -1,8 +1,8 @@
-"""An agent that reads documents through a tool: two tasks, whose tool results come in another order.
+"""An agent that reads documents through a tool: two tasks with the tool results in different orders.
 
     python examples/agent_tools.py --url http://127.0.0.1:30000
 
-The calls are fixed here, so that it runs with any model. What a tool returned in one task is reused in the other.
+The calls are fixed, so that the example runs with any model. What a tool returned in one task is reused in the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A chat of ten short turns over documents that somebody else has asked about in another order.
+"""A chat of ten short turns over documents that another user has asked about in another order.
 
     python examples/chat_over_documents.py --url http://127.0.0.1:30000
 
@@ -19,13 +19,13 @@ TOWN = json.loads(Path(__file__).with_name("town.json").read_text(encoding="utf-
 
 
 def documents(passages: list[dict[str, str]]) -> Any:
-    # A blank line after each document: it then has the same tokens at any position.
+    # With a blank line after it, a document has the same tokens at any position.
     text = "".join(f"{one['title']}: {one['text']}\n\n" for one in passages)
     return {"role": "system", "content": f"Answer from these documents, in one sentence.\n\n{text}"}
 
 
 def ask(client: OpenAI, messages: list[Any]) -> tuple[str, str]:
-    """The answer, and what was measured."""
+    """The answer, and the measurements as text."""
     started, first, pieces, report = time.perf_counter(), None, [], {}
     for chunk in client.chat.completions.create(
         model="default",

@@ -1,8 +1,8 @@
-"""The gain on a real server: `make demo`.
+"""Shows the gain on a real server: `make demo`.
 
-Starts SGLang's own server with `--radix-cache-backend a3` on the loopback interface and asks questions over passages
-of CPython's documentation through the OpenAI client. Every question finds the passages in another order and with
-other neighbours. Each is asked twice: with fusion off (what stock SGLang does, a full prefill) and with a3.
+Starts SGLang's server with `--radix-cache-backend a3` on the loopback interface and asks questions over passages of
+CPython's documentation through the OpenAI client, each over other passages in another order. Every question is asked
+twice: with fusion off (a full prefill, as in stock SGLang) and with a3.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUESTIONS = (
 )
 SYSTEM = "You answer questions about Python from the passages of its documentation."
 SLOW_QUESTIONS = 3
-"""Questions on a CPU without bfloat16 instructions, where a prompt takes three times as long."""
+"""Number of questions on a CPU without bfloat16 instructions, on which a prompt takes three times as long."""
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, help=f"default {len(QUESTIONS)}, in float32 {SLOW_QUESTIONS}")
     parser.add_argument("--passages", type=int, default=6, help="passages in a prompt")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dtype", default="auto", help="dtype of the model; auto: what runs fast on this machine")
+    parser.add_argument("--dtype", default="auto", help="dtype of the model; auto: one that is fast on this machine")
     parser.add_argument("--verbose", action="store_true", help="show what the libraries print")
     args = parser.parse_args()
     if args.questions is not None and not 1 <= args.questions <= len(QUESTIONS):
@@ -72,7 +72,7 @@ def main() -> int:
     with ExitStack() as stack:
         with working("starting the server", console):
             url = stack.enter_context(local_server(args.model, log, *arguments))
-        # Imported here: it takes a second, which the server needs in any case.
+        # Imported here, as the import takes a second that the server needs to start anyway.
         from openai import OpenAI
 
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -84,7 +84,7 @@ def main() -> int:
             for number, question in enumerate(QUESTIONS[: args.questions]):
                 chosen = chooser.sample(names, args.passages)
                 text = prompt(chosen, texts, question)
-                # The salt makes the full prefill find nothing, as on a server that never saw the passages.
+                # With the salt, the full prefill finds nothing in the cache.
                 full_ms, full_answer, _ = ask(client, text, fuse=False, salt=f"full-{number}")
                 a3_ms, a3_answer, report = ask(client, text, fuse=True, salt=None)
                 rows.append((question, report, full_ms, a3_ms, full_answer, a3_answer))

@@ -1,8 +1,8 @@
-"""Offline: an engine in this process, batches of prompts over the same documents in another order.
+"""Offline: an engine in this process, and batches of prompts over the same documents in different orders.
 
     python examples/engine.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-The engine takes the options of a server as arguments: a3_recompute_ratio=0.2 here.
+The engine takes a server's options as arguments, here a3_recompute_ratio=0.2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prompt(passages: list[dict[str, str]], question: str) -> str:
     return f"{context}Question: {question}\nAnswer:"
 
 
-def told(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     computed = report["recomputed"] + report["gap"] + report["tail"]
     return f"exact {report['prefix']}, continued {report['continued']}, reused {report['reused']}, computed {computed}"
 
@@ -42,7 +42,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         device = {**SERVER_ARGUMENTS, "dtype": serving_dtype()[0], "max_total_tokens": 32768}
-    # Imported here: the variable above is read at import.
+    # Imported here, because the import reads the variable above.
     import sglang
 
     chooser = random.Random(0)
@@ -56,7 +56,7 @@ def main() -> None:
             outs = engine.generate(batch, [params] * len(batch))
             print(f"{len(batch)} prompts in {(time.perf_counter() - started) * 1e3:.0f} ms")
             for out in outs:
-                print(f"  {out['text'].strip()!r}\n    {told(out['meta_info']['a3'])}")
+                print(f"  {out['text'].strip()!r}\n    {summary(out['meta_info']['a3'])}")
 
 
 # SGLang starts its processes by importing this file again.

@@ -2,7 +2,7 @@
 
     python examples/frontend_program.py --url http://127.0.0.1:30000
 
-The server runs with `--radix-cache-backend a3`. In the second order the documents' KV is reused at other positions.
+The server needs `--radix-cache-backend a3`. In the second order, the documents' KV is reused at new positions.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/langchain_rag.py --url http://127.0.0.1:30000
 
-Each question retrieves other passages, or the same in another order. What an earlier question has retrieved is reused.
+Each question retrieves other passages, or the same in another order. Passages of earlier questions are reused.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class WordRetriever(BaseRetriever):
 
 
 def joined(documents: list[Document]) -> str:
-    # A blank line after each passage: it then has the same tokens at any position.
+    # With a blank line after it, a passage has the same tokens at any position.
     return "\n\n".join(one.page_content for one in documents)
 
 
-def told(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     computed = report["recomputed"] + report["gap"] + report["tail"]
     return f"exact {report['prefix']}, continued {report['continued']}, reused {report['reused']}, computed {computed}"
 
@@ -78,9 +78,9 @@ def main() -> None:
         message = chain.invoke(question)
         milliseconds = (time.perf_counter() - started) * 1e3
         print(f"{question} {message.text.strip()!r}")
-        print(f"  {milliseconds:.0f} ms; {told(message.response_metadata['token_usage']['a3'])}")
+        print(f"  {milliseconds:.0f} ms; {summary(message.response_metadata['token_usage']['a3'])}")
 
-    # In a stream LangChain keeps only the usage that it knows: cached tokens, which are all that were not computed.
+    # When streaming, LangChain keeps only the usage that it knows: cached tokens, which are those not computed.
     started, first, whole = time.perf_counter(), None, None
     for chunk in chain.stream(TOWN["questions"][4]):
         first = first or (time.perf_counter() - started if chunk.text else None)

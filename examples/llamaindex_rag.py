@@ -2,7 +2,7 @@
 
     python examples/llamaindex_rag.py --url http://127.0.0.1:30000
 
-Each question retrieves other passages, or the same in another order. What an earlier question has retrieved is reused.
+Each question retrieves other passages, or the same in another order. Passages of earlier questions are reused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class WordRetriever(BaseRetriever):
 
 
 class Reports(BaseEventHandler):
-    """A query engine's response does not carry the model's usage; the event at the end of its chat does."""
+    """Keeps the last report: a query engine's response lacks the usage, but the event at the end of its chat has it."""
 
     last: dict[str, Any] = Field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Reports(BaseEventHandler):
             self.last = event.response.raw.usage.a3
 
 
-def told(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     computed = report["recomputed"] + report["gap"] + report["tail"]
     return f"exact {report['prefix']}, continued {report['continued']}, reused {report['reused']}, computed {computed}"
 
@@ -76,16 +76,16 @@ def main() -> None:
         response = engine.query(question)
         milliseconds = (time.perf_counter() - started) * 1e3
         print(f"{question} {str(response).strip()!r}")
-        print(f"  {milliseconds:.0f} ms; {told(reports.last)}")
+        print(f"  {milliseconds:.0f} ms; {summary(reports.last)}")
 
-    # Without an engine, the response has it.
+    # Without a query engine, the response has the usage.
     passages = [one.text for one in reversed(WordRetriever().retrieve(TOWN["questions"][0]))]
     text = "\n\n".join([*passages, f"Question: {TOWN['questions'][0]}"])
     started = time.perf_counter()
     response = model.chat([ChatMessage(role="user", content=text)])
     milliseconds = (time.perf_counter() - started) * 1e3
     print(f"{TOWN['questions'][0]} {response.message.content!r}")
-    print(f"  {milliseconds:.0f} ms; {told(response.raw.usage.a3)}")
+    print(f"  {milliseconds:.0f} ms; {summary(response.raw.usage.a3)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Questions over the same passages, in another order each time, with OpenAI's client.
+"""Questions over the same passages in a different order each time, with OpenAI's client.
 
     python examples/openai_client.py --url http://127.0.0.1:30000
 
-The first question finds nothing and is prefilled in full. The others reuse the passages' KV wherever they stand.
+The first question finds nothing and is prefilled in full. The others reuse the passages' KV at their new positions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from openai import OpenAI
 
 TOWN = json.loads(Path(__file__).with_name("town.json").read_text(encoding="utf-8"))
 OPTIONS = {"custom_params": {"a3": {"ratio": 0.2}}}
-"""Recompute 20% of the reused tokens; without this the server's own ratio holds."""
+"""Recompute 20% of the reused tokens; without this the server's own ratio applies."""
 
 
 def messages(question: str, chooser: random.Random) -> list[Any]:
     passages = chooser.sample(TOWN["passages"], len(TOWN["passages"]))
-    # A blank line after each passage: it then has the same tokens at any position.
+    # With a blank line after it, a passage has the same tokens at any position.
     context = "\n\n".join(f"{one['title']}: {one['text']}" for one in passages)
     return [
         {"role": "system", "content": "Answer from the passages, in one sentence."},
@@ -31,7 +31,7 @@ def messages(question: str, chooser: random.Random) -> list[Any]:
     ]
 
 
-def told(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     computed = report["recomputed"] + report["gap"] + report["tail"]
     return f"exact {report['prefix']}, continued {report['continued']}, reused {report['reused']}, computed {computed}"
 
@@ -57,12 +57,12 @@ def main() -> None:
                 pieces.append(chunk.choices[0].delta.content)
             if chunk.usage:  # The last chunk.
                 print(f"{question} {''.join(pieces).strip()!r}")
-                print(f"  {(first or 0) * 1e3:.0f} ms to the first token; {told(chunk.usage.a3)}")
+                print(f"  {(first or 0) * 1e3:.0f} ms to the first token; {summary(chunk.usage.a3)}")
 
     question = TOWN["questions"][args.questions % len(TOWN["questions"])]
     answer = client.chat.completions.create(messages=messages(question, chooser), **ask)
     print(f"{question} {answer.choices[0].message.content!r}")
-    print(f"  not streamed; {told(answer.usage.a3)}")
+    print(f"  not streamed; {summary(answer.usage.a3)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Anthropic's, OpenAI's Responses and Ollama's routes: options in the header x-a3, and what each answer tells.
+"""Anthropic's, OpenAI's Responses and Ollama's routes: options in the header x-a3, and what each answer reports.
 
     python examples/other_routes.py --url http://127.0.0.1:30000
 
-These routes have no field for a3's options and no report. Their own usage counts as cached what was not computed, if
-the route has such a count and the server runs with --enable-cache-report (a3_sglang.launch_server does).
+These routes have no field for a3's options and no report. If a route's usage has a count of cached tokens, it covers
+all tokens that were not computed; the server has to run with --enable-cache-report (a3_sglang.launch_server does).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from openai import OpenAI
 TOWN = json.loads(Path(__file__).with_name("town.json").read_text(encoding="utf-8"))
 PASSAGES = [f"{one['title']}: {one['text']}" for one in TOWN["passages"]]
 HEADERS = {"x-a3": json.dumps({"ratio": 0.2})}
-"""Of every request; {"x-a3": "false"} asks for a full prefill."""
+"""Headers of every request; {"x-a3": "false"} asks for a full prefill."""
 
 
 def prompt(turn: int, question: str) -> str:
-    # A blank line after each passage: it then has the same tokens at any position.
+    # With a blank line after it, a passage has the same tokens at any position.
     return "\n\n".join([*PASSAGES[turn:], *PASSAGES[:turn], f"Question: {question}"])
 
 
@@ -38,7 +38,7 @@ def anthropic_messages(url: str, text: str) -> str:
 
 def openai_responses(url: str, text: str) -> str:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", default_headers=HEADERS)
-    served = client.models.list().data[0].id  # This route knows no model by the name "default".
+    served = client.models.list().data[0].id  # This route does not accept the name "default".
     usage = client.responses.create(model=served, input=text, max_output_tokens=8).usage
     return f"cached {usage.input_tokens_details.cached_tokens} of {usage.input_tokens}"
 
@@ -70,8 +70,8 @@ def main() -> None:
     for route, ask in routes.items():
         for question in TOWN["questions"][:2]:
             started = time.perf_counter()
-            told = ask(args.url, prompt(turn, question))
-            print(f"{route}: {(time.perf_counter() - started) * 1e3:.0f} ms; {told}")
+            reported = ask(args.url, prompt(turn, question))
+            print(f"{route}: {(time.perf_counter() - started) * 1e3:.0f} ms; {reported}")
             turn += 5
 
 

@@ -1,7 +1,7 @@
-r"""A dataset for SGLang's bench_serving: prompts over the same passages, in another order each, with other questions.
+r"""Writes a dataset for SGLang's bench_serving: prompts over the same passages in different orders, with questions.
 
-From conversations in ShareGPT's format (what assistants said becomes passages, what people asked first becomes
-questions), or from a folder of .txt and .md files, which are cut into passages:
+Its source is conversations in ShareGPT's format (assistants' messages become passages, the first messages of people
+become questions), or a folder of .txt and .md files, which are cut into passages:
 
     python examples/sharegpt_to_bench.py conversations.json shuffled.jsonl --prompts 64
     python examples/sharegpt_to_bench.py folder/ shuffled.jsonl --prompts 64 --passages 12
@@ -23,12 +23,12 @@ import random
 from pathlib import Path
 
 ANSWER = "The passages say so in one place, and nothing in the others contradicts them."
-"""Of the custom format, which takes the length of the output from it; --sharegpt-output-len overrides that."""
+"""Answer in the dataset; its length is the output length, unless --sharegpt-output-len overrides that."""
 QUESTIONS = ("What are these passages about?", "Which names are mentioned?", "What happened first?", "Sum them up.")
 
 
 def from_conversations(file: Path) -> tuple[list[str], list[str]]:
-    """What assistants said, and each conversation's first question."""
+    """The assistants' messages, and the first question of each conversation."""
     said, asked = [], []
     for conversation in json.loads(file.read_text(encoding="utf-8")):
         turns = conversation.get("conversations", [])
@@ -38,7 +38,7 @@ def from_conversations(file: Path) -> tuple[list[str], list[str]]:
 
 
 def from_folder(folder: Path, words: int) -> list[str]:
-    """The files' paragraphs, joined until a passage has ``words`` words."""
+    """The files' paragraphs, joined into passages of at least ``words`` words."""
     passages: list[str] = []
     for file in sorted(one for one in folder.rglob("*") if one.suffix in (".txt", ".md")):
         joined = ""
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="ShareGPT's JSON, or a folder of texts")
     parser.add_argument("output", type=Path, help="JSON Lines for --dataset-name custom")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--passages", type=int, default=8, help="in a prompt")
+    parser.add_argument("--passages", type=int, default=8, help="per prompt")
     parser.add_argument("--corpus", type=int, default=24, help="passages that the prompts are drawn from")
-    parser.add_argument("--words", type=int, default=120, help="least length of a passage")
+    parser.add_argument("--words", type=int, default=120, help="least words of a passage")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chooser = random.Random(args.seed)
@@ -66,7 +66,7 @@ def main() -> None:
         passages, questions = from_folder(args.source, args.words), list(QUESTIONS)
     else:
         passages, questions = from_conversations(args.source)
-    # The end of a passage that opened with a request would be taken for the question: keep questions short.
+    # People's first messages may contain long texts, so only short ones are used as questions.
     questions = [one for one in questions if len(one.split()) <= 60] or list(QUESTIONS)
     corpus = [one for one in dict.fromkeys(passages) if len(one.split()) >= args.words]
     chooser.shuffle(corpus)
@@ -76,7 +76,7 @@ def main() -> None:
     with args.output.open("w", encoding="utf-8") as lines:
         for number in range(args.prompts):
             chosen = chooser.sample(corpus, args.passages)
-            # A blank line after each passage: it then has the same tokens at any position.
+            # With a blank line after it, a passage has the same tokens at any position.
             prompt = "\n\n".join([*chosen, f"Question {number + 1}: {chooser.choice(questions)}"])
             turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": ANSWER}]
             lines.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Shared pieces of the tests: dtype, models, the shared engine, order, and what is said at the end."""
+"""What all tests share: dtype, models, the engine, the server and the browser, their order, the summary."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ KERNELS = ("copy_rotated", "drift_correction", "probe_attention", "row_attention
 INDUCTOR = Path(tempfile.gettempdir()) / f"torchinductor-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
 
-# Where there is no GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported, which is
-# here, and not in the processes of the engines.
+# Without a GPU, kernels run in Triton's interpreter. It is chosen when Triton is first imported: here, but not in the
+# processes of the engines.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 for module in ("triton.experimental.gluon.language", *(f"a3_sglang.kernels.{name}" for name in KERNELS)):
@@ -37,12 +38,13 @@ os.environ["A3_TEST_DTYPE"] = DTYPE
 
 from helpers import forking
 from helpers.engines import ENGINES, STARTS, Engines, prepare
+from helpers.serving import SERVERS, Served
 from helpers.tiny import save_random_model, tiny_llama
 from helpers.traffic import Traffic
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
-# How long an example takes says nothing about what it shows.
+# The time that an example takes is no failure.
 settings.register_profile("a3", deadline=None)
 settings.load_profile("a3")
 
@@ -55,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without an engine come first, then those that share one, by what they need of it."""
+    """Tests without an engine come first, then those that share an engine or a server, grouped by its settings."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -65,9 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> tuple[int, int]:
         if "engine" not in item.keywords:
             return 0, 0
-        if not shares(item):
-            return 2, 0
-        return 1, kinds.setdefault(repr(wanted(item)), len(kinds))
+        if shares(item, "engines"):
+            return 1, kinds.setdefault(repr(wanted(item)), len(kinds))
+        if shares(item, "shared_server"):
+            return 2, kinds.setdefault(repr(server_wanted(item)), len(kinds))
+        return 3, 0
 
     items.sort(key=place)
 
@@ -82,28 +86,39 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The shared engine is stopped before a test that may start its own, or should not see its variables."""
-    if not shares(item):
+    """Stop the shared engine and server before tests that do not share them: only one of them runs at a time.
+
+    Some of these tests start their own, and none of them should see the engine's variables.
+    """
+    if not shares(item, "engines"):
         ENGINES.stop()
+    if not shares(item, "shared_server"):
+        SERVERS.stop()
     if "engine" in item.keywords:
         prepare()
 
 
 def pytest_sessionfinish() -> None:
     ENGINES.stop()
+    SERVERS.stop()
 
 
-def shares(item: pytest.Item) -> bool:
-    return "engines" in getattr(item, "fixturenames", ())
+def shares(item: pytest.Item, fixture: str) -> bool:
+    return fixture in getattr(item, "fixturenames", ())
 
 
 def wanted(item: Any) -> dict[str, Any]:
-    """What a module says of the engine it shares, in capitals."""
+    """Settings of the shared engine that a module's constants ask for."""
     return {name: getattr(item.module, name, default) for name, default in SAID.items()}
 
 
 SAID: dict[str, Any] = {"MODEL": "tiny", "ENGINE": {}, "OPTIONS": {}}
 """``MODEL``: "tiny" or "model", the name of the fixture; ``ENGINE``: its arguments; ``OPTIONS``: its variables."""
+
+
+def server_wanted(item: Any) -> dict[str, Any]:
+    """Settings of the shared server that a module's ``SERVER`` asks for: arguments of ``Servers.get``."""
+    return getattr(item.module, "SERVER", {})
 
 
 @pytest.fixture
@@ -130,8 +145,33 @@ def tiny(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def engines() -> Engines:
-    """The engine that tests share; ask it for one in a fixture of a module, not of a test."""
+    """The engine that tests share; a test uses it through a module-scoped fixture."""
     return ENGINES
+
+
+@pytest.fixture(scope="module")
+def shared_server(model: str, request: pytest.FixtureRequest) -> Iterator[Served]:
+    """The server that tests share, see :func:`server_wanted`. Nothing may be in use at the end of a module."""
+    served = SERVERS.get(model, **server_wanted(request))
+    yield served
+    served.flush()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright."""
+    path = os.environ.get("A3_TEST_BROWSER")
+    if not path:
+        pytest.fail("A3_TEST_BROWSER names no browser: run `make test`")
+    # Imported here: the environments of older releases of SGLang have no Playwright.
+    from playwright.sync_api import sync_playwright
+
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    switches += ["--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=switches)
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="module")

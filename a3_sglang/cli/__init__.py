@@ -11,7 +11,7 @@ def main() -> None:
     """Console script."""
     if VERBOSE not in sys.argv:
         silence()
-    # Imported here: SGLang warns of things while it is imported.
+    # Imported here, because SGLang emits warnings while it is imported.
     from a3_sglang.cli.app import app
 
     app()

@@ -1,4 +1,4 @@
-"""``a3-sglang analyze``: what of a log's prompts comes back, and what a3 would make of it."""
+"""``a3-sglang analyze``: how much of a log's prompts repeats, and what a3 would compute of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_sglang.client import JsonOption, VerboseOption, console, print_table, write_json
+from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.config import ServerOptions
 from a3_sglang.evaluation.analysis import Analysis, Document, LoggedRequest, Skipped, Sums, analyze, read
 from a3_sglang.reporting.report import PARTS
@@ -22,19 +22,19 @@ def analyze_log(
             exists=True,
             dir_okay=False,
             help="Requests: JSON Lines of OpenAI's or SGLang's API, SGLang's request dump (.pkl, only your own), or "
-            "plain text with one prompt a line.",
+            "plain text with one prompt per line.",
         ),
     ],
     model: Annotated[str, typer.Option(help="Model folder or Hub id, for its tokenizer and chat template.")],
-    slots: Annotated[int, typer.Option(min=1024, help="Tokens that the KV pool holds.")] = 200_000,
+    slots: Annotated[int, typer.Option(min=1024, help="Size of the KV pool in tokens.")] = 200_000,
     chunk: Annotated[int, typer.Option(min=256, help="SGLang's --chunked-prefill-size.")] = 8192,
     verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
-    """What of a log's prompts comes back, as a prefix and at any position, and what a3 would compute of it.
+    """How much of a log's prompts repeats, as a prefix and at any position, and what a3 would compute of them.
 
-    No engine and no GPU. The requests are asked one after the other on SGLang's own tree without KV. Options of the
-    server are read from the environment (A3_RECOMPUTE_RATIO=0.2).
+    Needs no engine and no GPU: the requests are replayed one after the other on SGLang's own tree, without KV. The
+    server's options are read from the environment (A3_RECOMPUTE_RATIO=0.2).
     """
     from transformers import AutoTokenizer
 

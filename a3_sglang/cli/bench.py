@@ -1,41 +1,30 @@
-"""``a3-sglang bench``: what the fused prefill gains, against stock SGLang in the same run."""
+"""``a3-sglang bench``: time to first token of a3 and of stock SGLang, measured in the same run."""
 
 from __future__ import annotations
 
 import platform
-import statistics
-import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from a3_sglang.cli.output import Step, steps
-from a3_sglang.cli.workloads import workloads
-from a3_sglang.client import (
+from a3_sglang.cli.common import (
     DtypeOption,
     JsonOption,
     ModelOption,
-    Prompts,
     VerboseOption,
     console,
-    engine,
-    environment,
-    flush,
-    generate,
-    generate_all,
+    engines,
     print_table,
     resolve_dtype,
-    vocabulary_of,
     write_json,
 )
-
-SETTLE_SECONDS = 0.3
-PARTS = ("copy", "probe", "select", "recompute", "tail")
-"""Of a fused prefill, as the requests report them."""
+from a3_sglang.cli.output import steps
+from a3_sglang.cli.workloads import workloads
+from a3_sglang.client import Prompts, environment, vocabulary_of
+from a3_sglang.evaluation.ttft import STAGES, full_prefills, fused_prefills, summary
+from a3_sglang.integration.engine import sglang_version
 
 app = typer.Typer(no_args_is_help=True, help="Measure time to first token.")
-
-
 app.command()(workloads)
 
 
@@ -54,20 +43,18 @@ def ttft(
 ) -> None:
     """Time to first token of shuffled chunks: stock SGLang's full prefill against a3.
 
-    One engine at a time, as two would take each other's cores: first stock SGLang, then a3, where fused and full
-    prefills (the request turns fusion off) alternate. Prefill is not chunked in either, which is stock's best
-    setting. The speed-up is against the faster of the two full prefills. Of a batch it is the time until every
-    request has its first token. Fails if fusion does not engage.
+    One engine runs at a time, because two would compete for cores: first stock SGLang, then a3, which alternates
+    between fused prefills and full ones (requests that turn fusion off). Prefill is not chunked in either engine,
+    which is stock's best setting. The speed-up is against the faster of the two full prefills. For a batch, the time
+    is that until every request has its first token. Fails if fusion does not engage.
     """
-    import sglang
-
-    prompts = Prompts(vocabulary_of(model), context, chunks, seed)
+    prompts, start = Prompts(vocabulary_of(model), context, chunks, seed), engines(model)
     room = {"chunked_prefill_size": 2 * context * batch, "dtype": resolve_dtype(dtype)}
-    with engine(model, None, **room) as running, steps("measuring stock", repeats + 1) as step:
+    with start(None, **room) as running, steps("measuring stock", repeats + 1) as step:
         stock = full_prefills(running, prompts, repeats, batch, step)
     with (
         environment(A3_TIMINGS="1", A3_REPORT="exact"),
-        engine(model, "a3", **room) as running,
+        start("a3", **room) as running,
         steps("measuring a3", repeats + 1) as step,
     ):
         pairs = fused_prefills(running, prompts, ratio, repeats, batch, step)
@@ -79,7 +66,7 @@ def ttft(
         "batch": batch,
         "device": _device(),
         "dtype": room["dtype"],
-        "sglang": sglang.__version__,
+        "sglang": sglang_version(),
     }
     print_table(
         f"time to first token, {context} tokens in {chunks} chunks, ratio {ratio}, medians of {repeats}"
@@ -88,97 +75,14 @@ def ttft(
         [
             ("full prefill", f"{figures['full_ms']:.0f} ms"),
             ("a3", f"{figures['a3_ms']:.0f} ms"),
-            *((f"  {part}", f"{figures[part + '_ms']:.1f} ms") for part in PARTS),
+            *((f"  {stage}", f"{figures[stage + '_ms']:.1f} ms") for stage in STAGES),
             ("  of it selection (probe and select)", f"{figures['selection_share']:.1%}"),
             ("speed-up", f"{figures['speedup']:.2f}x"),
             ("nothing to reuse, a3 / stock", f"{figures['nothing_to_reuse']:.3f}"),
         ],
     )
-    console.print(f"{figures['device']}, SGLang {sglang.__version__}, {model}")
+    console.print(f"{figures['device']}, SGLang {figures['sglang']}, {model}")
     write_json(json, figures)
-
-
-def full_prefills(running: Any, prompts: Prompts, repeats: int, batch: int, step: Step) -> list[float]:
-    """Milliseconds of full prefills of stock SGLang."""
-    flush(running)
-    times = []
-    for _ in range(repeats + 1):
-        times.append(_fresh(running, prompts, batch))
-        step()
-    return times[1:]  # The first one warms up, here and below.
-
-
-def fused_prefills(
-    running: Any, prompts: Prompts, ratio: float, repeats: int, batch: int, step: Step
-) -> list[dict[str, float]]:
-    """Milliseconds of fused and full prefills in turn, of the fused ones' parts, and of both with nothing to reuse.
-
-    Raises:
-        RuntimeError: fusion did not engage.
-    """
-    pairs = []
-    for i in range(repeats + 1):
-        pairs.append(_pair(running, prompts, ratio, batch, swap=bool(i % 2)))
-        step()
-    return pairs[1:]
-
-
-def summary(stock: list[float], pairs: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians and ratios of what was measured."""
-    median = {key: statistics.median(pair[key] for pair in pairs) for key in pairs[0]}
-    full = min(statistics.median(stock), median["alternating_full_ms"])
-    idle = {name: median.pop(f"idle_{name}_ms") for name in ("a3", "full")}
-    return {key: round(value, 3) for key, value in median.items()} | {
-        "stock_ms": round(statistics.median(stock), 3),
-        "full_ms": round(full, 3),
-        "speedup": round(full / median["a3_ms"], 3),
-        "selection_share": round((median["probe_ms"] + median["select_ms"]) / median["a3_ms"], 4),
-        "nothing_to_reuse": round(idle["a3"] / idle["full"], 4),
-        "repeats_full_ms": stock,
-        "repeats_a3_ms": [pair["a3_ms"] for pair in pairs],
-    }
-
-
-def _pair(running: Any, prompts: Prompts, ratio: float, batch: int, swap: bool) -> dict[str, float]:
-    """One full prefill and one fused prefill of equally long prompts; then both with nothing to reuse."""
-    flush(running)
-    prompts.renew()
-    generate(running, prompts.shuffled(), a3=False)  # The donor: an ordinary request.
-    targets = [prompts.shuffled() for _ in range(batch)]
-    measured: dict[str, float] = {}
-    for fuse in (False, True) if swap else (True, False):
-        if not fuse:
-            measured["alternating_full_ms"] = _fresh(running, prompts, batch, False)
-            continue
-        measured["a3_ms"], metas = _timed(running, targets, {"ratio": ratio})
-        for report in (meta["a3"] for meta in metas):
-            if report["reason"] is not None or not report["reused"] + report["recomputed"]:
-                raise RuntimeError(f"fusion did not engage: {report}")
-        # Requests of one batch report the same parts; those of several batches come one after the other.
-        parts = {tuple(meta["a3_ms"].items()) for meta in metas}
-        measured |= {f"{part}_ms": sum(dict(one)[f"{part}_ms"] for one in parts) for part in PARTS}
-    for option in (False, None) if swap else (None, False):
-        name = "idle_full_ms" if option is False else "idle_a3_ms"
-        measured[name] = _fresh(running, prompts, batch, option)
-    return measured
-
-
-def _timed(running: Any, prompts: list[list[int]], a3: Any) -> tuple[float, list[dict[str, Any]]]:
-    """Milliseconds until all requests have their first token, and what the engine says of each."""
-    # The overlap scheduler may still decode a step for the requests before.
-    time.sleep(SETTLE_SECONDS)
-    started = time.perf_counter()
-    metas = [out["meta_info"] for out in generate_all(running, prompts, a3=a3)]
-    return (time.perf_counter() - started) * 1e3, metas
-
-
-def _fresh(running: Any, prompts: Prompts, batch: int, a3: bool | None = None) -> float:
-    """Milliseconds of a batch of which nothing is cached."""
-    elapsed, metas = _timed(running, [prompts.tokens(prompts.length) for _ in range(batch)], a3)
-    # Of a hundred prompts one may well begin with another's first token.
-    if any(meta["cached_tokens"] > prompts.length // 100 for meta in metas):
-        raise RuntimeError("prompts of fresh tokens were found cached")
-    return elapsed
 
 
 def _device() -> str:

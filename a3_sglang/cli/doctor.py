@@ -1,19 +1,19 @@
-"""``a3-sglang doctor``: is everything in place?"""
+"""``a3-sglang doctor``: checks an installation."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
-from a3_sglang.client import JsonOption, VerboseOption, print_table, write_json
+from a3_sglang.cli.common import JsonOption, VerboseOption, print_table, write_json
 
 
 class Check(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     ok: bool
@@ -23,19 +23,19 @@ class Check(NamedTuple):
 def doctor(
     server: Annotated[
         list[str] | None,
-        typer.Argument(help="Options of the server after --, to see whether they are refused: -- --enable-lora"),
+        typer.Argument(help="Options of the server after --, to check whether they are refused: -- --enable-lora"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Also check whether this model can be served.")] = None,
     verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Check versions, the plugin, SGLang's seams, the device and, with --model, model and server options.
+    """Check versions, the plugin, what a3 needs of SGLang, the device and, with --model, model and server options.
 
-    Exit status 1 if something is wrong.
+    The exit status is 1 if something is wrong.
     """
     if server and model is None:
         raise typer.BadParameter("options of the server need --model", param_hint="SERVER")
-    checks = [_sglang(), _torch(), _plugin(), _seams(), _device()]
+    checks = [_sglang(), _torch(), _plugin(), _sglang_names(), _device()]
     if model is not None:
         checks += _model(model)
         checks.append(_server(model, server or []))
@@ -72,7 +72,7 @@ def _plugin() -> Check:
     return Check("plugin entry point", found == ["a3_sglang.plugin:register"], ", ".join(found) or "missing")
 
 
-def _seams() -> Check:
+def _sglang_names() -> Check:
     try:
         from a3_sglang.integration import compat
 
@@ -100,14 +100,14 @@ def _model(model: str) -> list[Check]:
 
     name = f"model {Path(model).name}"
     try:
-        from sglang.srt.configs.model_config import ModelConfig
+        from a3_sglang.integration.diagnosis import load_model_config
 
-        config: Any = ModelConfig(model_path=model)
+        config = load_model_config(model)
         reason = model_refusal(config)
     except Exception as error:
         return [Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])]
     if reason is not None:
-        return [Check(name, False, f"{reason}; --a3-mode observe tells what could be reused")]
+        return [Check(name, False, f"{reason}; --a3-mode observe reports what could be reused")]
     text = getattr(config, "hf_text_config", None) or config.hf_config
     heads, dim = config.get_total_num_kv_heads(), config.head_dim
     size = 2 * config.num_hidden_layers * heads * dim * config.dtype.itemsize
@@ -121,21 +121,15 @@ def _model(model: str) -> list[Check]:
 
 
 def _server(model: str, given: list[str]) -> Check:
-    """Whether SGLang's and a3's options are accepted with this model."""
+    """Whether SGLang and a3 accept these options with this model."""
     import torch
 
-    from a3_sglang.integration import compat
-    from a3_sglang.integration.support import refusal, server_options
     from a3_sglang.launch_server import arguments
 
     try:
-        from sglang.srt.plugins import load_plugins
-        from sglang.srt.server_args import prepare_server_args
+        from a3_sglang.integration.diagnosis import arguments_refusal
 
-        load_plugins()
-        server_args = prepare_server_args(arguments(["--model-path", model, *given], torch.cuda.is_available()))
-        compat.resolve_arguments(server_args)
-        reason = refusal(server_args, compat.model_config(server_args), server_options())
+        reason = arguments_refusal(arguments(["--model-path", model, *given], torch.cuda.is_available()))
     except SystemExit:
         reason = "SGLang does not take these options; it says why above"
     except Exception as error:

@@ -1,4 +1,4 @@
-"""``a3-sglang explain``: a page that shows what became of every token of a prompt."""
+"""``a3-sglang explain``: a page that shows how every token of a prompt was obtained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from a3_sglang.cli.common import DtypeOption, JsonOption, VerboseOption, console, resolve_dtype, write_json
 from a3_sglang.cli.output import steps, working
-from a3_sglang.client import DtypeOption, JsonOption, VerboseOption, console, resolve_dtype, write_json
 from a3_sglang.config import check_ratio, check_selector
 from a3_sglang.explain.client import Client, ExplainError
 from a3_sglang.explain.collect import Prompt, collect
@@ -24,37 +24,37 @@ T = TypeVar("T")
 
 def explain(
     prompt: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Text file with the prompt.")],
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="HTML file that is written.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="HTML file to write.")],
     donor: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="Text file with a prompt that is asked before; repeatable."),
+        typer.Option(exists=True, dir_okay=False, help="Text file with a prompt that is asked first; repeatable."),
     ] = None,
     question: Annotated[str | None, typer.Option(help="Added to the prompt after a blank line.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or Hub id; with --url that of its tokenizer.")] = None,
-    url: Annotated[str | None, typer.Option(help="Ask this server instead of one started for the purpose.")] = None,
-    ratio: Annotated[str | None, typer.Option(help='Share of the reused tokens that is recomputed, or "auto".')] = None,
-    selector: Annotated[str | None, typer.Option(help="Rule that picks them.")] = None,
+    url: Annotated[str | None, typer.Option(help="Use this server instead of starting one.")] = None,
+    ratio: Annotated[str | None, typer.Option(help='Share of the reused tokens to recompute, or "auto".')] = None,
+    selector: Annotated[str | None, typer.Option(help="Rule that selects them.")] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Continue fused KV of earlier prompts, and leave the prompt's own.")
+        bool, typer.Option("--keep", help="Continue fused KV of earlier prompts, and keep the prompt's own.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put every text into the model's chat template.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answers, at most.")] = 48,
-    top: Annotated[int, typer.Option(min=1, max=20, help="Likely tokens shown where the answers part.")] = 8,
-    repeats: Annotated[int, typer.Option(min=0, help="Measured runs of either kind, besides the first.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    top: Annotated[int, typer.Option(min=1, max=20, help="Likely tokens shown where the answers diverge.")] = 8,
+    repeats: Annotated[int, typer.Option(min=0, help="Measured runs of each kind, besides the first.")] = 3,
     extra_key: Annotated[str | None, typer.Option(help="Namespace of the donors and the prompt.")] = None,
     png: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Also draw the page into this file, with Chromium.")
+        Path | None, typer.Option(dir_okay=False, help="Also save a picture of the page, drawn by Chromium.")
     ] = None,
     png_size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the picture.")] = "1280x1500",
     dtype: DtypeOption = "auto",
     verbose: VerboseOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Show on one HTML page what of a prompt was reused, from where, and what that did to time and answer.
+    """Show on one HTML page which tokens of a prompt were reused, their origin, and the effect on time and answer.
 
     Without --url a server is started; the donors are asked first, then the prompt with a3 and with a full prefill.
-    A server given with --url has to run with --a3-explain on. Its cache is not flushed: full prefills are asked in
-    namespaces of their own, and the prompt leaves no fused KV unless --keep is given.
+    A server given with --url has to run with --a3-explain on. Its cache is not flushed: each full prefill is asked in
+    a new namespace, and the prompt leaves no fused KV unless --keep is given.
     """
     options: dict[str, Any] = {"keep": keep}
     if ratio is not None:
@@ -98,7 +98,7 @@ def explain(
 
 @contextmanager
 def _server(model: str, dtype: str) -> Iterator[str]:
-    """A server for this command alone."""
+    """A server that runs as long as the command."""
     arguments = ["--dtype", dtype, "--a3-explain", "on", "--a3-report", "exact"]
     with tempfile.TemporaryDirectory(prefix="a3-explain-") as folder, ExitStack() as stack:
         with working("starting a server"):
@@ -117,16 +117,16 @@ def _tokenizer(model: str) -> Any:
 
 
 def _prompt(tokenizer: Any, path: Path, question: str | None, chat: bool) -> Prompt:
-    """A file's text as it is asked."""
+    """The prompt that is made of a file's text."""
     try:
-        # The ends of lines are tokens as they are.
+        # Not read_text(), which would change line ends and so the tokens.
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ExplainError(f"{path} is no UTF-8 text: {error}") from None
     text = text if question is None else f"{text.rstrip()}\n\n{question}"
     if chat:
-        said = [{"role": "user", "content": text}]
-        whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": text}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer.encode(whole, add_special_tokens=False)
     else:
         ids = tokenizer.encode(text)

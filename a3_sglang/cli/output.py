@@ -1,4 +1,4 @@
-"""What commands show while they work: little, and at once, wherever it goes."""
+"""Progress of the commands, shown at once in terminals and elsewhere, and silencing of libraries."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from a3_sglang.client import Step
 
 VERBOSE = "--verbose"
 progress_console = Console(stderr=True)
 
 
 def silence(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
-    """Keep SGLang's and its libraries' warnings off the screen, here and in the processes that will be started.
+    """Suppress warnings of SGLang and its libraries, in this process and in those that it starts.
 
-    Errors stay, and so does everything if the user has set these variables.
+    Errors are still shown, and variables that the user has set are left alone.
     """
     for name, value in {
         "PYTHONWARNINGS": "ignore",
@@ -32,36 +34,35 @@ def silence(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
     logging.getLogger("sglang").setLevel(logging.ERROR)
 
 
-Step = Callable[[], None]
-"""To be called after every step."""
-
-
 @contextmanager
 def steps(
     title: str, total: int | None, done: int = 0, console: Console | None = None, pause: float = 0.0
 ) -> Iterator[Step]:
     """Progress of work in equal steps: a bar in a terminal, a line per step elsewhere.
 
-    It is drawn in the calls only, never between them: drawing takes time from a CPU engine that is being measured.
+    It is drawn only during the calls, because drawing between them would take time from a CPU engine under measurement.
 
     Args:
         title: what is done.
-        total: steps; None if that is not known.
-        done: of them, those that were done before.
-        console: where it is shown; stderr by default.
-        pause: seconds between lines, at least; that of the last step comes in any case.
+        total: number of steps; None: unknown.
+        done: number of steps that were done before.
+        console: shows it; stderr by default.
+        pause: least seconds between lines; the line of the last step is always written.
+
+    Yields:
+        A function to call after every step.
     """
     console = console or progress_console
     if not console.is_terminal:
-        count, started, said = done, time.monotonic(), -math.inf
+        count, started, printed = done, time.monotonic(), -math.inf
         _say(console, f"{title} ..." if total is None else f"{title}: {total - done} steps")
 
         def line() -> None:
-            nonlocal count, said
+            nonlocal count, printed
             count += 1
             now = time.monotonic()
-            if now - said >= pause or count == total:
-                said = now
+            if now - printed >= pause or count == total:
+                printed = now
                 _say(console, f"{title}: {count}{'' if total is None else f'/{total}'} ({now - started:.0f} s)")
 
         yield line

@@ -18,7 +18,7 @@ from a3_sglang.integration.shadow import Prompt, Shadow
 from a3_sglang.matching.plan import QUESTION_TOKENS, Plan
 
 SHOWN = 16
-"""Tokens of a document's beginning that are kept."""
+"""Tokens kept of a document's beginning."""
 
 
 @dataclass
@@ -26,10 +26,10 @@ class LoggedRequest:
     """One request of a log.
 
     Attributes:
-        line: its number, from 1.
+        line: its line number, from 1.
         tokens: of the prompt.
-        answer: tokens of the answer, if the log has it.
-        time: when it came, if the log says so.
+        answer: tokens of the answer; empty if the log does not have it.
+        time: of its arrival, if the log has it.
         options: its ``custom_params["a3"]``.
         namespace: its ``extra_key`` and ``cache_salt``.
     """
@@ -55,8 +55,8 @@ def read(path: Path, tokenizer: Any) -> Iterator[LoggedRequest | Skipped]:
 
     Args:
         path: JSON Lines of OpenAI requests (a request, one of OpenAI's batch files, or an object with ``request`` and
-            ``response``) or of SGLang's native ones; plain text, one prompt a line; or a ``.pkl`` that SGLang dumped,
-            which may run code when it is read, so it has to be your own.
+            ``response``) or of SGLang's native ones; plain text, one prompt per line; or a ``.pkl`` that SGLang
+            dumped, which may run code when it is read, so only your own.
         tokenizer: of the model.
     """
     if path.suffix == ".pkl":
@@ -111,7 +111,7 @@ def _prompt(body: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def _answer(response: Any) -> str | list[int]:
-    """The answer as text or tokens; empty if there is none."""
+    """The answer as text or tokens; empty if there is no answer."""
     response = response.get("body", response)
     for name in ("output_ids", "answer", "output", "completion"):
         if isinstance(response.get(name), (str, list)):
@@ -137,14 +137,14 @@ def _time(record: Mapping[str, Any]) -> datetime | None:
 
 @dataclass
 class Sums:
-    """Of some requests.
+    """Sums over requests.
 
     Attributes:
-        requests: how many.
-        tokens: by where they would come from (:data:`a3_sglang.reporting.report.PARTS`).
+        requests: number of requests.
+        tokens: by part of the prompt (:data:`a3_sglang.reporting.report.PARTS`).
         prefix: tokens that stock SGLang would find in its tree.
         rows: rows that a3 would compute.
-        results: what would become of them, and why they would not be fused.
+        results: requests by outcome; for full prefills with the reason.
     """
 
     requests: int = 0
@@ -159,17 +159,17 @@ class Sums:
 
     @property
     def gain(self) -> float:
-        """Rows that stock SGLang computes over rows that a3 computes."""
+        """Rows that stock SGLang computes, divided by rows that a3 computes."""
         return (self.total - self.prefix) / max(self.rows, 1)
 
 
 @dataclass
 class Document:
-    """A text that comes back.
+    """A text that was reused.
 
     Attributes:
-        begin: the first tokens of the span in which it was first reused.
-        times: how often it was reused.
+        begin: first tokens of the span that reused it first.
+        times: number of times that it was reused.
         tokens: reused tokens in total.
     """
 
@@ -184,9 +184,9 @@ class Analysis:
 
     Attributes:
         all: of all requests.
-        hours: of those of each hour, if the log has times.
-        documents: texts that were reused, keyed by the smallest of their window hashes, which is the same wherever a
-            span begins.
+        hours: by hour, if the log has times.
+        documents: texts that were reused, keyed by the smallest of their window hashes, which does not depend on where
+            a span begins.
     """
 
     all: Sums = field(default_factory=Sums)
@@ -197,14 +197,14 @@ class Analysis:
 def analyze(
     requests: Iterable[LoggedRequest], options: ServerOptions, slots: int, chunk: int, line_ends: Any
 ) -> Analysis:
-    """Ask the requests one after the other, and count.
+    """Replay requests one after the other, and sum up their tokens.
 
     Args:
-        requests: in the order in which they came.
+        requests: in order of arrival.
         options: of the server.
-        slots: tokens that the KV pool would hold.
-        chunk: rows of a step.
-        line_ends: bool (vocabulary,), the tokens that end a line; None if that is not known.
+        slots: size of the KV pool in tokens.
+        chunk: rows per prefill step.
+        line_ends: bool (vocabulary,), the tokens that end a line; None: unknown.
     """
     found = Analysis()
     plans: list[Plan] = []

@@ -1,4 +1,4 @@
-"""Prompts over passages: the one under test, and the requests that leave its donors."""
+"""Prompts over passages: the prompt under test, and the requests that leave its donors in the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from a3_sglang.evaluation.questions import Question
 
 INSTRUCTION = "Answer the question from the passages. Give the answer only, in a few words."
 FOREIGN = 2
-"""Passages of other questions in a harvested donor."""
+"""Number of passages of another question in a harvested donor."""
 
 _MARK, _ANSWER, _NEXT = "<<passages>>", "<<answer>>", "<<next>>"
 
@@ -26,7 +26,7 @@ SHAPES = {
     "turn": "the fifth turn of a chat over the passages",
     "tenth": "all passages were new in a fused prompt, and eight fused prompts had them in other orders since",
 }
-"""What prompts look like, and what came before them."""
+"""Shapes of prompts, including what was asked before them."""
 _RULES = (
     "Follow these rules for the format of your answer. Write plain text without headings, lists or tables. Do not "
     "repeat the question and do not explain how you found the answer. Do not name the passages or their numbers. If "
@@ -39,12 +39,12 @@ _RULES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One question, ready to be asked.
+    """The prompts of one question.
 
     Attributes:
         prompt: token ids of the prompt under test.
         donors: by donor mode, the prompts whose KV it may reuse.
-        before: prompts that are asked with fusion before it, in order.
+        before: prompts to ask with fusion before it, in order.
     """
 
     prompt: list[int]
@@ -53,12 +53,12 @@ class Case:
 
 
 class Writer:
-    """Writes prompts in a model's chat format, every passage as the same tokens wherever it stands.
+    """Writes prompts in a model's chat format. A passage has the same tokens at every position.
 
     Args:
-        tokenizer: of the model; without a chat template plain text is written.
-        passages: passages a question keeps.
-        passage_tokens: tokens a passage keeps.
+        tokenizer: of the model; without a chat template, prompts are plain text.
+        passages: number of passages kept per question.
+        passage_tokens: tokens kept per passage.
         seed: of the choice and order of passages.
         shape: one of :data:`SHAPES`.
     """
@@ -85,15 +85,15 @@ class Writer:
     def case(self, questions: Sequence[Question], number: int) -> Case:
         """The prompt of question ``number``; the foreign passages come from the next one.
 
-        Harvested donors are one earlier prompt with the same passages in another order among foreign ones. Compiled
-        donors are each passage alone behind the prompt's own beginning.
+        The harvested donor is one earlier prompt with the same passages in another order among foreign ones. Compiled
+        donors are each passage alone after the prompt's own beginning.
         """
         chooser = random.Random(f"{self._seed} {number}")
         chunks = self._chunks(questions[number], self._passages, chooser)
         foreign = self._chunks(questions[(number + 1) % len(questions)], FOREIGN, chooser)
         begin, after = self.ids(self._before), self.ids(self._after)
         if self._shape == "new":
-            # Of one question they share text. New are its own passages and others in turn.
+            # Passages of one question share text, so its own are new in one case and the others in the next.
             chunks[1::2] = self._chunks(questions[(number + 2) % len(questions)], len(chunks) // 2, chooser)
         known = {"new": chunks[number % 2 :: 2], "tenth": []}.get(self._shape, chunks)
         earlier = [*known, *foreign]
@@ -110,8 +110,8 @@ class Writer:
             for i in range(4, 0, -1):
                 prompt = [*prompt, *asked[i], *after]
                 before.append(prompt)
-                said = questions[(number + i) % len(questions)].answers[0]
-                prompt = [*prompt, *self.ids(said + self._between)]
+                answer = questions[(number + i) % len(questions)].answers[0]
+                prompt = [*prompt, *self.ids(answer + self._between)]
             prompt = [*prompt, *asked[0], *after]
         else:
             rules = self.ids("\n" + _RULES) if self._shape == "instructions" else []
@@ -121,7 +121,7 @@ class Writer:
                 before.append([*context, *asked[1], *after])
             elif self._shape == "tenth":
                 orders = [chooser.sample(chunks, len(chunks)) for _ in range(9)]
-                # The known passages, which are foreign, let the first of these prompts be fused.
+                # The donors hold only foreign passages; with these in front, the first prompt can be fused.
                 orders[0] = [*earlier[::-1], *orders[0]]
                 before += [[*begin, *chain(*order), *asked[1 + i % 4], *after] for i, order in enumerate(orders)]
         return Case(

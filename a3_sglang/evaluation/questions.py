@@ -1,4 +1,4 @@
-"""Questions over passages: read from a file, or made up from a seed."""
+"""Questions over passages: read from a file, or synthetic from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 
 class Passage(BaseModel):
-    """One chunk of a prompt."""
+    """One passage of a prompt."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,7 +21,7 @@ class Passage(BaseModel):
 
 
 class Question(BaseModel):
-    """A question with its passages and every answer that counts as right."""
+    """A question with its passages and all answers that count as right."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -49,7 +49,7 @@ def load(path: Path) -> list[Question]:
     return questions
 
 
-# ---- made-up tasks
+# ---- synthetic tasks
 
 _CITIES = (
     "Avila",
@@ -69,13 +69,13 @@ _THINGS = ("lantern", "anchor", "violin", "compass", "kettle", "marble", "saddle
 
 
 def _filler(chooser: random.Random, passages: int) -> list[list[str]]:
-    """Sentences of CPython's documentation, a list a passage."""
+    """Sentences of CPython's documentation, one list per passage."""
     names = chooser.sample(sorted(name for name, text in topics.items() if len(text) > 1500), passages)
     return [[s.strip() + "." for s in " ".join(topics[name].split()).split(". ") if len(s) > 20] for name in names]
 
 
 def _plant(chooser: random.Random, passages: int, facts: list[str], sentences: int) -> tuple[Passage, ...]:
-    """Filler with the facts in it, no two in one passage while there is room."""
+    """Filler with the facts in it, spread evenly over the passages."""
     texts = [text[:sentences] for text in _filler(chooser, passages)]
     places = chooser.sample(range(passages), passages)
     for i, fact in enumerate(facts):
@@ -92,7 +92,7 @@ def _fact(chooser: random.Random, passages: int, sentences: int) -> Question:
 
 
 def _facts(chooser: random.Random, passages: int, sentences: int) -> Question:
-    """One number among many of the same kind, one a passage."""
+    """One number among many of the same kind, one per passage."""
     cities = chooser.sample(_CITIES, min(passages, len(_CITIES)))
     numbers = [str(chooser.randrange(10_000, 99_999)) for _ in cities]
     facts = [f"The secret number of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
@@ -127,9 +127,9 @@ TASKS: dict[str, Callable[[random.Random, int, int], Question]] = {
     "tracking": _tracking,
     "queries": _queries,
 }
-"""Tasks that need no data: ``(random, passages, sentences a passage) -> question``."""
+"""Tasks that need no data: ``(random, passages, sentences per passage) -> question``."""
 
 
 def make(task: str, count: int, passages: int, sentences: int, seed: int) -> list[Question]:
-    """``count`` questions of a made-up task; the same arguments give the same questions."""
+    """``count`` questions of a synthetic task; the same arguments give the same questions."""
     return [TASKS[task](random.Random(f"{task} {seed} {i}"), passages, sentences) for i in range(count)]

@@ -1,1 +1,1 @@
-"""One prompt explained: where its tokens came from, what that saved, and what it changed."""
+"""One prompt explained: the origin of its tokens, what reuse saved, and what it changed in the answer."""

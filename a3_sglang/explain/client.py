@@ -1,22 +1,19 @@
-"""A client of a running server, as far as explaining a prompt needs one."""
+"""The requests that explaining a prompt needs: the server's model, and greedy answers with their reports."""
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from a3_sglang import http_client
 from a3_sglang.config import REQUEST_KEY
-
-_SECONDS = 600
 
 
 class ExplainError(RuntimeError):
-    """The prompt cannot be explained; one line that says why."""
+    """The prompt cannot be explained; the message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class Answer:
     Attributes:
         ids: its tokens.
         ttft: milliseconds until the first of them arrived.
-        report: of a3; None if the server has none.
+        report: a3's report; None if the server sent none.
         top: the most likely tokens at each of its positions, best first; empty unless asked for.
     """
 
@@ -45,31 +42,31 @@ class Answer:
 
 
 class Client:
-    """Asks a server of SGLang.
+    """Sends requests to an SGLang server.
 
     Args:
         url: of the server.
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        self._url, self._http = url.rstrip("/"), http_client.Client(url)
 
     def model(self) -> dict[str, Any]:
-        """What the server says of its model: ``model_path``, ``tokenizer_path``."""
-        with self._open("/model_info") as answer:
-            info: dict[str, Any] = json.loads(answer.read())
+        """The server's model: ``model_path``, ``tokenizer_path``."""
+        with self._errors("/model_info"):
+            info: dict[str, Any] = self._http.call("/model_info")
         return info
 
     def ask(
         self, ids: list[int], a3: bool | dict[str, Any], *, tokens: int = 1, top: int = 0, extra_key: str | None = None
     ) -> Answer:
-        """One greedy, streamed request.
+        """Send one greedy, streamed request.
 
         Args:
             ids: tokens of the prompt.
             a3: its options.
             tokens: of the answer, at most.
-            top: how many of the most likely tokens are wanted for each token of the answer.
+            top: number of most likely tokens to return for each token of the answer.
             extra_key: the request's namespace.
 
         Raises:
@@ -85,8 +82,11 @@ class Client:
         if extra_key is not None:
             body["extra_key"] = extra_key
         started, ttft, last = time.perf_counter(), 0.0, None
-        for event in self._events("/generate", body):
-            last, ttft = event, ttft or (time.perf_counter() - started) * 1e3
+        with self._errors("/generate"):
+            for event in self._http.events("/generate", body):
+                if "error" in event:
+                    raise ExplainError(f"{self._url}: {http_client.error_message(event)}")
+                last, ttft = event, ttft or (time.perf_counter() - started) * 1e3
         if last is None:
             raise ExplainError(f"{self._url} sent no answer")
         meta = last["meta_info"]
@@ -95,34 +95,12 @@ class Client:
         ]
         return Answer(last["output_ids"], ttft, meta.get(REQUEST_KEY), candidates)
 
-    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with self._open(path, json.dumps(body).encode()) as lines:
-            for line in lines:
-                text = line.decode().removeprefix("data: ").strip()
-                if not text or text == "[DONE]":
-                    continue
-                event = json.loads(text)
-                if "error" in event:
-                    raise ExplainError(f"{self._url}: {_message(event)}")
-                yield event
-
-    def _open(self, path: str, body: bytes | None = None) -> Any:
-        request = urllib.request.Request(f"{self._url}{path}", body, {"Content-Type": "application/json"})
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Raise errors of the HTTP client as :class:`ExplainError`."""
         try:
-            return urllib.request.urlopen(request, timeout=_SECONDS)
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            try:
-                text = _message(json.loads(text))
-            except ValueError:
-                text = text[:200]
-            raise ExplainError(f"{self._url}{path}: {text or error.reason}") from None
-        except (OSError, ValueError) as error:
+            yield
+        except http_client.StatusError as error:
+            raise ExplainError(f"{self._url}{path}: {error}") from None
+        except http_client.NoAnswerError as error:
             raise ExplainError(f"{self._url} cannot be reached: {error}") from None
-
-
-def _message(answer: Any) -> str:
-    """The words in an error of the server, whatever it wraps them in."""
-    while isinstance(answer, dict):
-        answer = answer.get("error") or answer.get("message") or str(answer)
-    return str(answer)

@@ -1,4 +1,4 @@
-"""Asks a server one prompt, with a3 and with a full prefill, and collects what became of it."""
+"""Sends one prompt to a server, with a3 and with a full prefill, and collects what the page shows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from a3_sglang.reporting.report import PARTS
 
 _SETTLE_SECONDS = 0.3
 _BEGINNING = 80
-"""Characters of a donor that are shown."""
+"""Characters shown of a donor's beginning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text, what it is called, and its tokens as they are sent."""
+    """A text, its name, and the tokens that are sent."""
 
     name: str
     text: str
@@ -29,16 +29,16 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the KV of the prompt's tokens ``[start, end)`` came from.
+    """Origin of the KV of the prompt's tokens ``[start, end)``.
 
     Attributes:
-        start, end: in the prompt.
+        start, end: positions in the prompt.
         kind: "exact", "continued" or "reused".
-        position: of the first token, in the text that the KV was computed for.
+        position: of the first token in the text that the KV was computed for.
         approximate: whether that KV itself was fused.
         donor: name of the given donor that has these tokens there; None: another prompt of the server.
-        beginning: of the donor's text.
-        tokens: of the donor.
+        beginning: the donor's first words.
+        tokens: length of the donor.
     """
 
     start: int
@@ -53,7 +53,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token that could have come next, as text, and whether it did."""
+    """A candidate for the next token, as text, and whether it was chosen."""
 
     text: str
     logprob: float
@@ -61,13 +61,13 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One way to answer the prompt.
+class Answered:
+    """The answer after one kind of prefill.
 
     Attributes:
         pieces: text of each token of the answer.
         times: milliseconds to the first token of every run that counts.
-        ttft: their median.
+        ttft: median of ``times``.
     """
 
     pieces: list[str]
@@ -77,21 +77,21 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """All that the page shows.
+    """Everything that the page shows.
 
     Attributes:
         name: of the prompt.
         model: its name or folder.
-        options: the request's.
+        options: of the request.
         pieces: text of each token of the prompt.
         report: of a3, without its detail.
         runs: ``(part, start, end)`` for the whole prompt.
-        relevance: of each token; None where nothing was measured.
-        origins: of all that was not computed for this prompt alone, in order.
+        relevance: of each token; None: not measured.
+        origins: of all tokens that were not computed for this prompt, in order.
         stages: milliseconds of each stage of the fusion.
         a3, full: both answers.
         parted: index of the first token in which the answers differ; None: they are equal.
-        candidates: the most likely tokens there with a3 and with a full prefill, best first.
+        candidates: the most likely tokens at that index with a3 and with a full prefill, best first.
     """
 
     name: str
@@ -103,8 +103,8 @@ class Explanation:
     relevance: list[float | None]
     origins: list[Origin]
     stages: dict[str, float]
-    a3: Said
-    full: Said
+    a3: Answered
+    full: Answered
     parted: int | None
     candidates: tuple[list[Choice], list[Choice]] | None
 
@@ -123,29 +123,29 @@ def collect(
     extra_key: str | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Explanation:
-    """Ask the donors, then the prompt in both ways.
+    """Send the donors, then the prompt with a3 and with a full prefill.
 
-    Full prefills go into a namespace of their own each, where nothing is cached. Runs with a3 count as long as they
-    find what the first one found.
+    Each full prefill goes into a new namespace, in which nothing is cached. Runs with a3 count as long as they reuse
+    what the first one reused.
 
     Args:
         client: of the server.
         tokenizer: of its model.
-        model: as it is called on the page.
-        prompt: what is explained.
-        donors: are asked before, in this order.
+        model: name on the page.
+        prompt: the prompt to explain.
+        donors: prompts to send first, in this order.
         options: of the prompt's request, see :class:`a3_sglang.config.RequestOptions`.
-        tokens: of the answers, at most.
-        top: how many likely tokens are shown where the answers part.
+        tokens: most tokens of an answer.
+        top: number of likely tokens to show at the first difference of the answers.
         repeats: measured runs of each kind, besides the first.
         extra_key: namespace of donors and prompt.
         step: called after each of ``2 * (1 + repeats)`` requests and each donor.
 
     Raises:
-        ExplainError: the server refuses, fails, or tells nothing.
+        ExplainError: the server refuses, fails, or reports nothing.
     """
     ids = prompt.ids
-    # A prompt that may continue fused KV is shown beside donors that are fused, too.
+    # If the prompt may continue fused KV, its donors may be fused, too.
     asked: bool | dict[str, Any] = True if options.get("keep", True) else {"donor": True}
     for donor in donors:
         client.ask(donor.ids, asked, extra_key=extra_key)
@@ -154,7 +154,7 @@ def collect(
     def full(**more: Any) -> Answer:
         return client.ask(ids, False, extra_key=f"{extra_key or ''}a3-explain-{uuid.uuid4()}", **more)
 
-    # First the one that cannot count as a run: it warms up.
+    # The first request of each kind warms up and does not count as a run.
     plain = full(tokens=tokens, top=top)
     step()
     first = client.ask(ids, options | {"explain": True}, tokens=tokens, top=top, extra_key=extra_key)
@@ -181,8 +181,8 @@ def collect(
         _relevance(detail, len(ids)),
         _origins(ids, detail, donors),
         detail["stages"],
-        _said(tokenizer, first, a3_times),
-        _said(tokenizer, plain, full_times),
+        _answered(tokenizer, first, a3_times),
+        _answered(tokenizer, plain, full_times),
         parted,
         None if parted is None else (_candidates(tokenizer, first, parted), _candidates(tokenizer, plain, parted)),
     )
@@ -195,7 +195,7 @@ def _split(answer: Answer) -> tuple[dict[str, Any], dict[str, Any]]:
     detail = report.pop("detail", None)
     if detail is None:
         why = "it only observes" if report.get("mode") == "observe" else "its log says why"
-        raise ExplainError(f"the server did not tell where the tokens came from: {why}")
+        raise ExplainError(f"the server did not report where the tokens came from: {why}")
     return report, detail
 
 
@@ -240,10 +240,10 @@ def _origins(ids: list[int], detail: dict[str, Any], donors: Sequence[Prompt]) -
     return found
 
 
-def _said(tokenizer: Any, first: Answer, times: list[float]) -> Said:
-    """The first run warms up, if others follow."""
+def _answered(tokenizer: Any, first: Answer, times: list[float]) -> Answered:
+    """The time of the first run, which warms up, counts only if there are no others."""
     times = times or [first.ttft]
-    return Said(pieces(tokenizer, first.ids), [round(one, 2) for one in times], round(statistics.median(times), 2))
+    return Answered(pieces(tokenizer, first.ids), [round(one, 2) for one in times], round(statistics.median(times), 2))
 
 
 def _parted(a: list[int], b: list[int]) -> int | None:

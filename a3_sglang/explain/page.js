@@ -227,8 +227,8 @@
   }
   const STAGES = {
     copy_ms: ["copy", "spans to their new positions"], probe_ms: ["probe", "the question reads the reused KV"],
-    select_ms: ["select", "which tokens are recomputed"], recompute_ms: ["recompute", "chosen tokens and gaps, with the tail where they fit one pass"],
-    tail_ms: ["tail", "where it was a pass of its own"],
+    select_ms: ["select", "which tokens are recomputed"], recompute_ms: ["recompute", "chosen tokens and gaps, together with the tail if they fit one pass"],
+    tail_ms: ["tail", "if it needed a separate pass"],
   };
   const stages = Object.entries(data.stages).filter(([, value]) => value > 0);
   if (stages.length) {
@@ -241,7 +241,7 @@
   // ---- answers
 
   $("verdict").textContent = data.parted === null
-    ? "With a3 the model says the same as after a full prefill, token by token."
+    ? "With a3 the answer is the same as after a full prefill, token by token."
     : `The first ${number(data.parted)} tokens are equal, then the answers part.`;
   for (const [name, said] of [["a3", data.a3], ["full prefill", data.full]]) {
     const at = data.parted ?? said.pieces.length;

@@ -1,4 +1,4 @@
-"""An explanation as one HTML page that needs nothing else."""
+"""An explanation as one self-contained HTML page, and a picture of it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SECONDS = 120
 
 
 def render(explanation: Explanation) -> str:
-    """The page. Whatever the texts hold, it is shown as text."""
+    """The page. Markup in the texts is shown as text."""
     parts = {name: _read(f"page.{name}") for name in ("css", "js")}
     parts["title"] = html.escape(explanation.name)
-    # JSON in a script element: only "<" could end it.
+    # Only "<" could end a script element.
     parts["data"] = json.dumps(asdict(explanation)).replace("<", "\\u003c")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
 
@@ -34,12 +34,12 @@ def _read(name: str) -> str:
 
 
 def screenshot(page: Path, picture: Path, size: tuple[int, int]) -> None:
-    """Draw a page with the headless Chromium that is on the path.
+    """Draw a page with the headless Chromium on the PATH.
 
     Args:
         page: an HTML file.
-        picture: PNG file that is written.
-        size: width and height of the window, pixels.
+        picture: PNG file to write.
+        size: width and height of the window in pixels.
 
     Raises:
         ExplainError: there is no Chromium, or it drew nothing.
@@ -53,8 +53,8 @@ def screenshot(page: Path, picture: Path, size: tuple[int, int]) -> None:
         command += [f"--window-size={size[0]},{size[1]}", f"--screenshot={picture.resolve()}", page.resolve().as_uri()]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-            said = done.stderr.strip()
+            output = done.stderr.strip()
         except subprocess.TimeoutExpired:
-            said = f"no picture after {_SECONDS} seconds"
+            output = f"no picture after {_SECONDS} seconds"
     if not picture.exists():
-        raise ExplainError(f"--png: {browser} drew nothing: {said[-200:]}")
+        raise ExplainError(f"--png: {browser} drew nothing: {output[-200:]}")

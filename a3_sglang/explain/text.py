@@ -1,4 +1,4 @@
-"""Tokens as text, and where tokens of one prompt are in others."""
+"""Tokens as text, and the search for a prompt's tokens in other texts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _INCOMPLETE = "\ufffd"
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined they are the text of all.
+    """The text of each token; joined, they are the text of all.
 
-    Of tokens that make up one character, the last one has it and the others have none.
+    If several tokens make up one character, the last one has it and the text of the others is empty.
     """
     found: list[str] = []
     begin = read = 0
     for end in range(1, len(ids) + 1):
-        # One token before is decoded along, as tokenizers treat the first of a text in a way of their own.
+        # Decoded together with the token before, because tokenizers treat the first token of a text differently.
         known, text = (_decode(tokenizer, ids[begin:to]) for to in (read, end))
         if text.endswith(_INCOMPLETE) and end < len(ids):
             found.append("")
@@ -35,29 +35,29 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 class Place(NamedTuple):
-    """A position in one of several texts."""
+    """A position in one of several texts, given by its index."""
 
     text: int
     position: int
 
 
 def common_prefix(ids: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Which of the texts shares most of its beginning with a prompt, and how many tokens; ``(-1, 0)`` if none does."""
+    """Index of the text with the longest common prefix, and its length in tokens; ``(-1, 0)`` if there is none."""
     lengths = [_equal(np.asarray(ids), np.asarray(text)) for text in texts]
     best = int(np.argmax(lengths)) if lengths else -1
     return (best, lengths[best]) if best >= 0 and lengths[best] else (-1, 0)
 
 
 def find(ids: Sequence[int], start: int, end: int, offset: int, texts: Sequence[Sequence[int]]) -> Place | None:
-    """Where some of the texts has the tokens ``[start, end)`` of a prompt.
+    """Find the tokens ``[start, end)`` of a prompt in one of several texts; None if no text contains them.
 
     Args:
         ids: tokens of the prompt.
-        start: of what is searched for.
-        end: of what is searched for.
-        offset: where the server says its donor has them; such a place is preferred, then one with more in common
-            around it.
-        texts: tokens of each.
+        start: first position to search for.
+        end: end of the positions to search for.
+        offset: position in the donor, as the server reports it. A match at this position is preferred, then the one
+            with the most equal tokens around it.
+        texts: tokens of each text.
     """
     prompt, best, most = np.asarray(ids), None, (False, 0)
     wanted = prompt[start:end]
@@ -73,7 +73,7 @@ def find(ids: Sequence[int], start: int, end: int, offset: int, texts: Sequence[
 
 
 def _equal(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
-    """How many tokens at the beginning of two texts are equal."""
+    """Length of the common prefix of two token sequences."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length

@@ -117,6 +117,5 @@ def _check_keys(executor: Executor, request: FusionRequest) -> None:
     # Rounding of both stored keys and of the rotated one.
     if not bool((error < 8 * torch.finfo(keys.dtype).eps).all()):
         raise UnsupportedModelError(
-            "the keys that reach the model's attention do not follow its RoPE "
-            f"(off by {float(error.max()):.3g})"
+            f"the keys that reach the model's attention do not follow its RoPE (off by {float(error.max()):.3g})"
         )

@@ -12,18 +12,18 @@ from a3_sglang.documents import documents
 __all__ = ["OPTIONS", "Endpoint", "documents", "report"]
 
 OPTIONS = "a3"
-"""Variable of a program that holds its options; forks inherit it."""
+"""The variable that holds a program's options; forks inherit it."""
 
 
 class Endpoint(RuntimeEndpoint):
-    """SGLang's ``RuntimeEndpoint`` whose requests carry options of a3: ``sgl.set_default_backend(Endpoint(url))``.
+    """SGLang's ``RuntimeEndpoint`` with options of a3 in its requests: ``sgl.set_default_backend(Endpoint(url))``.
 
-    A program sets its own with ``s["a3"] = {"ratio": 0.3}`` (or ``False``, for a full prefill) before it generates;
-    forks inherit them. They hold for ``gen``, ``gen(choices=...)`` and the prefill before a fork.
+    A program sets its options with ``s["a3"] = {"ratio": 0.3}`` (or ``False``, for a full prefill) before it
+    generates; forks inherit them. They apply to ``gen``, ``gen(choices=...)`` and the prefill before a fork.
 
     Args:
         base_url: of the server.
-        a3: options of programs that set none, see :class:`a3_sglang.config.RequestOptions`.
+        a3: default options of programs, see :class:`a3_sglang.config.RequestOptions`.
         more: arguments of ``RuntimeEndpoint``.
     """
 
@@ -41,10 +41,10 @@ class Endpoint(RuntimeEndpoint):
 
 
 def report(state: Any, name: str) -> dict[str, Any] | None:
-    """What was reused for a generated variable; None for a choice, whose scores carry no report.
+    """The report of reuse for a generated variable; None for a choice, which has no report.
 
     Args:
-        state: of a program that ran, or one of its forks.
+        state: of a finished program, or one of its forks.
         name: of the variable.
     """
     found: dict[str, Any] | None = (state.get_meta_info(name) or {}).get(REQUEST_KEY)

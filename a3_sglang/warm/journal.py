@@ -10,11 +10,11 @@ from a3_sglang.warm import Document
 
 
 class Journal:
-    """Which documents a server holds, in memory and, to resume, in a file of JSON lines.
+    """Which documents a server holds, in memory and, to resume a run, in a file of JSON lines.
 
     Args:
         path: of the file; None: only in memory.
-        start: the server's, see :class:`a3_sglang.warm.ServerInfo`; lines of other starts do not count.
+        start: the server's, see :class:`a3_sglang.warm.ServerInfo`; lines of other starts are ignored.
         before: what precedes every document: the system message and the cache salt.
 
     Raises:
@@ -43,14 +43,14 @@ class Journal:
                     self._tokens[record["document"]] = record["tokens"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number} was not written by this command") from None
-        if whole != text:  # The last line was cut off.
+        if whole != text:  # The last line is incomplete.
             path.write_text(whole)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def tokens(self, document: Document) -> int | None:
-        """Tokens that the server holds for a document alone; None if it does not hold it."""
+        """Tokens of a document without the template; None if the server does not hold it."""
         return self._tokens.get(self.key(document))
 
     def add(self, document: Document, tokens: int) -> None:
@@ -58,7 +58,7 @@ class Journal:
         self._write(self.key(document), tokens)
 
     def forget(self) -> None:
-        """The server's cache was flushed: it holds no document any more."""
+        """Remove all documents: the server's cache was flushed."""
         self._tokens.clear()
         self._write(None, 0)
 
@@ -68,5 +68,5 @@ class Journal:
                 file.write(json.dumps({"start": self._start, "document": key, "tokens": tokens}) + "\n")
 
     def key(self, document: Document) -> str:
-        """The same for the same text after the same beginning."""
+        """Hash of a document's text and what precedes it."""
         return hashlib.sha256(json.dumps([*self._before, document.text.strip()]).encode()).hexdigest()[:32]

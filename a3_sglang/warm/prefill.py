@@ -6,13 +6,10 @@ Standard library only: an app that uploads documents can call :func:`warm` witho
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import math
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,9 +17,8 @@ from itertools import islice
 from typing import Any
 
 from a3_sglang.documents import documents as join
+from a3_sglang.http_client import Client, NoAnswerError, StatusError
 
-TIMEOUT_SECONDS = 600
-"""Longest wait for the prefill of one document, its time in the server's queue included."""
 _REFUSES_ALL = (401, 403, 404, 405)
 """HTTP statuses that do not depend on the document."""
 _NEXT = "-"
@@ -49,15 +45,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Warmed:
-    """What became of one document.
+    """The outcome of one document.
 
     Attributes:
-        document: as it was given.
+        document: the document.
         tokens: of its request: the chat template, the system message and the document; 0 after an error.
         cached: of them, tokens whose KV the server had before; rounded to 64 if it runs without
             ``--enable-cache-report``.
-        error: why the document could not be prefilled: it is empty, longer than the model's context or than the KV
-            pool, or the server failed on it. None if it was.
+        error: why the document was not prefilled: it is empty, longer than the model's context or than the KV pool,
+            or the server failed on it. None if it was prefilled.
     """
 
     document: Document
@@ -68,13 +64,13 @@ class Warmed:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself.
+    """What a server reports about itself.
 
     Attributes:
-        start: a value that is another one after the server was started again.
-        slots: tokens that its KV pool holds, those of all replicas together; None if it does not say.
-        token_bytes: of KV per token, computed from the pool's size, which the server rounds to MiB; None if the pool
-            is too small for that.
+        start: a value that changes whenever the server is restarted.
+        slots: tokens that its KV pool holds, summed over all replicas; None if the server does not report it.
+        token_bytes: bytes of KV per token, computed from the pool's size, which the server rounds to MiB; None if the
+            pool is too small for that.
     """
 
     start: str
@@ -94,14 +90,13 @@ def warm(
 ) -> Iterator[Warmed]:
     """Prefill documents as donors on a running server with a3.
 
-    Each one is sent alone as a user message that is prefilled in full (``{"donor": true}``), after the server's own
-    chat template and the system message. It works with ``--a3-donors harvest`` and ``compiled``. A prompt then reuses
+    Each one is sent alone as a user message that is prefilled in full (``{"donor": true}``), in the server's own chat
+    template after the system message. It works with ``--a3-donors harvest`` and ``compiled``. A prompt then reuses
     the documents in any order if they are separated by blank lines, see :func:`a3_sglang.documents.documents`. A
-    document that is prefilled already costs one row.
+    document that is in the cache already costs one row.
 
-    Documents are taken from the iterable when there is room for another request, and results come in the order of
-    completion. A document that fails is a result with an error. Closing the iterator waits for the requests that were
-    sent.
+    Documents are taken from the iterable as requests finish, and results come in the order of completion. A document
+    that fails is a result with an error. Closing the iterator waits for the requests that are in flight.
 
     Args:
         url: of the server, without ``/v1``.
@@ -134,9 +129,10 @@ def warm(
         if not document.text.strip():
             return Warmed(document, 0, 0, "the document is empty")
         message = {"role": "user", "content": join([document.text]) + _NEXT}
-        status, answer = _call(url, "/v1/chat/completions", api_key, common | {"messages": [*before, message]})
-        if status != 200:
-            return Warmed(document, 0, 0, _message(answer))
+        try:
+            answer = _call(url, "/v1/chat/completions", api_key, common | {"messages": [*before, message]})
+        except StatusError as error:
+            return Warmed(document, 0, 0, str(error))
         usage = answer.get("usage") or {}
         report = usage.get("a3")
         if report is None:
@@ -164,14 +160,14 @@ def warm(
 
 
 class Pace:
-    """Start times that are at least ``1 / rate`` seconds apart; time that passes unused is not made up for."""
+    """Start times that are at least ``1 / rate`` seconds apart; a late start does not let later ones catch up."""
 
     def __init__(self, rate: float | None) -> None:
         self._gap = 1 / rate if rate else 0.0
         self._next = -math.inf
 
     def delay(self, now: float) -> float:
-        """Seconds to wait for the next start, which is then taken."""
+        """Seconds to wait until the next start; each call reserves one."""
         start = max(now, self._next)
         self._next = start + self._gap
         return start - now
@@ -183,11 +179,12 @@ def server_info(url: str, api_key: str | None = None) -> ServerInfo:
     Raises:
         ServerError: it does not answer, or is no SGLang server.
     """
-    status, info = _call(url, "/server_info", api_key)
-    if status != 200:
-        raise ServerError(f"the server at {url} refuses /server_info ({status}): {_message(info)}")
+    try:
+        info = _call(url, "/server_info", api_key)
+    except StatusError as error:
+        raise ServerError(f"the server at {url} refuses /server_info ({error.status}): {error}") from None
     state: dict[str, Any] = next(iter(info.get("internal_states") or ()), {})
-    # Times of the start in nanoseconds, and a seed that is drawn unless it is given.
+    # Start times in nanoseconds, and a seed that is random unless it was given.
     start = json.dumps([info.get(key) for key in ("startup_time", "random_seed", "launch_command", "model_path")])
     memory = state.get("memory_usage") or {}
     slots = info.get("max_total_num_tokens")
@@ -199,43 +196,23 @@ def server_info(url: str, api_key: str | None = None) -> ServerInfo:
     )
 
 
-def _call(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-    """Status and answer, decoded if it is JSON; an object if the status is 200.
+def _call(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The server's answer.
 
     Raises:
-        ServerError: no answer, or one that does not depend on what was asked.
+        StatusError: the server refuses this request.
+        ServerError: no answer, or one that does not depend on the request.
     """
     if not url.startswith(("http://", "https://")):
         raise ServerError(f"{url!r} is no URL of a server, such as http://127.0.0.1:30000")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url.rstrip("/") + path, data, headers)
     try:
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                status, text = response.status, response.read()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ServerError(f"the server at {url} does not answer: {getattr(error, 'reason', error)}") from None
-    answer = _decoded(text)
-    if status in _REFUSES_ALL:
-        raise ServerError(f"the server at {url} refuses {path} ({status}): {_message(answer)}")
-    if status == 200 and not isinstance(answer, dict):
+        answer = Client(url, api_key).call(path, body)
+    except NoAnswerError as error:
+        raise ServerError(f"the server at {url} does not answer: {error}") from None
+    except StatusError as error:
+        if error.status in _REFUSES_ALL:
+            raise ServerError(f"the server at {url} refuses {path} ({error.status}): {error}") from None
+        raise
+    if not isinstance(answer, dict):
         raise ServerError(f"the server at {url} does not answer {path} as SGLang does")
-    return status, answer
-
-
-def _decoded(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.decode(errors="replace")
-
-
-def _message(answer: Any) -> str:
-    """The message of an error; where it is differs between releases."""
-    if isinstance(answer, dict):
-        error = answer.get("error")
-        answer = answer.get("message") or (error.get("message") if isinstance(error, dict) else error) or answer
-    return str(answer)[:500]
+    return answer

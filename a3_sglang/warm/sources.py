@@ -1,4 +1,4 @@
-"""The documents that a command is given: JSON Lines, text files, folders."""
+"""Documents from files: JSON Lines, text files, folders."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ STANDARD_INPUT = Path("-")
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """What is no document: where it is, and why."""
+class InvalidSource:
+    """A line or file that is no document: where it is, and why."""
 
     place: str
     reason: str
 
 
 def files(sources: Iterable[Path]) -> list[Path]:
-    """The files of the sources, those of a folder sorted by name.
+    """The files of the sources; those of a folder are sorted by name.
 
     Raises:
         ValueError: names the source that cannot be read.
@@ -45,16 +45,16 @@ def files(sources: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read(paths: Iterable[Path]) -> Iterator[Document | Wrong]:
+def read(paths: Iterable[Path]) -> Iterator[Document | InvalidSource]:
     """The documents of files, one after the other: every line of a JSONL file, or a text file as a whole."""
     for path in paths:
         if path != STANDARD_INPUT and path.suffix in TEXTS:
             try:
                 text = path.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
-                yield Wrong(str(path), _why(error))
+                yield InvalidSource(str(path), _why(error))
             else:
-                yield Document(text, str(path)) if text.strip() else Wrong(str(path), "it is empty")
+                yield Document(text, str(path)) if text.strip() else InvalidSource(str(path), "it is empty")
             continue
         with sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -62,18 +62,18 @@ def read(paths: Iterable[Path]) -> Iterator[Document | Wrong]:
                     yield _document(line, f"{path}:{number}")
 
 
-def _document(line: bytes, place: str) -> Document | Wrong:
+def _document(line: bytes, place: str) -> Document | InvalidSource:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
-        return Wrong(place, _why(error))
+        return InvalidSource(place, _why(error))
     if not isinstance(record, dict):
-        return Wrong(place, 'it is no object with "text"')
+        return InvalidSource(place, 'it is no object with "text"')
     text = record.get("text")
     if "messages" in record:
-        return Wrong(place, 'it has "messages"; a document is an object with "text"')
+        return InvalidSource(place, 'it has "messages"; a document is an object with "text"')
     if not isinstance(text, str) or not text.strip():
-        return Wrong(place, '"text" is missing, empty or no string')
+        return InvalidSource(place, '"text" is missing, empty or no string')
     name = next((str(record[key]) for key in ("name", "title", "id") if record.get(key) is not None), place)
     return Document(text, name)
 
@@ -89,7 +89,7 @@ def _why(error: Exception) -> str:
 
 
 def count(paths: Iterable[Path]) -> int | None:
-    """Documents and wrong lines of files; None if standard input is among them, which can be read only once."""
+    """Number of documents and wrong lines; None if standard input is among the files, as it can be read only once."""
     total = 0
     for path in paths:
         if path == STANDARD_INPUT:

@@ -64,8 +64,8 @@ def model_folder(name: str, small: bool) -> Iterator[str]:
 
 def first_tokens(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time to first token of one model: stock SGLang first, then a3, each with one engine for all cases."""
-    from a3_sglang.cli.bench import full_prefills, fused_prefills, summary
     from a3_sglang.client import Prompts, engine, environment, vocabulary_of
+    from a3_sglang.evaluation.ttft import full_prefills, fused_prefills, summary
 
     cases = [(c, 1) for c in args.contexts] + [(args.contexts[0], batch) for batch in args.batches if batch > 1]
     # A prompt is prefilled in one chunk, which is stock's best setting; a batch may take several.

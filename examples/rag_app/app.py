@@ -1,7 +1,7 @@
 """A small RAG app: upload documents, ask questions, see which KV was reused.
 
-python examples/rag_app/app.py --url http://127.0.0.1:30000     # a server that runs
-python examples/rag_app/app.py --model MODEL -- --dtype float32  # starts one; arguments for it come after --
+python examples/rag_app/app.py --url http://127.0.0.1:30000     # uses a running server
+python examples/rag_app/app.py --model MODEL -- --dtype float32  # starts a server with the arguments after --
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from a3_sglang.local_server import StartError, local_server
 from a3_sglang.warm import Document, ServerError, warm
 
 LARGEST = 1_000_000
-"""Bytes of an upload."""
+"""Most bytes of an upload."""
 LONGEST_QUESTION = 2000
 FOUND = 6
-"""Passages in a prompt."""
+"""Most passages in a prompt."""
 SERVER = ("--a3-report", "exact", "--max-total-tokens", "32768")
-"""Arguments of a server that the app starts itself: exact counts, as the app is its only client, and a small pool."""
+"""Arguments of a server that the app starts: exact counts, as the app is its only client, and a small KV pool."""
 
 
 class Question(BaseModel):
@@ -44,13 +44,13 @@ class Question(BaseModel):
 
 
 def create_app(url: str, store: Store) -> FastAPI:
-    """The app's routes. Those that take time answer with a line of JSON for each event.
+    """The app's routes. Slow ones stream their answer, one line of JSON per event.
 
     Args:
         url: of the SGLang server.
-        store: of the passages.
+        store: holds the passages.
     """
-    # FastAPI's own pages load scripts from elsewhere.
+    # FastAPI's own pages load scripts from other hosts.
     app = FastAPI(title="a3 RAG app", docs_url=None, redoc_url=None)
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
@@ -95,10 +95,10 @@ async def text_of(request: Request, name: str) -> str:
     """The text of an upload.
 
     Raises:
-        HTTPException: it is too large, or not text.
+        HTTPException: the upload is too large, or is not text.
     """
     body, size = bytearray(), 0
-    # Read to the end in any case: a browser does not show an answer that comes before it has sent everything.
+    # Always read to the end: a browser does not show an answer that arrives before it has sent everything.
     async for piece in request.stream():
         size += len(piece)
         if size <= LARGEST:
@@ -141,11 +141,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     server = parser.add_mutually_exclusive_group(required=True)
     server.add_argument("--url", help="of an SGLang server with a3")
-    server.add_argument("--model", help="model folder or Hub id, for a server of the app's own")
+    server.add_argument("--model", help="model folder or Hub id; the app starts a server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--database", default=":memory:", help="file that keeps the documents; default: in memory")
-    parser.add_argument("arguments", nargs="*", help="of the app's own server, after --")
+    parser.add_argument("arguments", nargs="*", help="of the server that the app starts, after --")
     args = parser.parse_args()
     if args.url and args.arguments:
         parser.error("arguments after -- are for a server that --model starts")
@@ -153,7 +153,7 @@ def main() -> int:
         store = Store(args.database)
     except sqlite3.Error as error:
         parser.error(f"--database {args.database}: {error}")
-    # So that the server below is stopped, too.
+    # Exit through the ExitStack below, which stops the server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with ExitStack() as stack:
         url = args.url
@@ -165,7 +165,7 @@ def main() -> int:
             except StartError as error:
                 print(error, file=sys.stderr)
                 return 1
-        # It prints the address of the page.
+        # uvicorn prints the address of the page.
         uvicorn.run(create_app(url.rstrip("/"), store), host=args.host, port=args.port, access_log=False)
     return 0
 

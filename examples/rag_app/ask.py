@@ -1,4 +1,4 @@
-"""From passages and a question to a prompt, and from the server's stream to the events that the page shows."""
+"""Makes a prompt of passages and a question, and turns the server's stream into events for the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Event = dict[str, Any]
 
 
 def messages(passages: list[Passage], question: str) -> Any:
-    """The prompt: whatever the passages and their order are, each of them is tokenized the same way."""
+    """The prompt. Each passage is tokenized the same way in every prompt."""
     user = documents(passage.text for passage in passages) + f"Question: {question}"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
@@ -28,12 +28,12 @@ def messages(passages: list[Passage], question: str) -> Any:
 async def answer(
     client: openai.AsyncOpenAI, passages: list[Passage], question: str, compare: bool
 ) -> AsyncIterator[Event]:
-    """Ask the server, and measure.
+    """Ask the server, and measure the time to the first token.
 
     Args:
         client: of the server.
-        passages: what was found, in the order of the prompt.
-        question: of the user.
+        passages: the passages found, in the order of the prompt.
+        question: the user's question.
         compare: also measure a full prefill of the same prompt, once the answer is complete.
 
     Yields:
@@ -46,7 +46,7 @@ async def answer(
         async for event in _stream(client, prompt, ANSWER_TOKENS, {}):
             yield event
         if compare:
-            # With a fresh key the request finds nothing in the cache, and no other request finds its KV.
+            # In a new namespace the request finds nothing in the cache, and no other request finds its KV.
             salt = {"custom_params": {"a3": False}, "extra_key": f"compare {uuid.uuid4()}"}
             async for event in _stream(client, prompt, 1, salt):
                 if event["type"] == "done":
@@ -82,7 +82,7 @@ async def _stream(client: openai.AsyncOpenAI, prompt: Any, tokens: int, extra: d
 
 
 def explain(error: Exception, url: str) -> str:
-    """An error of a request, in words for the user."""
+    """A message for the user about a failed request."""
     if isinstance(error, openai.APITimeoutError):
         return f"The model server at {url} took too long. Try again."
     if isinstance(error, openai.APIConnectionError | httpx.HTTPError):

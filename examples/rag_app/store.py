@@ -1,4 +1,4 @@
-"""Documents cut into passages, in SQLite's full-text index: ``cut`` a text, ``add`` its passages, ``search`` them."""
+"""Cuts documents into passages and searches these with SQLite's full-text index: ``cut``, ``add``, ``search``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LONGEST = 1300
-"""Characters of a passage at most: 200 to 250 English words."""
+"""Most characters of a passage: 200 to 250 English words."""
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 SENTENCE_ENDS = (". ", "! ", "? ", "\n", "。")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage that was found.
+    """A passage of a document.
 
     Attributes:
         document: name of the document.
-        text: the passage, without white space around it.
+        text: without leading and trailing white space.
     """
 
     document: str
@@ -27,10 +27,10 @@ class Passage:
 
 
 class Store:
-    """All passages, in a file or in memory. Words are compared by their stems, without case and accents.
+    """All passages, in a file or in memory. Words match by their stems, without case and accents.
 
     Args:
-        path: of the database; it is made if there is none.
+        path: of the database, which is created if it does not exist.
     """
 
     def __init__(self, path: str = ":memory:") -> None:
@@ -41,7 +41,7 @@ class Store:
         )
 
     def add(self, document: str, passages: list[str]) -> None:
-        """Store the passages of a document in place of those that it had."""
+        """Store the passages of a document, replacing its earlier ones."""
         with self._database:
             self._database.execute("DELETE FROM passages WHERE document = ?", (document,))
             rows = [(text, document) for text in passages]
@@ -63,8 +63,8 @@ class Store:
         """The passages that share words with a question, by BM25, best first.
 
         Args:
-            question: any text. Each of its words is looked up as a string, so none is an operator of FTS5.
-            limit: passages at most.
+            question: any text. Each of its words is quoted, so none is an operator of FTS5.
+            limit: most passages to return.
         """
         words = dict.fromkeys(re.findall(r"\w+", question.lower()))
         if not words:
@@ -75,7 +75,7 @@ class Store:
 
 
 def cut(text: str) -> list[str]:
-    """Cut a text into passages at blank lines, each as long as possible; a heading prefers to begin one.
+    """Cut a text into passages at blank lines, each as long as possible; a heading begins a new one if it can.
 
     A paragraph longer than :data:`LONGEST` is cut after a sentence, or between words.
     """

@@ -1,9 +1,8 @@
-"""What chat clients do to a conversation between two requests, in several chat templates, on a real server."""
+"""Changes that chat clients make to a conversation between requests, with several chat templates, on a real server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.serving import Served, serving
+from helpers.serving import Served
 from helpers.traffic import parts
 
 pytestmark = pytest.mark.engine
@@ -31,7 +30,7 @@ TEMPLATES = {
     "{% elif message.role == 'tool' %}[TOOL_RESULTS] {{ message.content }} [/TOOL_RESULTS]"
     "{% else %}[INST] {{ message.content }} [/INST]{% endif %}{% endfor %}",
 }
-"""Applied by the client, which sends text; special tokens that the tokenizer does not know are plain text in them."""
+"""Templates that the client applies; special tokens that the tokenizer does not know are plain text."""
 
 Messages = list[dict[str, Any]]
 
@@ -40,7 +39,7 @@ class Chats:
     """Sends conversations.
 
     Args:
-        server: to send them to.
+        server: receives them.
         model: folder with the tokenizer.
         template: a name of :data:`TEMPLATES`, or :data:`OWN`.
     """
@@ -72,17 +71,11 @@ class Chats:
         return sum(len(self.tokenizer.encode(text)) for text in texts)
 
 
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(model, tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 @pytest.fixture(params=[OWN, *TEMPLATES])
-def chats(request: pytest.FixtureRequest, server: Served, model: str) -> Chats:
+def chats(request: pytest.FixtureRequest, shared_server: Served, model: str) -> Chats:
     """A client of the server, whose cache is empty."""
-    server.flush()
-    return Chats(server, model, request.param)
+    shared_server.flush()
+    return Chats(shared_server, model, request.param)
 
 
 def said(role: str, content: str) -> dict[str, Any]:
@@ -98,7 +91,7 @@ def computed(report: dict[str, int]) -> int:
 
 
 def without_thinking(messages: Messages) -> Messages:
-    """What clients and templates do with earlier turns of a model that thinks."""
+    """Strip thinking from earlier messages, as clients and templates of thinking models do."""
     return [one | {"content": one["content"].rpartition("</think>")[2].lstrip()} for one in messages]
 
 
@@ -106,7 +99,7 @@ THOUGHTS = f"<think>\n{TEXTS[8]} So I should look it up before I answer.\n</thin
 
 
 def test_what_follows_stripped_thinking_is_reused(chats: Chats) -> None:
-    """The thinking is gone from the next turn's prompt, so everything after it has moved."""
+    """The next prompt lacks the thinking, so everything after it has moved."""
     results = TEXTS[:3]
     start = [said("user", "Plan a day in the town.")]
     chat = [*start, said("assistant", f"{THOUGHTS}I look at the harbour first.")]
@@ -117,7 +110,7 @@ def test_what_follows_stripped_thinking_is_reused(chats: Chats) -> None:
     fused, _ = chats.ask(chat)
     # A plain request does not see what the fused one left.
     stock, _ = chats.ask(chat, a3=False)
-    # Where the prompts part, line breaks may have other tokens than at the end of a text.
+    # At the point at which the prompts diverge, line breaks may be tokenized differently from those at a text's end.
     assert fused["prefix"] == stock["prefix"] <= chats.tokens(chats.rendered(start)) + 2
     assert reused(fused) > 0.9 * chats.tokens(*results)
     assert computed(fused) < computed(stock) / 2
@@ -125,7 +118,7 @@ def test_what_follows_stripped_thinking_is_reused(chats: Chats) -> None:
 
 @pytest.mark.parametrize("chats", [OWN], indirect=True)
 def test_an_answer_after_stripped_thinking_is_reused(chats: Chats) -> None:
-    """What was decoded after the thinking is found, too, where the client's text has the tokens that were decoded."""
+    """The answer after the thinking is also found, as far as the client's text has the tokens that were decoded."""
     chat = [said("user", f"{TEXTS[0]}\n\nTell the story of this harbour in many words.")]
     params = {"temperature": 0, "max_new_tokens": 256, "ignore_eos": True}
     body = {"text": chats.rendered(chat) + THOUGHTS, "sampling_params": params}
@@ -155,7 +148,7 @@ def test_tool_results_in_another_order(chats: Chats) -> None:
 
 
 def test_turns_dropped_from_the_start(chats: Chats) -> None:
-    """A client that keeps the last turns only: what is left of the chat has moved to the front."""
+    """A client keeps only the last turns, so the rest of the chat has moved to the front."""
     system = said("system", "Answer in one sentence.")
     chat = [system]
     for text, question in zip(TEXTS[:4], TOWN["questions"][:4], strict=True):
@@ -168,10 +161,10 @@ def test_turns_dropped_from_the_start(chats: Chats) -> None:
     assert reused(report) > 0.75 * chats.tokens(*TEXTS[1:4])
 
 
-def test_parts_of_one_message(server: Served, model: str) -> None:
-    """OpenAI's messages may have a list of parts; here each is a passage."""
-    server.flush()
-    chats = Chats(server, model, OWN)
+def test_parts_of_one_message(shared_server: Served, model: str) -> None:
+    """OpenAI's messages may be a list of parts; here each part is a passage."""
+    shared_server.flush()
+    chats = Chats(shared_server, model, OWN)
 
     def message(order: list[int], question: str) -> Messages:
         texts = [*(f"{TEXTS[i]}\n\n" for i in order), question]

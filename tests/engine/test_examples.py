@@ -1,4 +1,4 @@
-"""The programs in examples/, run as users run them, and the commands of the recipes; what they print has to be true."""
+"""The programs in examples/, run as users run them, and the commands of the recipes; their output has to be true."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.serving import Served, serving
+from helpers.serving import Served
 
 pytestmark = pytest.mark.engine
 
@@ -38,7 +37,7 @@ COUNTS = re.compile(", ".join(rf"{name} (\d+)" for name in Counts._fields))
 
 
 def run(*command: str, folder: Path | None = None, **variables: str) -> str:
-    """What a program printed, after it ended well."""
+    """Output of a program, which has to succeed."""
     done = subprocess.run(
         [sys.executable, "-P", *command],
         capture_output=True,
@@ -69,7 +68,7 @@ def full(one: Counts) -> bool:
 
 
 def test_offline_engine(model: str) -> None:
-    """It comes before the server, so that only one of the two runs at a time."""
+    """It does not use the shared server, which is stopped before: only one of the two runs at a time."""
     printed = example("engine.py", "--model", model)
     first, *others = counts(printed)
     assert full(first)
@@ -78,17 +77,11 @@ def test_offline_engine(model: str) -> None:
     assert len(times(printed)) == 2
 
 
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(model, tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 @pytest.fixture
-def url(server: Served) -> str:
-    """Of the server, with an empty cache."""
-    server.flush()
-    return server.url
+def url(shared_server: Served) -> str:
+    """URL of the server, whose cache is empty."""
+    shared_server.flush()
+    return shared_server.url
 
 
 def test_openai_client(url: str) -> None:
@@ -127,7 +120,7 @@ def test_chat_over_documents(url: str) -> None:
     assert full(other)
     assert first.reused > 0.6 * sum(first)
     assert len(later) == 5
-    # A turn after the first one computes its own text and the answer before it.
+    # Later turns compute their own text and the answer before it.
     assert all(one.computed < first.computed / 2 for one in later)
     assert all(one.exact + one.continued > 0.9 * sum(one) for one in later)
     assert [sum(one) for one in later] == sorted(sum(one) for one in later)
@@ -216,18 +209,20 @@ def test_bench_serving_reads_the_dataset(source: Path, model: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("source", ["conversations"], indirect=True)
-def test_bench_serving_runs(url: str, server: Served, model: str, source: Path, tmp_path: Path) -> None:
-    """The commands of the docstring; the second one, which adds a header to the first, is run."""
+def test_bench_serving_runs(url: str, shared_server: Served, model: str, source: Path, tmp_path: Path) -> None:
+    """Run the second command of the docstring, which adds a header to the first."""
     example("sharegpt_to_bench.py", str(source), str(tmp_path / "shuffled.jsonl"), "--prompts", "4", "--words", "100")
     text = (EXAMPLES / "sharegpt_to_bench.py").read_text().replace("\\\n", " ")
     fused, full = (shlex.split(found) for found in re.findall(r"python (-m sglang\.bench_serving .*)", text))
     assert full == [*fused, "--header", "x-a3=false"]
     replaced = {"http://127.0.0.1:30000": url, "MODEL": model, "shuffled.jsonl": str(tmp_path / "shuffled.jsonl")}
     replaced["64"] = "4"
-    before = len(server.log.read_text())
+    before = len(shared_server.log.read_text())
     printed = run(*(replaced.get(word, word) for word in full), folder=tmp_path)
     assert re.search(r"Successful requests: +4 *$", printed, re.MULTILINE), printed
-    batches = re.findall(r"A3 batch, #fused: (\d+), #continued: (\d+), .*off: (\d+)", server.log.read_text()[before:])
+    batches = re.findall(
+        r"A3 batch, #fused: (\d+), #continued: (\d+), .*off: (\d+)", shared_server.log.read_text()[before:]
+    )
     assert batches
     assert all((one, two) == ("0", "0") for one, two, _ in batches)
 
@@ -238,9 +233,9 @@ def curl_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", curl_commands())
-def test_curl_commands_of_the_docs(server: Served, command: str) -> None:
+def test_curl_commands_of_the_docs(shared_server: Served, command: str) -> None:
     _, silent, address, header, content, data, body = shlex.split(command)
     assert (silent, header, content, data) == ("-s", "-H", "Content-Type: application/json", "-d")
-    answer = server.post(address.removeprefix("http://127.0.0.1:30000"), json.loads(body))
+    answer = shared_server.post(address.removeprefix("http://127.0.0.1:30000"), json.loads(body))
     report = answer["usage"]["a3"] if "usage" in answer else answer["meta_info"]["a3"]
     assert report["tail"] > 0

@@ -1,26 +1,16 @@
-"""A prompt explained: what the report says token by token, and the page made of it, in a real browser."""
+"""A prompt explained: the report of the engine, token by token."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
-from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from a3_sglang.cli.app import app
-from a3_sglang.client import environment, flush
-from a3_sglang.explain.text import Place, common_prefix, find, pieces
+from a3_sglang.client import flush
 from a3_sglang.reporting.report import PARTS
-from helpers.engines import OPTIONS as EXACT
-from helpers.traffic import WORDS, Traffic, answer
+from helpers.traffic import Traffic, answer
 
 pytestmark = pytest.mark.engine
 
@@ -28,11 +18,9 @@ CHUNK = 512
 ENGINE = {"chunked_prefill_size": CHUNK}
 OPTIONS = {"A3_EXPLAIN": "on"}
 
-# ---- the report of the engine
-
 
 def explained(traffic: Traffic, ids: list[int], donors: list[list[int]] = [], **options: Any) -> dict[str, Any]:  # noqa: B006
-    """The report of a prompt with its detail, after checking that the two agree."""
+    """A prompt's report with its detail, after checking that the two agree."""
     report: dict[str, Any] = traffic.ask(ids, options | {"explain": True})["meta_info"]["a3"]
     detail = report["detail"]
     runs, spans = detail["runs"], detail["spans"]
@@ -59,7 +47,7 @@ def explained(traffic: Traffic, ids: list[int], donors: list[list[int]] = [], **
 
 @pytest.fixture
 def donor(traffic: Traffic) -> list[int]:
-    """A prompt whose documents are cached, and nothing else."""
+    """A prompt of which the documents are cached, and nothing else is."""
     flush(traffic.running)
     traffic.renew()
     ids = traffic.prompt([0, 1, 2, 3])
@@ -81,14 +69,14 @@ def test_the_detail_adds_up_to_the_report(traffic: Traffic, donor: list[int], se
     assert report["reason"] is None
     assert min(report[part] for part in PARTS if part != "continued") > 0
     recomputed, reused = (relevance_of(report, part) for part in ("recomputed", "reused"))
-    if selector == "probe":  # It also counts how stale a row is.
+    if selector == "probe":  # It also considers how stale a row is.
         assert sum(recomputed) / len(recomputed) > sum(reused) / len(reused)
     else:
         assert min(recomputed) >= max(reused) > 0
 
 
 def test_steps_of_a_long_prompt_add_up(traffic: Traffic, donor: list[int]) -> None:
-    """New text longer than a chunk is computed in full, and what follows it is reused by a later step."""
+    """New text longer than a chunk is computed in full, and the text after it is reused by a later step."""
     new = traffic.tokens(CHUNK + 100)
     ids = [*traffic.system, *traffic.documents[1], *new, *traffic.documents[3], *traffic.tokens(40)]
     report = explained(traffic, ids, [donor], keep=False)
@@ -100,7 +88,7 @@ def test_steps_of_a_long_prompt_add_up(traffic: Traffic, donor: list[int]) -> No
     assert all(span["relevance"] is not None for span in report["detail"]["spans"])
 
 
-def test_what_is_continued(traffic: Traffic, donor: list[int]) -> None:
+def test_continued_tokens(traffic: Traffic, donor: list[int]) -> None:
     ids = traffic.prompt([2, 0, 1])
     first = explained(traffic, ids, [donor])
     again = explained(traffic, ids, [donor])
@@ -109,7 +97,7 @@ def test_what_is_continued(traffic: Traffic, donor: list[int]) -> None:
         ["continued", first["prefix"], len(ids) - 1],
         ["tail", len(ids) - 1, len(ids)],
     ]
-    # The next turn continues it and reuses more.
+    # A longer prompt continues it and reuses more.
     further = [*ids, *traffic.tokens(20), *traffic.documents[3], *traffic.tokens(40)]
     report = explained(traffic, further, [donor])
     assert report["continued"] > 0
@@ -125,13 +113,13 @@ def test_a_full_prefill_has_a_detail_too(traffic: Traffic, donor: list[int]) -> 
 
 
 @pytest.mark.parametrize("selector", ["epic", "random", "reuse"])
-def test_a_rule_that_measures_nothing_tells_no_relevance(traffic: Traffic, donor: list[int], selector: str) -> None:
+def test_a_rule_that_measures_nothing_reports_no_relevance(traffic: Traffic, donor: list[int], selector: str) -> None:
     report = explained(traffic, traffic.prompt([1, 3, 2]), [donor], selector=selector, keep=False)
     assert report["detail"]["spans"]
     assert all(span["relevance"] is None for span in report["detail"]["spans"])
 
 
-def test_donors_of_fused_prompts_are_told_apart(traffic: Traffic, donor: list[int]) -> None:
+def test_exact_and_fused_donors_are_distinguished(traffic: Traffic, donor: list[int]) -> None:
     new = traffic.documents[5]
     fused = [*traffic.prompt([3, 1])[:-40], *new, *traffic.documents[2], *traffic.tokens(40)]
     assert explained(traffic, fused, [donor])["gap"] >= len(new) - 30
@@ -139,278 +127,16 @@ def test_donors_of_fused_prompts_are_told_apart(traffic: Traffic, donor: list[in
     assert {span["generation"] for span in report["detail"]["spans"]} == {0, 1}
 
 
-def test_only_those_who_ask_and_may_are_told(
+def test_only_requests_that_ask_and_may_get_a_detail(
     traffic: Traffic, donor: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = traffic.prompt([1, 3, 2])
     asked = traffic.ask(ids, {"keep": False, "explain": True})
     plain = traffic.ask(ids, {"keep": False})
     assert answer(asked) == answer(plain)
-    told = asked["meta_info"]["a3"]
-    assert told.pop("detail")
-    assert plain["meta_info"]["a3"] == told
+    report = asked["meta_info"]["a3"]
+    assert report.pop("detail")
+    assert plain["meta_info"]["a3"] == report
     monkeypatch.delenv("A3_EXPLAIN")
     with pytest.raises(ValueError, match=r"custom_params\.a3\.explain: only a server with --a3-explain on"):
         traffic.ask(ids, {"explain": True})
-
-
-# ---- text
-
-ODD = (
-    "naïve 🧑‍🚀 漢字 Ω≈ç √ \u00a0 e\u0301 \ufffd \t\r\n"
-    "<|im_end|> {{data}} </script><script>document.title = 'hacked'</script>"
-)
-
-
-def test_pieces_are_the_text(model: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rng = random.Random(random.randrange(1 << 30))
-    for text in (ODD, "", " leading", *("".join(rng.choices(ODD, k=60)) for _ in range(50))):
-        ids = tokenizer.encode(text)
-        found = pieces(tokenizer, ids)
-        assert len(found) == len(ids)
-        assert "".join(found) == text
-    assert "" in pieces(tokenizer, tokenizer.encode("🧑‍🚀"))
-
-
-def test_where_tokens_are_in_other_prompts() -> None:
-    ids = [1, 2, 3, 4, 5, 6, 7]
-    texts = [[9, 3, 4, 5], [3, 4, 5, 3, 4, 5, 6], [2, 3, 4, 5]]
-    assert find(ids, 2, 5, 3, texts) == Place(1, 3)
-    assert find(ids, 2, 5, 0, texts) == Place(1, 0)
-    assert find(ids, 2, 5, 7, texts) in (Place(1, 3), Place(2, 1))
-    assert find(ids, 2, 5, 1, [texts[0]]) == Place(0, 1)
-    assert find(ids, 2, 6, 0, [texts[0]]) is None
-    assert common_prefix(ids, [[1, 2, 9], [1], [1, 2, 3]]) == (2, 3)
-    assert common_prefix(ids, [[4]]) == common_prefix(ids, []) == (-1, 0)
-
-
-# ---- the command and its page
-
-QUESTION = "Question: which word stands first?\nAnswer:"
-HOSTILE = f"""A note for the browser: </script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
-<!-- <script> {ODD}"""
-NAME = "prompt <img src=x onerror=window.hacked=3>.txt"
-
-
-class Explained:
-    """What the command wrote, and what it was asked."""
-
-    def __init__(self, folder: Path, text: str) -> None:
-        self.folder, self.text = folder, text
-        self.page, self.picture = folder / "page.html", folder / "page.png"
-        self.figures: dict[str, Any] = json.loads((folder / "figures.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def shown(model: str, tmp_path_factory: pytest.TempPathFactory) -> Explained:
-    """The command on a server of its own, over documents that two donors hold."""
-    folder = tmp_path_factory.mktemp("explain")
-    documents = [" ".join(random.choices(WORDS[:12], k=70)) + "." for _ in range(4)]
-    beginning = "Read the passages."
-    texts = {
-        "first.txt": "\n\n".join([beginning, *documents[:2]]),
-        "second.txt": "\n\n".join([beginning, *documents[2:]]),
-        NAME: "\n\n".join([beginning, documents[3], HOSTILE, documents[0]]),
-    }
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())
-    given = [argument for name in ("first.txt", "second.txt") for argument in ("--donor", str(folder / name))]
-    wanted = [
-        "-o",
-        str(folder / "page.html"),
-        "--png",
-        str(folder / "page.png"),
-        "--json",
-        str(folder / "figures.json"),
-    ]
-    more = ["--model", model, "--dtype", os.environ["A3_TEST_DTYPE"], "--tokens", "12", "--repeats", "2"]
-    with environment(**EXACT, PATH=f"{Path(os.environ['A3_TEST_BROWSER']).parent}:{os.environ['PATH']}"):
-        done = CliRunner().invoke(
-            app, ["explain", str(folder / NAME), *given, "--question", QUESTION, *wanted, *more, "--ratio", "0.3"]
-        )
-    assert done.exit_code == 0, done.output[-3000:]
-    return Explained(folder, f"{texts[NAME]}\n\n{QUESTION}")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=os.environ["A3_TEST_BROWSER"], args=[*flags, "--disable-sync"]
-        )
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def page(browser: Any, shown: Explained) -> Iterator[Page]:
-    """The page; whatever it writes to the console or asks of the network is an error."""
-    page = browser.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
-    page.goto(shown.page.as_uri())
-    yield page
-    assert said == []
-    page.close()
-
-
-def test_the_page_shows_the_prompt_as_it_is(page: Page, shown: Explained) -> None:
-    assert page.locator("#prompt").evaluate("element => element.textContent") == shown.text
-    assert page.locator("#name").text_content() == NAME
-    assert page.evaluate("window.hacked") is None
-    assert "hacked" not in page.title().replace(NAME, "")
-    assert page.locator("#prompt img, #prompt script, h1 img").count() == 0
-
-
-def test_the_legend_counts_what_the_report_counts(page: Page, shown: Explained) -> None:
-    report = shown.figures["report"]
-    assert report["reason"] is None
-    assert min(report[part] for part in ("prefix", "reused", "recomputed", "gap", "tail")) > 0
-    for part in PARTS:
-        name = "exact" if part == "prefix" else part
-        assert page.locator(f"#legend [data-part={name}] b").text_content() == str(report[part])
-        tokens = page.locator(f"#prompt .run.{name} .t").count()
-        assert tokens == report[part]
-        assert page.locator(f"#parts tr.{name} .number").first.text_content() == str(report[part])
-
-
-def test_the_legend_filters(page: Page) -> None:
-    button = page.locator("#legend [data-part=recomputed]")
-    button.click()
-    assert button.get_attribute("aria-pressed") == "true"
-    assert page.locator("#prompt .run.recomputed.off").count() == 0
-    assert page.locator("#prompt .run:not(.off)").count() == page.locator("#prompt .run.recomputed").count()
-    # The arrow keys go to what is shown.
-    page.locator("#prompt [tabindex='0']").focus()
-    for _ in range(3):
-        page.keyboard.press("ArrowRight")
-        assert "recomputed" in page.evaluate("document.activeElement.className")
-    button.click()
-    assert page.locator("#prompt .off").count() == 0
-
-
-def test_relevance_is_shown_as_heat(page: Page, shown: Explained) -> None:
-    relevance = shown.figures["relevance"]
-    known = [i for i, value in enumerate(relevance) if value is not None]
-    hottest = max(known, key=lambda i: relevance[i])
-    coldest = min(known, key=lambda i: relevance[i])
-    colour = "element => getComputedStyle(element).backgroundColor"
-    before = {i: page.locator(f"[data-i='{i}']").evaluate(colour) for i in (hottest, coldest)}
-    assert before[hottest] == before[coldest]
-    page.get_by_role("radio", name="Relevance").check()
-    assert page.locator("body.relevance").count() == 1
-    assert page.locator(f"[data-i='{hottest}']").evaluate(colour) != page.locator(f"[data-i='{coldest}']").evaluate(
-        colour
-    )
-    assert page.locator("#prompt .unknown").count() == len(relevance) - len(known)
-    assert page.locator("#scale").is_visible()
-    page.locator(f"[data-i='{hottest}']").hover()
-    assert "top" in (page.locator("#details").text_content() or "")
-
-
-def test_the_keyboard_shows_where_kv_came_from(page: Page, shown: Explained) -> None:
-    page.locator("#views input:checked").focus()
-    while page.evaluate("document.activeElement.getAttribute('role')") != "option":
-        page.keyboard.press("Tab")
-    page.keyboard.press("Home")
-    seen = []
-    for _ in range(page.locator("#prompt .run").count()):
-        seen.append(page.evaluate("document.activeElement.getAttribute('aria-label')"))
-        outline = page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
-        assert outline == "3px"
-        page.keyboard.press("ArrowRight")
-    assert len(set(seen)) == page.locator("#prompt .run").count()
-    assert seen[0].startswith("exact, from position 0 of ")
-    assert any(label.startswith("gap, computed for this prompt") for label in seen)
-    page.keyboard.press("Home")
-    origins = []
-    for _ in range(20):
-        origins.append(page.locator("#details dl").text_content() or "")
-        before = page.evaluate("document.activeElement.getAttribute('aria-label')")
-        page.keyboard.press("ArrowDown")
-        if page.evaluate("document.activeElement.getAttribute('aria-label')") == before:
-            break
-    for name in ("first.txt", "second.txt"):
-        assert any(f"from{name}" in text for text in origins)
-    page.keyboard.press("ArrowUp")
-    assert (page.locator("#details dl").text_content() or "") != origins[-1]
-
-
-def test_every_token_comes_from_where_the_donor_has_it(shown: Explained, model: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer.encode(shown.text)
-    for origin in shown.figures["origins"]:
-        donor = tokenizer.encode((shown.folder / origin["donor"]).read_text())
-        length = origin["end"] - origin["start"]
-        assert donor[origin["position"] : origin["position"] + length] == ids[origin["start"] : origin["end"]]
-
-
-def test_both_answers_and_times_are_shown(page: Page, shown: Explained) -> None:
-    figures = shown.figures
-    texts = page.locator("#answers .said > div").all_text_contents()
-    assert texts == ["".join(figures[way]["pieces"]) for way in ("a3", "full")]
-    assert all(len(figures[way]["times"]) == 2 for way in ("a3", "full"))
-    parted = figures["parted"]
-    assert page.locator("#answers mark").count() == (0 if parted is None else 2)
-    if parted is None:
-        assert figures["a3"]["pieces"] == figures["full"]["pieces"]
-    else:
-        assert figures["a3"]["pieces"][:parted] == figures["full"]["pieces"][:parted]
-        assert page.locator("#candidates tbody tr").count() == sum(map(len, figures["candidates"])) == 16
-        for way, choices in zip(("a3", "full"), figures["candidates"], strict=True):
-            taken = [choice for choice in choices if choice["taken"]]
-            assert [choice["text"] for choice in taken] == [figures[way]["pieces"][parted]]
-            # Others may be as likely.
-            assert taken[0]["logprob"] == max(choice["logprob"] for choice in choices)
-        assert page.locator("#candidates tr.taken").count() == 2
-
-
-def test_dark_and_narrow(browser: Any, shown: Explained) -> None:
-    colours = {}
-    for scheme in ("light", "dark"):
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 844})
-        page.goto(shown.page.as_uri())
-        styles = "getComputedStyle(document.body)"
-        colours[scheme] = page.evaluate(f"[{styles}.backgroundColor, {styles}.color]")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.close()
-    assert len({*colours["light"], *colours["dark"]}) == 4
-
-
-def test_the_picture(shown: Explained) -> None:
-    from PIL import Image
-
-    with Image.open(shown.picture) as picture:
-        assert picture.size == (1280, 1500)
-        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9 cannot be reached"),
-        (["--model", "x", "--ratio", "much"], "--ratio"),
-        (["--model", "x", "--selector", "best"], "--selector"),
-        (["--model", "x", "--png-size", "big"], "--png-size"),
-        ([], "--model"),
-    ],
-)
-def test_bad_arguments_are_named(tmp_path: Path, arguments: list[str], named: str) -> None:
-    (tmp_path / "prompt.txt").write_text("text")
-    done = CliRunner().invoke(app, ["explain", str(tmp_path / "prompt.txt"), "-o", str(tmp_path / "page"), *arguments])
-    assert done.exit_code != 0
-    assert named in done.output
-    assert "Traceback" not in done.output
-
-
-def test_no_browser_is_a_clear_error(shown: Explained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from a3_sglang.explain.client import ExplainError
-    from a3_sglang.explain.page import screenshot
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ExplainError, match="--png: no browser on the path; install Chromium"):
-        screenshot(shown.page, tmp_path / "page.png", (800, 600))

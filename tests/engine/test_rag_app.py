@@ -1,9 +1,7 @@
-"""The example app: its passages and search, and all of it in a browser over a real server."""
+"""The example app in a browser, over a real server."""
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import json
 import os
 import re
@@ -19,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from a3_sglang.local_server import free_port, local_server
+from a3_sglang.local_server import free_port
 from a3_sglang.reporting.report import PARTS
-from helpers.engines import OPTIONS, STARTS
+from helpers.serving import Served
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -30,142 +28,14 @@ FOLDER = Path(__file__).parents[2] / "examples" / "rag_app"
 SAMPLES = FOLDER / "samples"
 COMPUTED = ("recomputed", "gap", "tail")
 MILLISECONDS = 60_000
-"""Longest wait for something on the page."""
-
-
-def load_store() -> Any:
-    spec = importlib.util.spec_from_file_location("rag_app_store", FOLDER / "store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-store = load_store()
-
-
-def words(text: str) -> list[str]:
-    return text.split()
-
-
-def test_passages_hold_all_words_in_order_and_are_cut_at_blank_lines():
-    paragraphs = [f"Paragraph {i} speaks of {'many ' * (7 * i % 60)}things." for i in range(80)]
-    passages = store.cut("\r\n\r\n".join(paragraphs))
-    assert words(" ".join(passages)) == words(" ".join(paragraphs))
-    assert all(len(passage) <= store.LONGEST for passage in passages)
-    for passage, following in itertools.pairwise(passages):
-        assert set(passage.split("\n\n")) <= set(paragraphs)
-        assert len(passage) + len("\n\n") + len(following.split("\n\n")[0]) > store.LONGEST
-
-
-def test_a_heading_begins_a_passage():
-    section = "One sentence of a section.\n\n" * 30
-    passages = store.cut("".join(f"# Section {i}\n\n{section}" for i in range(4)))
-    assert [passage.split("\n")[0] for passage in passages] == [f"# Section {i}" for i in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("unit", "end"), [("A sentence has five words. ", "."), ("word ", "d"), ("字", "字"), ("これは文です。", "。")]
-)
-def test_a_long_paragraph_is_cut_at_sentences_or_words(unit: str, end: str):
-    text = unit * 1000
-    passages = store.cut(text)
-    assert "".join("".join(passages).split()) == "".join(text.split())
-    assert all(len(passage) <= store.LONGEST and passage.endswith(end) for passage in passages)
-    assert all(len(passage) > store.LONGEST - 30 for passage in passages[:-1])
-
-
-@pytest.mark.parametrize("text", ["", "  \n\n \t\n", "\r\n\r\n"])
-def test_nothing_is_cut_into_nothing(text: str):
-    assert store.cut(text) == []
-
-
-@pytest.fixture
-def animals() -> Any:
-    animals = store.Store()
-    animals.add("birds", ["The heron catches fish at dawn.", "Swallows leave in autumn: they fly south."])
-    animals.add("misc", ["A café by the old harbour sells ferry tickets.", "日本語 の テキスト"])
-    return animals
-
-
-@pytest.mark.parametrize(
-    ("question", "found"),
-    [
-        ("What does a heron catch?", "The heron"),
-        ("who is CATCHING fishes", "The heron"),
-        ('Is it "harbour" or harbor?', "A café"),
-        ("cafe", "A café"),
-        ("tickets AND NOT (NEAR ferry)", "A café"),
-        ("col:tickets* ^ferry -{x}", "A café"),
-        ("swallows' autumn; DROP TABLE passages --", "Swallows"),
-        ("テキスト?", "日本語"),
-    ],
-)
-def test_a_question_finds_the_passage_that_shares_its_words(animals: Any, question: str, found: str):
-    assert animals.search(question, 3)[0].text.startswith(found)
-
-
-@pytest.mark.parametrize(
-    "question",
-    [
-        "",
-        "   ",
-        '"',
-        '"""',
-        "*",
-        "(((",
-        ")",
-        "AND",
-        "OR NOT",
-        "NEAR(",
-        "'",
-        "^",
-        ":",
-        "{x y}:",
-        "_ __",
-        "\0",
-        "\ud800",
-        "🙂",
-    ],
-)
-def test_a_question_that_shares_no_word_finds_nothing(animals: Any, question: str):
-    assert animals.search(question, 3) == []
-
-
-def test_a_question_may_have_thousands_of_words(animals: Any):
-    question = " ".join(f"word{i}" for i in range(5000)) + " heron"
-    assert [passage.document for passage in animals.search(question, 3)] == ["birds"]
-
-
-def test_the_best_passage_comes_first_and_no_more_than_asked_for():
-    texts = [f"The lamp number {i} stands in a room." for i in range(9)] + ["The lamp and the lens: a lens for a lamp."]
-    many = store.Store()
-    many.add("lamps", texts)
-    found = many.search("Which lamp has a lens?", 4)
-    assert len(found) == 4
-    assert found[0].text == texts[-1]
-
-
-def test_a_document_is_replaced_and_removed(animals: Any, tmp_path: Path):
-    assert animals.documents() == [("birds", 2), ("misc", 2)]
-    animals.add("birds", ["Only owls are left."])
-    assert animals.search("heron", 3) == []
-    animals.remove("misc")
-    assert animals.documents() == [("birds", 1)]
-    assert [passage.text for passage in animals.passages()] == ["Only owls are left."]
-    file = str(tmp_path / "kept.sqlite3")
-    store.Store(file).add("kept", ["A text that stays."])
-    assert store.Store(file).documents() == [("kept", 1)]
+"""Longest wait for anything on the page."""
 
 
 @contextmanager
 def running_app(url: str) -> Iterator[str]:
-    """The app as users start it, over a server, on a free port."""
+    """The app as users start it, for a server, on a free port."""
     port = free_port()
-    # A script's own folder is on its path unless this is set.
+    # With this variable set, the script's folder would not be on its import path.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, str(FOLDER / "app.py"), "--url", url, "--port", str(port)]
     app = subprocess.Popen(command, env=environment)
@@ -185,33 +55,9 @@ def running_app(url: str) -> Iterator[str]:
         app.wait(timeout=30)
 
 
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    started = time.monotonic()
-    arguments = ["--dtype", os.environ["A3_TEST_DTYPE"], "--max-total-tokens", "32768", "--context-length", "4096"]
-    with local_server(model, tmp_path_factory.mktemp("rag") / "log", *arguments, variables=OPTIONS) as url:
-        STARTS.add(time.monotonic() - started)
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    switches += ["--disable-component-update", "--disable-sync"]
-    path = os.environ.get("A3_TEST_BROWSER")
-    if not path:
-        pytest.fail("A3_TEST_BROWSER names no browser: run `make test`")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=switches)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def problems() -> list[str]:
-    """What the browser's console says is wrong."""
+    """Errors and warnings in the browser's console."""
     return []
 
 
@@ -236,11 +82,11 @@ WATCH = """() => {
     };
     look();
 }"""
-"""Notes with each frame how long the answer is that still grows."""
+"""Records the length of the growing answer in every frame."""
 
 
 def expect(target: Any) -> Any:
-    """Playwright's; imported here, as the environments of older releases of SGLang do without it."""
+    """Playwright's ``expect``; imported here, as the environments of older releases of SGLang do not have it."""
     from playwright import sync_api
 
     sync_api.expect.set_options(timeout=MILLISECONDS)
@@ -248,7 +94,7 @@ def expect(target: Any) -> Any:
 
 
 def listed(page: Page) -> Any:
-    """What is done in it ends with a new list of documents."""
+    """A context in which something is done that ends with a new list of documents."""
     return page.expect_response(lambda got: got.url.endswith("/documents") and got.request.method == "GET")
 
 
@@ -273,7 +119,7 @@ def status(page: Page) -> str:
 
 
 def ask(page: Page, question: str) -> dict[str, Any]:
-    """Ask with the keyboard; what the app sent for it, by event, and the pieces of the answer as one text."""
+    """Ask with the keyboard. Returns the app's events by type, and the whole answer."""
     page.fill("#question", question)
     with page.expect_response("**/ask") as response:
         page.press("#question", "Enter")
@@ -318,8 +164,8 @@ def check_card(page: Page, sent: dict[str, Any]) -> None:
 
 
 @pytest.mark.engine
-def test_questions_over_uploaded_documents(server: str, page: Page, problems: list[str]):
-    with running_app(server) as url:
+def test_questions_over_uploaded_documents(shared_server: Served, page: Page, problems: list[str]):
+    with running_app(shared_server.url) as url:
         page.goto(url)
         upload(page, SAMPLES / "ferries.md")
         drop(page, SAMPLES / "harbour.md")
@@ -339,7 +185,7 @@ def test_questions_over_uploaded_documents(server: str, page: Page, problems: li
         assert first["done"]["a3"]["reason"] is None
         assert first["done"]["a3"]["reused"] > 0
         check_card(page, first)
-        # The full prefill found nothing, although all of it is cached.
+        # The full prefill found nothing, although the prompt is cached.
         assert first["full"]["a3"]["tail"] == first["full"]["prompt_tokens"] == first["done"]["prompt_tokens"]
         expect(page.locator(".times .full")).to_contain_text("times as long")
 

@@ -1,4 +1,4 @@
-"""Documents that are prefilled ahead of time: on a real server with each kind of donors, and what is read for it."""
+"""Documents that are prefilled ahead of time, on a real server with each kind of donors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from typer.testing import CliRunner, Result
 
 from a3_sglang.cli.app import app
 from a3_sglang.documents import documents
-from a3_sglang.local_server import free_port, local_server
-from a3_sglang.warm import Document, Pace, ServerError, Warmed, server_info, warm
-from a3_sglang.warm.journal import Journal
-from a3_sglang.warm.sources import STANDARD_INPUT, Wrong, count, files, read
+from a3_sglang.local_server import local_server
+from a3_sglang.warm import Document, ServerError, Warmed, server_info, warm
 from helpers.engines import OPTIONS, STARTS
+
+pytestmark = pytest.mark.engine
 
 SYSTEM = "Answer in one word."
 POOL = 4096
@@ -36,125 +36,9 @@ TRIMMING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 """A chat template that strips messages, as those of several model families do."""
 
 
-# ---- what is read
-
-
-def test_every_line_is_a_document_or_named(tmp_path: Path) -> None:
-    lines = [
-        b'\xef\xbb\xbf{"text": "One.", "id": 7}',
-        b'{"text": "Two.", "title": "second", "id": 8}',
-        b"",
-        b'{"text": "  "}',
-        b'{"messages": [], "text": "no"}',
-        b'["Three."]',
-        b"{broken",
-        b'{"text": "\xff"}',
-        b'{"text": 4}',
-        b'{"text": "Last."}',
-    ]
-    path = tmp_path / "lines.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    found = list(read([path]))
-    good = [one for one in found if isinstance(one, Document)]
-    wrong = {one.place.rpartition(":")[2]: one.reason for one in found if isinstance(one, Wrong)}
-    assert good == [Document("One.", "7"), Document("Two.", "second"), Document("Last.", f"{path}:10")]
-    assert list(wrong) == ["4", "5", "6", "7", "8", "9"]
-    assert '"text"' in wrong["4"]
-    assert '"messages"' in wrong["5"]
-    assert "JSON" in wrong["7"]
-    assert "UTF-8" in wrong["8"]
-    assert count([path]) == len(found)
-
-
-def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.md", "sub/c.txt", "picture.png", "lines.jsonl"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"Text of {name}.")
-    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    found = list(read(files([tmp_path])))
-    assert [Path(one.name if isinstance(one, Document) else one.place).name for one in found] == [
-        "a.md",
-        "b.txt",
-        "latin.txt",
-        "c.txt",
-    ]
-    assert found[2] == Wrong(str(tmp_path / "latin.txt"), "it is not UTF-8 (byte 2)")
-    assert found[3] == Document("Text of sub/c.txt.", str(tmp_path / "sub" / "c.txt"))
-
-
-@pytest.mark.parametrize(("name", "said"), [("gone.jsonl", "no such file"), ("a.pdf", ".jsonl"), ("empty", "no .txt")])
-def test_a_source_that_cannot_be_read_is_an_error_at_once(tmp_path: Path, name: str, said: str) -> None:
-    (tmp_path / "a.pdf").touch()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=said) as raised:
-        files([tmp_path / name])
-    assert name in str(raised.value)
-    assert files([STANDARD_INPUT]) == [STANDARD_INPUT]
-
-
-def test_starts_are_apart_and_lost_time_is_not_made_up_for() -> None:
-    pace = Pace(4)
-    assert [pace.delay(now) for now in (10.0, 10.0, 10.1, 10.75, 20.0, 20.0)] == pytest.approx(
-        [0, 0.25, 0.4, 0, 0, 0.25]
-    )
-    free = Pace(None)
-    assert [free.delay(now) for now in (1.0, 1.0)] == [0, 0]
-
-
-@pytest.mark.parametrize("bad", [{"concurrency": 0}, {"rate": 0}, {"rate": float("nan")}])
-def test_bad_arguments_are_errors_of_the_call(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        warm("http://127.0.0.1:1", [], **bad)
-
-
-def test_a_journal_knows_the_documents_of_this_start_and_beginning(tmp_path: Path) -> None:
-    path, one, other = tmp_path / "done.jsonl", Document("One."), Document("Other.")
-    journal = Journal(path, "start", (SYSTEM, None))
-    assert journal.tokens(one) is None
-    journal.add(one, 40)
-    journal.add(other, 50)
-    again = Journal(path, "start", (SYSTEM, None))
-    assert (len(again), again.tokens(Document(" One.\n", "renamed")), again.tokens(other)) == (2, 40, 50)
-    assert Journal(path, "later", (SYSTEM, None)).tokens(one) is None
-    assert Journal(path, "start", ("Another system message.", None)).tokens(one) is None
-    assert Journal(path, "start", (SYSTEM, "tenant")).tokens(one) is None
-    again.forget()
-    again.add(other, 50)
-    with path.open("a") as file:
-        file.write('{"start": "start", "docu')
-    last = Journal(path, "start", (SYSTEM, None))
-    assert (last.tokens(one), last.tokens(other)) == (None, 50)
-    last.add(one, 40)
-    assert len(Journal(path, "start", (SYSTEM, None))) == 2
-
-
-def test_a_journal_does_not_touch_other_files(tmp_path: Path) -> None:
-    path = tmp_path / "documents.jsonl"
-    path.write_text('{"text": "One."}\n{"text": "Two."}')
-    with pytest.raises(ValueError, match=r"documents\.jsonl:1"):
-        Journal(path, "start", ())
-    assert path.read_text() == '{"text": "One."}\n{"text": "Two."}'
-
-
-def test_no_server_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("Text.")
-    for url in (f"http://127.0.0.1:{free_port()}", "localhost:30000"):
-        with pytest.raises(ServerError, match=url):
-            next(warm(url, [Document("Text.")]))
-        done = invoke(path, "--url", url)
-        assert done.exit_code == 1
-        assert done.stderr.startswith("error: ")
-        assert url in done.stderr
-
-
-# ---- on a server
-
-
 @dataclass
 class Server:
-    """A server and documents that it does not know."""
+    """A server, and documents that are new to it."""
 
     url: str
     donors: str
@@ -165,7 +49,7 @@ class Server:
 
     def documents(self, number: int, words: int = 120) -> list[Document]:
         texts = [" ".join(self.random.choices(WORDS, k=words)) for _ in range(number)]
-        # Half of them end in a full stop: some tokenizers merge it with a blank line.
+        # Half of them end in a full stop, which some tokenizers merge with a blank line.
         return [Document(f"Page {i}: {text}{'.' * (i % 2)}", f"page {i}") for i, text in enumerate(texts)]
 
     def file(self, *lines: Document | str) -> Path:
@@ -177,7 +61,7 @@ class Server:
         return path
 
     def ask(self, chosen: list[Document]) -> tuple[dict[str, int], int]:
-        """The report of a question over documents, and the tokens of their texts."""
+        """The report of a question over documents, and the number of tokens of their texts."""
         text = documents(one.text for one in chosen)
         question = (
             f"Question {self.random.randrange(1 << 20)}: which of these pages is the last one, and which the first?"
@@ -233,7 +117,6 @@ def invoke(*arguments: Any, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(app, ["warm", *map(str, arguments)], input=stdin)
 
 
-@pytest.mark.engine
 def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Server) -> None:
     pages = server.documents(6)
     results = list(warm(server.url, pages, system=SYSTEM, concurrency=3))
@@ -242,7 +125,7 @@ def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Serve
     chosen = server.random.sample(pages, 4)
     report, tokens = server.ask(chosen)
     assert report["reason"] is None
-    # With compiled donors the exact prefix is whole blocks; what is left of the first document is a gap.
+    # With compiled donors the exact prefix is whole blocks, and the rest of the first document is a gap.
     assert report["gap"] < (32 if server.donors == "compiled" else 1)
     found = sum(report[part] for part in ("prefix", "continued", "reused", "recomputed"))
     assert found + report["gap"] >= tokens
@@ -252,7 +135,6 @@ def test_a_prompt_over_warmed_documents_computes_its_question_only(server: Serve
     assert all(one.cached == one.tokens - 1 for one in again)
 
 
-@pytest.mark.engine
 def test_a_document_that_cannot_be_prefilled_is_a_result(server: Server) -> None:
     good = server.documents(1)[0]
     given = [Document(" \n", "empty"), Document("word " * 3100, "long"), good]
@@ -263,7 +145,6 @@ def test_a_document_that_cannot_be_prefilled_is_a_result(server: Server) -> None
     assert (last.document, last.error) == (good, None)
 
 
-@pytest.mark.engine
 def test_documents_are_taken_as_they_are_sent(server: Server) -> None:
     taken: list[str] = []
 
@@ -281,7 +162,6 @@ def test_documents_are_taken_as_they_are_sent(server: Server) -> None:
     assert len(taken) <= 4
 
 
-@pytest.mark.engine
 def test_the_command_names_wrong_lines_and_resumes(server: Server) -> None:
     pages = server.documents(5)
     source = server.file(pages[0], "{broken", *pages[1:4], '{"messages": []}', pages[4], pages[0])
@@ -318,7 +198,6 @@ def test_the_command_names_wrong_lines_and_resumes(server: Server) -> None:
     assert json.loads(figures.read_text())["warmed"] == 5
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_a_full_pool_ends_the_run_before_anything_is_evicted(server: Server, concurrency: int) -> None:
     pages = server.documents(40)
@@ -341,9 +220,8 @@ def test_a_full_pool_ends_the_run_before_anything_is_evicted(server: Server, con
     assert json.loads(figures.read_text())["warmed"] == len(pages)
 
 
-@pytest.mark.engine
 def test_a_server_that_goes_away_ends_the_iteration(running: Server) -> None:
-    """Comes last, as it stops the server."""
+    """The last test, as it stops the server."""
     pages = running.documents(5)
 
     def until_stopped() -> Iterator[Document]:

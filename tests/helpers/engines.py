@@ -1,4 +1,4 @@
-"""Real engines for the tests: at most one at a time, kept while tests ask for the same, their starts counted."""
+"""Real engines for the tests: one at a time, kept while tests ask for the same; their starts are counted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from helpers import forking
 
 POOL = {"chunked_prefill_size": 2048, "max_total_tokens": 16384}
 OPTIONS = {"A3_MIN_SAVING": "0", "A3_REPORT": "exact"}
-"""The tests' prompts are short, and they look at exact counts."""
+"""For short prompts, and tests of exact counts."""
 
 
 @dataclass
 class Starts:
-    """Engines and servers that were started, and how long that took."""
+    """Number of engines and servers that were started, and the time that took."""
 
     count: int = 0
     seconds: float = 0.0
@@ -37,7 +37,7 @@ STARTS = Starts()
 
 @functools.cache
 def prepare() -> None:
-    """Make starts of engines in this process cheap, and count them. The first call takes SGLang's import."""
+    """Make starts of engines in this process cheap, and count them. The first call imports SGLang."""
     forking.spare_server()
     cls = importlib.import_module("sglang.srt.entrypoints.engine").Engine
     initialize = cls.__init__
@@ -64,14 +64,14 @@ class Engines:
     ) -> tuple[Any, Path]:
         """An engine with an empty cache, and the folder that receives the KV of its requests.
 
-        The one that runs is stopped if it is another. Its variables stay set while it runs, as the process of the
-        tests serves requests with them.
+        A running one with other settings is stopped. The variables stay set while the engine runs, because this
+        process reads them when it sends requests.
 
         Args:
             model: folder of the model.
-            backend: "a3", or None for SGLang as it is.
-            options: ``A3_*`` variables beside :data:`OPTIONS`.
-            arguments: of the engine, beside :data:`POOL`.
+            backend: "a3", or None for stock SGLang.
+            options: ``A3_*`` variables, besides :data:`OPTIONS`.
+            arguments: of the engine, besides :data:`POOL`.
         """
         variables = OPTIONS | (options or {}) if backend else {}
         arguments = POOL | {"dtype": os.environ["A3_TEST_DTYPE"]} | arguments

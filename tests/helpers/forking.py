@@ -1,8 +1,8 @@
-"""SGLang's processes are forked from a server that has imported SGLang, instead of each importing it again.
+"""Forks SGLang's processes from a server that has imported SGLang, so that they need not import it again.
 
-SGLang starts its processes with multiprocessing's method "spawn". :func:`install` gives this name another meaning in
-the tests' process: the method "forkserver", with SGLang imported in the server and with the environment of the moment
-in the child, as a spawned process has it. What runs in the child is the same. Linux only.
+SGLang starts its processes with multiprocessing's method "spawn". :func:`install` replaces this method in the tests'
+process by "forkserver", with SGLang imported in the server. As with "spawn", the child gets the environment at the time
+of its start, and runs the same code. Linux only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRELOAD = (
     "sglang.srt.models.registry",
 )
 READ_AT_IMPORT = ("SGLANG_", "ATEN_", "ONEDNN_", "OMP_")
-"""Variables that may be read when a module is imported: if one changes, the server starts anew."""
+"""Prefixes of variables that modules may read at import: if one changes, the server is restarted."""
 PR_SET_PDEATHSIG = 1
 
 _server: Any = forkserver._forkserver  # type: ignore[attr-defined]
@@ -36,15 +36,15 @@ _preload: tuple[str, ...] = ()
 
 
 def die_with_parent() -> None:
-    """Whatever ends the parent ends this process too."""
+    """Have the kernel kill this process when its parent ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def enter(environment: dict[str, str], target: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """What a forked process runs: ``target``, as a spawned one would.
+    """Run ``target`` in a forked process as in a spawned one.
 
     Raises:
-        RuntimeError: the server has imported nothing.
+        RuntimeError: the server could not import the modules.
     """
     if "helpers.preloaded" not in sys.modules:
         raise RuntimeError(f"the fork server could not import {Path(__file__).with_name('preloaded.py')}")
@@ -56,13 +56,13 @@ def enter(environment: dict[str, str], target: Callable[..., Any], *args: Any, *
 
 
 def start() -> None:
-    """Start the server, unless it runs and nothing has changed that it has read."""
+    """Start the server, unless it runs and the variables that it read are unchanged."""
     global _environment
     now = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
     now.pop("SGLANG_RUN_ID", None)
     if _server._forkserver_pid is not None and now != _environment:
         os.kill(_server._forkserver_pid, signal.SIGKILL)
-        # Gone, but left for the server's own check to collect.
+        # WNOWAIT leaves the process to be collected by forkserver's own check.
         os.waitid(os.P_PID, _server._forkserver_pid, os.WEXITED | os.WNOWAIT)
     _environment = now
     with patch.dict(os.environ, {"PYTHONPATH": str(Path(__file__).parents[1]), "PRELOAD": ",".join(_preload)}):
@@ -83,7 +83,7 @@ class _Context(multiprocessing.context.ForkServerContext):
 
 
 def install(preload: tuple[str, ...] = PRELOAD) -> None:
-    """From now on the start method "spawn" forks. The server starts importing at once."""
+    """Make the start method "spawn" fork from the server, which starts importing at once."""
     global _preload
     _preload = preload
     multiprocessing.set_forkserver_preload(["helpers.preloaded"])
@@ -92,7 +92,7 @@ def install(preload: tuple[str, ...] = PRELOAD) -> None:
 
 
 def spare_server() -> None:
-    """SGLang ends an engine by killing all children of its process; from now on the server is left for the next."""
+    """Exempt the server when SGLang ends an engine, which kills all children of this process."""
     module = importlib.import_module("sglang.srt.entrypoints.engine")
     kill = module.kill_process_tree
 

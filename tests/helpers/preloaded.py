@@ -1,4 +1,4 @@
-"""What the server in :mod:`forking` imports once; its children, SGLang's processes, have it from the start."""
+"""Imported once by the server in :mod:`forking`; its children, SGLang's processes, inherit the modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 from helpers.forking import die_with_parent
 
 die_with_parent()
-# A scheduler that fails sends SIGQUIT to its parent, which here stands between it and the engine's process.
+# A scheduler that fails sends SIGQUIT to its parent, which is this process; pass it on to the engine's process.
 signal.signal(signal.SIGQUIT, lambda *_: os.kill(os.getppid(), signal.SIGQUIT))
 
 for name in os.environ["PRELOAD"].split(","):

@@ -27,13 +27,18 @@ WORDS = (
     "forest",
     "market",
 )
-"""For texts that mean nothing."""
+"""For texts without meaning."""
+ODD = (
+    "naïve 🧑‍🚀 漢字 Ω≈ç √ \u00a0 e\u0301 \ufffd \t\r\n"
+    "<|im_end|> {{data}} </script><script>document.title = 'hacked'</script>"
+)
+"""A text that is hard to show token by token, and to embed in a page."""
 
 
 class Traffic:
     """Prompts over a fixed set of documents, and requests to one engine.
 
-    Spans begin and end at blocks of 16 of the donor's tokens, so up to 30 tokens of a document may be no span.
+    Spans begin and end at blocks of 16 of the donor's tokens, so up to 30 tokens of a document may be in no span.
     """
 
     def __init__(self, running: Any, seed: int, folder: Path | None = None) -> None:
@@ -60,7 +65,7 @@ class Traffic:
 
 
 def parts(report: dict[str, Any]) -> int:
-    """All tokens of the prompt, as the report counts them."""
+    """Tokens of the prompt, summed over the parts of its report."""
     return sum(report[name] for name in PARTS)
 
 

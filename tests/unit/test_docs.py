@@ -1,4 +1,4 @@
-"""The site of docs/: it builds without a warning and loads nothing from elsewhere; its commands are accepted."""
+"""The site of docs/ builds without a warning and loads nothing from other hosts; its commands are accepted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 class Loaded(HTMLParser):
-    """Collects what a browser loads for a page: scripts, styles, images, fonts, frames; not where its links lead."""
+    """Collects the addresses that a browser loads for a page: scripts, styles, images, fonts, frames; no links."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_commands_that_start_a_server_are_accepted(
     command: str, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ServerOptions.model_fields:
-        monkeypatch.setenv(env_name(name), "")  # Is taken back after the test.
+        monkeypatch.setenv(env_name(name), "")  # Registers the variable to be restored after the test.
         monkeypatch.delenv(env_name(name))
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

@@ -1,4 +1,4 @@
-"""Questions, prompts and scores of the evaluation."""
+"""Questions, prompts, metrics and variants of the evaluation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from a3_sglang.cli.evaluate import NOISE, evaluate, parse_ways
-from a3_sglang.evaluation import scores
+from a3_sglang.cli.evaluate import evaluate, parse_variants
+from a3_sglang.evaluation import metrics
 from a3_sglang.evaluation.prompts import Writer
 from a3_sglang.evaluation.questions import TASKS, load, make
+from a3_sglang.evaluation.runner import NOISE
 
 
 @given(st.integers(1, 5), st.integers(2, 40), st.integers(0, 1 << 30))
@@ -26,8 +27,8 @@ def test_divergence_is_the_definition(tokens: int, vocabulary: int, seed: int):
     p, q = torch.randn(2, tokens, vocabulary, generator=torch.Generator().manual_seed(seed))
     a, b = (x.double().exp() / x.double().exp().sum(-1, keepdim=True) for x in (p, q))
     expected = sum(float(x * math.log(x / y)) for x, y in zip(a.flatten(), b.flatten(), strict=True)) / tokens
-    assert scores.divergence(p, q) == pytest.approx(expected, abs=1e-6)
-    assert scores.divergence(p, p + 3) == pytest.approx(0, abs=1e-6)
+    assert metrics.divergence(p, q) == pytest.approx(expected, abs=1e-6)
+    assert metrics.divergence(p, p + 3) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -35,14 +36,14 @@ def test_divergence_refuses_what_is_not_finite(bad: float):
     broken = torch.zeros(2, 3)
     broken[1, 1] = bad
     with pytest.raises(FloatingPointError):
-        scores.divergence(torch.zeros(2, 3), broken)
+        metrics.divergence(torch.zeros(2, 3), broken)
     with pytest.raises(FloatingPointError):
-        scores.divergence(broken, torch.zeros(2, 3))
+        metrics.divergence(broken, torch.zeros(2, 3))
 
 
 def test_agreement_counts_equal_first_choices():
     mine, theirs = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
-    assert scores.agreement(mine, theirs) == 0.5
+    assert metrics.agreement(mine, theirs) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,8 @@ def test_agreement_counts_equal_first_choices():
     ],
 )
 def test_words_are_compared_without_case_articles_and_punctuation(answer, right, f1, em):
-    assert scores.f1(answer, right) == pytest.approx(f1)
-    assert scores.exact_match(answer, right) == em
+    assert metrics.f1(answer, right) == pytest.approx(f1)
+    assert metrics.exact_match(answer, right) == em
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -100,15 +101,15 @@ def test_bad_data_is_named(tmp_path, content: str, message: str):
         (("probe", "0.1", "sown"), "--donors"),
     ],
 )
-def test_bad_ways_are_named(arguments, hint):
+def test_bad_variants_are_named(arguments, hint):
     with pytest.raises(typer.BadParameter) as error:
-        parse_ways(*arguments)
+        parse_variants(*arguments)
     assert error.value.param_hint == hint
 
 
-def test_ways_start_with_the_references_and_ask_fixed_rules_once():
-    ways = parse_ways("probe,reuse,full", "0.05,0.15", "compiled")
-    assert ways == [
+def test_variants_start_with_the_references_and_ask_rules_that_ignore_the_ratio_once():
+    variants = parse_variants("probe,reuse,full", "0.05,0.15", "compiled")
+    assert variants == [
         (NOISE, 0.0, "compiled"),
         ("full", 1.0, "compiled"),
         ("probe", 0.05, "compiled"),
@@ -118,8 +119,8 @@ def test_ways_start_with_the_references_and_ask_fixed_rules_once():
 
 
 def test_auto_is_asked_of_rules_that_measure_attention():
-    ways = parse_ways("probe,a3,epic", "auto,0.1", "harvest")
-    assert [way[:2] for way in ways[2:]] == [
+    variants = parse_variants("probe,a3,epic", "auto,0.1", "harvest")
+    assert [variant[:2] for variant in variants[2:]] == [
         ("probe", "auto"),
         ("probe", 0.1),
         ("a3", "auto"),
@@ -147,7 +148,7 @@ def test_passages_are_the_same_tokens_in_prompt_and_donors(model: str):
 
 @pytest.mark.engine
 def test_eval_on_the_engine(model: str, tmp_path):
-    """`full` is the reference, the rest is further away; single results are kept and gone on from."""
+    """`full` equals the reference, the rest is further away; single results are kept, and a run resumes from them."""
     cells, out = tmp_path / "cells.jsonl", tmp_path / "out.json"
     arguments: dict[str, Any] = {
         "model": model,
@@ -173,7 +174,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
         assert rows["full", donors]["kl"] == 0
         assert rows["full", donors]["agreement"] == 1
         assert rows["full", donors]["charged"] == 1
-        # Nothing is recomputed, but blocks leave out up to 30 tokens of each passage.
+        # Nothing is recomputed, but block matching leaves out up to 30 tokens of each passage.
         assert rows["reuse", donors]["charged"] < 30 / 150
         assert rows["reuse", donors]["kl"] > max(rows[NOISE, donors]["kl"], 1e-6)
         assert rows["probe", donors]["kl"] < rows["reuse", donors]["kl"]
@@ -188,7 +189,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
     assert json.loads(out.read_text()) == before
     with pytest.raises(typer.BadParameter, match="other settings"):
         evaluate(**arguments | {"seed": 6})
-    # Two other questions at equal cost: the rule that computes layers in full gets fewer rows.
+    # Two other questions at equal cost: a rule that computes some layers in full gets fewer rows.
     equal = {"selectors": "probe,cacheblend", "ratios": "0.2", "donors": "compiled", "start": 2, "charged": True}
     evaluate(**arguments | equal | {"cells": None})
     for row in json.loads(out.read_text())["rows"][2:]:

@@ -1,4 +1,4 @@
-"""Processes that are forked from a server behave as spawned ones: environment, exit code, signals, end."""
+"""Processes that are forked from the server behave like spawned ones: environment, exit code, signals, end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     return subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_child_has_the_environment_of_the_moment_and_what_was_imported(tmp_path: Path) -> None:
+def test_a_child_has_the_current_environment_and_the_imported_modules(tmp_path: Path) -> None:
     done = run(
         tmp_path,
         """
@@ -55,7 +55,7 @@ def main():
     assert done.stdout.split() == ["there", "None", "None", "True", "7"], done.stderr
 
 
-def test_a_variable_that_imports_may_read_starts_the_server_anew(tmp_path: Path) -> None:
+def test_a_variable_that_imports_may_read_restarts_the_server(tmp_path: Path) -> None:
     done = run(
         tmp_path,
         """
@@ -72,7 +72,7 @@ def main():
     assert first != second == third
 
 
-def test_a_failed_import_is_no_quiet_start(tmp_path: Path) -> None:
+def test_a_failed_import_is_an_error(tmp_path: Path) -> None:
     code = """
 def child():
     print("runs")
@@ -98,12 +98,12 @@ def child():
     time.sleep(60)
 
 def main():
-    signal.signal(signal.SIGQUIT, lambda *_: (print("told", flush=True), os._exit(3)))
+    signal.signal(signal.SIGQUIT, lambda *_: (print("signalled", flush=True), os._exit(3)))
     start(child).join()
 """,
     )
     assert done.returncode == 3
-    assert done.stdout == "told\n"
+    assert done.stdout == "signalled\n"
 
 
 def test_nothing_outlives_the_process_that_started_it(tmp_path: Path) -> None:

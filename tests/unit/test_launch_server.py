@@ -1,4 +1,4 @@
-"""Options that reach the server: its own command, and SGLang's configuration files."""
+"""Options that reach the server: on its command line, as arguments of an engine, and in configuration files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from a3_sglang.config import ServerOptions
 from a3_sglang.launch_server import arguments
 
 
-def test_what_is_given_wins():
+def test_given_options_take_precedence():
     line = arguments(["--model-path", "m", "--radix-cache-backend=default", "--dtype", "float16"], cuda=False)
     assert line[:5] == ["--model-path", "m", "--radix-cache-backend=default", "--dtype", "float16"]
     assert "--radix-cache-backend" not in line
@@ -49,7 +49,7 @@ def test_options_of_an_engine(tiny: str, monkeypatch: pytest.MonkeyPatch):
 
     load_plugins()
     for name in ("A3_MIN_SPAN", "A3_DONORS"):
-        monkeypatch.setenv(name, "")  # Is taken back after the test.
+        monkeypatch.setenv(name, "")  # Registers the variable to be restored after the test.
         monkeypatch.delenv(name)
     create = Engine.server_args_class
     given = create(model_path=tiny, device="cpu", radix_cache_backend="a3", a3_min_span=64)
@@ -67,7 +67,7 @@ def test_options_of_an_engine(tiny: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_options_in_a_configuration_file(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("A3_RECOMPUTE_RATIO", "A3_DONORS"):
-        monkeypatch.setenv(name, "")  # Is taken back after the test.
+        monkeypatch.setenv(name, "")  # Registers the variable to be restored after the test.
         monkeypatch.delenv(name)
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

@@ -1,4 +1,4 @@
-"""What commands show: progress everywhere, no warnings of libraries, the dtype and why."""
+"""Output of commands: progress everywhere, no warnings of libraries, the dtype and its reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-P", "-c", "from a3_sglang.cli import main; main()"]
 
 
 @pytest.mark.parametrize("flag", BF16_FLAGS)
-def test_bfloat16_where_the_cpu_has_instructions_for_it(flag: str) -> None:
+def test_bfloat16_if_the_cpu_has_instructions_for_it(flag: str) -> None:
     dtype, reason = choose_dtype(frozenset({"avx2", "avx512f", flag}), {})
     assert dtype == "bfloat16"
     assert BF16_FLAGS[flag] in reason
@@ -45,7 +45,7 @@ def test_flags_are_those_of_this_cpu() -> None:
 
 
 class Pipe(io.StringIO):
-    """Counts flushes."""
+    """A file that counts flushes."""
 
     flushes = 0
 
@@ -102,7 +102,7 @@ def test_a_terminal_gets_a_bar_that_is_drawn_at_steps_only() -> None:
     assert "2/2" in terminal.getvalue()
 
 
-def test_what_the_user_set_stays() -> None:
+def test_variables_of_the_user_are_kept() -> None:
     environ = {"PYTHONWARNINGS": "error"}
     silence(environ)
     assert environ["PYTHONWARNINGS"] == "error"

@@ -2,8 +2,8 @@
 
     python tools/pictures/dashboard.py --model MODEL -o docs/dashboard.png
 
-A server is started and asked questions over shuffled passages for some minutes; a Prometheus of its own (Debian and
-Ubuntu: apt-get install prometheus) scrapes it and evaluates the queries of the panels.
+It starts a server, asks questions over shuffled passages for some minutes, and starts a Prometheus (Debian and Ubuntu:
+apt-get install prometheus) that scrapes the server and evaluates the panels' queries.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prometheus(target: str, folder: Path) -> Iterator[str]:
     if binary is None:
         raise SystemExit("error: there is no prometheus on the PATH; on Debian and Ubuntu: apt-get install prometheus")
     config, port = folder / "prometheus.yml", free_port()
-    # docs/operating.md says why SGLang's names are restored.
+    # docs/operating.md explains why SGLang's names are restored.
     restored = "metric_relabel_configs: [{source_labels: [__name__], regex: 'sglang_(.*)', target_label: __name__, "
     restored += "replacement: 'sglang:$1'}]"
     config.write_text(
@@ -78,7 +78,7 @@ def load(url: str, seconds: float) -> None:
 
 
 def check(url: str) -> None:
-    """Raises SystemExit with Prometheus' own words if it could not scrape the server."""
+    """Raise SystemExit with Prometheus' message if it could not scrape the server."""
     with urllib.request.urlopen(f"{url}/api/v1/targets", timeout=60) as answer:
         (target,) = json.loads(answer.read())["data"]["activeTargets"]
     if target["health"] != "up":
@@ -86,7 +86,7 @@ def check(url: str) -> None:
 
 
 def series(url: str, expression: str, begin: float, end: float) -> list[tuple[dict[str, str], list[list[Any]]]]:
-    """Labels and samples of every series that a query gives over a range of time."""
+    """Labels and samples of every series that a query returns for a time range."""
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     query = urllib.parse.urlencode({"query": expression, "start": begin, "end": end, "step": 2})
@@ -95,7 +95,7 @@ def series(url: str, expression: str, begin: float, end: float) -> list[tuple[di
 
 
 def draw(url: str, begin: float, end: float, out: Path) -> None:
-    """One plot per panel of the dashboard, where its grid has it."""
+    """One plot per panel of the dashboard, arranged as in its grid."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

@@ -1,4 +1,4 @@
-"""The picture of the page of `a3-sglang explain`, for docs/operating.md.
+"""Takes the picture of the page of `a3-sglang explain`, for docs/operating.md.
 
     python tools/pictures/explain.py --model MODEL -o docs/explain.png
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 COMMAND = Path(sys.executable).with_name("a3-sglang")
 PASSAGE = 1500
-"""Characters of a passage, at most."""
+"""Most characters of a passage."""
 QUESTION = "Question: What does the assert statement do when its expression is false?\nAnswer:"
 SYSTEM = "You answer questions about Python from the passages of its documentation."
 
@@ -30,7 +30,7 @@ def passages(*names: str) -> str:
 
 
 def _passage(topic: str) -> str:
-    """Its text without the line under its heading."""
+    """The topic's text without the line under its heading."""
     words = (word for word in topic.split() if set(word) != {"*"})
     return " ".join(words)[:PASSAGE]
 
@@ -41,7 +41,7 @@ def run(*arguments: str) -> None:
 
 
 def shrink(picture: Path) -> None:
-    """Reduce a PNG to 256 colours, which a page of text does not need more of."""
+    """Reduce a PNG to 256 colours, which are enough for a page of text."""
     with Image.open(picture) as full:
         full.convert("RGB").quantize(256).save(picture, optimize=True)
 

@@ -1,4 +1,4 @@
-"""The picture of the RAG app, for its README: a real server, the app and a browser.
+"""Takes the picture of the RAG app for its README, with a real server, the app and a browser.
 
 python tools/pictures/rag_app.py --model MODEL -o docs/rag_app.png
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def rag_app(page: Page, server: str, out: Path) -> None:
-    """Ask over the sample documents on a server with a3, and write the picture."""
+    """Ask questions over the sample documents on a server with a3, and save the picture."""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, str(APP / "app.py"), "--url", server, "--port", str(port)]
@@ -76,7 +76,7 @@ def wait(url: str) -> None:
 
 
 def save(page: Page, path: Path) -> None:
-    """Write the whole page in 256 colours, which keeps the file small."""
+    """Save the whole page in 256 colours, which keeps the file small."""
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     picture.convert("RGB").quantize(256).save(path, optimize=True)
 

@@ -32,7 +32,6 @@ from a3_sglang.integration.compat.lookup import (
 )
 from a3_sglang.integration.compat.requests import (
     abort,
-    ask,
     attach,
     count_as_computed,
     extend_prefix,
@@ -72,7 +71,6 @@ __all__ = [
     "abort",
     "allocate",
     "argument_defaults",
-    "ask",
     "attach",
     "attention_backend",
     "attention_override",

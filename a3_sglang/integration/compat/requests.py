@@ -116,14 +116,3 @@ def abort(req: Any, message: str) -> None:
 
     req.skip_radix_cache_insert = True
     req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
-
-
-def ask(engine: Any, **fields: Any) -> Any:
-    """One request, or several at once, with any field of SGLang's GenerateReqInput.
-
-    ``Engine.generate`` takes fewer: no ``extra_key``.
-    """
-    from sglang.srt.managers.io_struct import GenerateReqInput
-
-    answers = engine.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
-    return engine.loop.run_until_complete(answers.__anext__())

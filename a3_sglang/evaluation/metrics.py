@@ -1,4 +1,4 @@
-"""How far one answer is from another."""
+"""Distances between answers."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def f1(answer: str, right: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 where the answer is one of the right ones, else 0."""
+    """1 if the answer is one of the right ones, else 0."""
     return float(any(words(answer) == words(expected) for expected in right))

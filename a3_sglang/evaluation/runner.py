@@ -1,0 +1,242 @@
+"""How far every selector's answers are from the full prefill's, measured on the real engine."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from a3_sglang.client import StartEngine, environment, flush, generate
+from a3_sglang.config import AUTO
+from a3_sglang.evaluation import metrics
+from a3_sglang.evaluation.prompts import Case, Writer
+from a3_sglang.evaluation.questions import Question
+from a3_sglang.integration.dumps import ANSWER_KEY, LOGITS_VARIABLE
+from a3_sglang.selectors import DenseLayers, Ratio, make_selector
+
+ANSWER_TOKENS = 12
+NOISE = "noise"
+"""In place of a selector: the full prefill again, which differs from the reference by the engine's rounding only."""
+IGNORES_RATIO: dict[str, Ratio] = {"full": 1.0, "reuse": 0.0}
+"""Selectors that ignore the ratio, and the one that they are listed with."""
+
+Variant = tuple[str, Ratio, str]
+"""How a question is asked: selector, ratio, donor mode."""
+Key = tuple[int, str, Ratio, str]
+"""A question's number and a variant."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One question asked in one variant.
+
+    Attributes:
+        question: its number.
+        selector, ratio, donors: the variant.
+        kl: mean KL divergence from the reference, in nats.
+        agreement: share of tokens whose most likely next token is the reference's.
+        f1, em: word overlap and exact match with the right answers.
+        charged: effective recompute ratio.
+    """
+
+    question: int
+    selector: str
+    ratio: Ratio
+    donors: str
+    kl: float
+    agreement: float
+    f1: float
+    em: float
+    charged: float
+
+    @property
+    def key(self) -> Key:
+        return self.question, self.selector, self.ratio, self.donors
+
+
+class Evaluation:
+    """Asks an engine one question at a time.
+
+    Args:
+        running: the engine.
+        donors: its donor mode.
+        folder: the engine dumps logits into it.
+        tokenizer: of the model.
+        depth: layers of the model.
+        charged: ratios are charged budgets, see :meth:`_ratio`.
+    """
+
+    def __init__(self, running: Any, donors: str, folder: Path, tokenizer: Any, depth: int, charged: bool) -> None:
+        self.running, self.donors, self.folder, self.tokenizer = running, donors, folder, tokenizer
+        self.depth, self.charged = depth, charged
+        self._reports: dict[str, dict[str, Any]] = {}
+        """By selector, the report of this question at the least ratio, from which :meth:`_ratio` extrapolates."""
+
+    def results(self, number: int, case: Case, right: tuple[str, ...], wanted: list[Variant]) -> Iterator[Result]:
+        """Ask one question in all wanted variants, which are of this engine's donor mode."""
+        flush(self.running)
+        reference, plain = self._ask(case.prompt, False, ANSWER_TOKENS)
+        teacher = plain["output_ids"]
+        end = teacher.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in teacher else len(teacher)
+        teacher = teacher[:end]
+        reference = reference[:end]
+
+        def result(variant: Variant, option: Any) -> Result:
+            logits, out = self._ask(case.prompt, option, teacher)
+            report = out["meta_info"]["a3"]
+            # `full` leaves exact KV, so the prompt may be a prefix by now, with nothing left to fuse.
+            if option is not False and variant[0] != "full" and report["reason"] is not None:
+                raise RuntimeError(f"fusion did not engage: {report}")
+            answer = teacher
+            if metrics.agreement(reference, logits) < 1:
+                # Without the forced tokens, it would have answered differently.
+                answer = self._ask(case.prompt, option, ANSWER_TOKENS)[1]["output_ids"]
+            text = self._text(answer)
+            return Result(
+                number,
+                *variant,
+                kl=metrics.divergence(reference, logits),
+                agreement=metrics.agreement(reference, logits),
+                f1=metrics.f1(text, right),
+                em=metrics.exact_match(text, right),
+                charged=report["charged"],
+            )
+
+        if any(variant[0] == NOISE for variant in wanted):
+            # The reference left the prompt in the tree, so this request computes little of it; if the case has earlier
+            # requests, it computes what they do not leave there.
+            if case.before:
+                flush(self.running)
+            for ids in case.before:
+                generate(self.running, ids, a3=False)
+            yield result((NOISE, 0.0, self.donors), False)
+        self._reports.clear()
+        if not case.before:
+            self._donate(case)
+        for variant in wanted:
+            if variant[0] == NOISE:
+                continue
+            if case.before:
+                self._donate(case)
+            option = {"selector": variant[0], "ratio": self._ratio(case, variant), "keep": bool(case.before)}
+            for ids in case.before:
+                generate(self.running, ids, a3=option)
+            yield result(variant, option)
+
+    def _donate(self, case: Case) -> None:
+        """Empty the cache and fill it with the case's donors."""
+        flush(self.running)
+        for ids in case.donors[self.donors]:
+            generate(self.running, ids, a3={"donor": True})
+
+    def _ratio(self, case: Case, variant: Variant) -> Ratio:
+        """Ratio to request; with ``charged``, the one at which the selector's charged budget is the variant's ratio."""
+        selector, ratio, _ = variant
+        if not self.charged or ratio == AUTO or selector in IGNORES_RATIO:
+            return ratio
+        if selector not in self._reports:
+            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": 0.01, "keep": False})
+            self._reports[selector] = out["meta_info"]["a3"]
+        report = self._reports[selector]
+        reused = report["reused"] + report["recomputed"]
+        needs = make_selector(selector).needs
+        dense = needs.count if isinstance(needs, DenseLayers) else 0
+        row = (1 - dense / self.depth) / (reused + report["gap"])
+        share = float(min(max((report["recomputed"] + (ratio - report["charged"]) / row) / reused, 0), 1))
+        # Tokens that block matching leaves out count towards the ratio, so it has to be a little more than the share.
+        ratio = share
+        for _ in range(3):
+            out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": ratio, "keep": False})
+            missing = share - out["meta_info"]["a3"]["recomputed"] / reused
+            if abs(missing) * reused < 1:
+                break
+            ratio = min(max(ratio + missing, 0.0), 1.0)
+        return ratio
+
+    def _ask(self, ids: list[int], option: Any, answer: int | list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Ask for an answer of N tokens (an int), or force token ids (a list) as the answer.
+
+        Returns:
+            Logits, (tokens, vocabulary), and the engine's answer.
+        """
+        count = answer if isinstance(answer, int) else len(answer)
+        out = generate(self.running, ids, count, option, custom_params={ANSWER_KEY: answer})
+        path = self.folder / f"{out['meta_info']['id']}.pt"
+        logits: torch.Tensor = torch.load(path)
+        path.unlink()
+        return logits, out
+
+    def _text(self, ids: list[int]) -> str:
+        if self.tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Questions to ask, and the variants to ask them in.
+
+    Attributes:
+        questions: all questions; a prompt takes foreign passages from those after its own.
+        numbers: indices of those that are asked.
+        variants: how each is asked.
+        writer: of the prompts.
+        tokenizer: of the model.
+        depth: layers of the model.
+        charged: ratios are charged budgets.
+        arguments: of the engines.
+    """
+
+    questions: Sequence[Question]
+    numbers: range
+    variants: list[Variant]
+    writer: Writer
+    tokenizer: Any
+    depth: int
+    charged: bool
+    arguments: dict[str, Any]
+
+
+def run(experiment: Experiment, start: StartEngine, done: Container[Key]) -> Iterator[Result]:
+    """Ask all questions in all variants that are not done, on one engine per donor mode.
+
+    Args:
+        experiment: what is asked.
+        start: starts engines of the model.
+        done: keys of earlier results.
+    """
+    for mode in dict.fromkeys(donors for _, _, donors in experiment.variants):
+        variants = [variant for variant in experiment.variants if variant[2] == mode]
+        missing = {n: [variant for variant in variants if (n, *variant) not in done] for n in experiment.numbers}
+        if not any(missing.values()):
+            continue
+        options = {"A3_MIN_SAVING": "0", "A3_DONORS": mode, "A3_REPORT": "exact"}
+        with (
+            tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,
+            environment(**options, **{LOGITS_VARIABLE: folder}),
+            start("a3", **experiment.arguments) as running,
+        ):
+            evaluation = Evaluation(
+                running, mode, Path(folder), experiment.tokenizer, experiment.depth, experiment.charged
+            )
+            for number, wanted in missing.items():
+                if wanted:
+                    case, right = (
+                        experiment.writer.case(experiment.questions, number),
+                        experiment.questions[number].answers,
+                    )
+                    yield from evaluation.results(number, case, right, wanted)
+
+
+def summary(variant: Variant, results: list[Result]) -> dict[str, Any]:
+    """The table row of one variant: means over all questions."""
+    row: dict[str, Any] = dict(zip(("selector", "ratio", "donors"), variant, strict=True))
+    for name in ("kl", "agreement", "f1", "em", "charged"):
+        row[name] = round(statistics.mean(getattr(result, name) for result in results), 5)
+    return row | {"n": len(results)}
