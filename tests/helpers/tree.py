@@ -118,6 +118,11 @@ class Cache:
         return self.allocator.available_size() == SLOTS
 
 
+def private_slots(req) -> torch.Tensor:
+    """The slots that the request's fusion fills."""
+    return state_of(req).admission.private_slots
+
+
 def tokens(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(5, 100, (count,), generator=generator).tolist()
 
