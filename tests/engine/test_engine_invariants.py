@@ -10,7 +10,7 @@ import torch
 
 from a3_sglang.client import flush
 from helpers.engines import POOL, Engines
-from helpers.tolerance import distance, roundings, turned
+from helpers.tolerance import distance, rope_error, roundings
 from helpers.traffic import Traffic, answer, parts
 
 pytestmark = [pytest.mark.engine, pytest.mark.core]
@@ -107,7 +107,7 @@ def test_moved_spans_have_fresh_layer_zero_kv(traffic):
     end = len(ids) - report["tail"]
     assert torch.equal(mine["v"][0, :end], theirs["v"][0, :end])
     error = (mine["k"][0, :end].float() - theirs["k"][0, :end].float()).norm(dim=-1)
-    assert (error <= (roundings(8) + turned(end)) * theirs["k"][0, :end].float().norm(dim=-1)).all()
+    assert (error <= (roundings(8) + rope_error(end)) * theirs["k"][0, :end].float().norm(dim=-1)).all()
     # Deeper layers differ, so the comparison above can fail.
     assert distance(mine["v"][5, :end], theirs["v"][5, :end]) > 0.05
 
