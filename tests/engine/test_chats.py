@@ -119,23 +119,18 @@ def test_what_follows_stripped_thinking_is_reused(chats: Chats) -> None:
 @pytest.mark.parametrize("chats", [OWN], indirect=True)
 def test_an_answer_after_stripped_thinking_is_reused(chats: Chats) -> None:
     """The answer after the thinking is also found, as far as the client's text has the tokens that were decoded."""
-    findable = 0
-    # Which tokens the model decodes depends on the dtype, and some answers are tokenized differently as text.
-    for text in TEXTS:
-        chat = [said("user", f"{text}\n\nTell the story of this place in many words.")]
-        params = {"temperature": 0, "max_new_tokens": 256, "ignore_eos": True}
-        body = {"text": chats.rendered(chat) + THOUGHTS, "sampling_params": params}
-        decoded = chats.server.post("/generate", body)
-        chat += [said("assistant", decoded["text"]), said("user", "Go on.")]
-        sent = chats.tokenizer.encode(chats.rendered(chat))
-        runs = SequenceMatcher(None, decoded["output_ids"], sent, autojunk=False).get_matching_blocks()
-        # A run ends at whole blocks of 16 tokens of the donor.
-        findable = sum(run.size - 32 for run in runs if run.size >= 64)
-        if findable > 64:
-            break
+    chat = [said("user", f"{TEXTS[0]}\n\nTell the story of this harbour in many words.")]
+    params = {"temperature": 0, "max_new_tokens": 256, "ignore_eos": True}
+    body = {"text": chats.rendered(chat) + THOUGHTS, "sampling_params": params}
+    decoded = chats.server.post("/generate", body)
+    chat += [said("assistant", decoded["text"]), said("user", "Go on.")]
     fused, _ = chats.ask(chat)
     stock, _ = chats.ask(chat, a3=False)
     assert fused["prefix"] == stock["prefix"]
+    sent = chats.tokenizer.encode(chats.rendered(chat))
+    runs = SequenceMatcher(None, decoded["output_ids"], sent, autojunk=False).get_matching_blocks()
+    # A run ends at whole blocks of 16 tokens of the donor.
+    findable = sum(run.size - 32 for run in runs if run.size >= 64)
     assert reused(fused) >= findable > 64
 
 

@@ -40,7 +40,7 @@ class Served:
         given = {"Content-Type": "application/json"} | dict(headers or {})
         try:
             request = urllib.request.Request(f"{self.url}{path}", data, given)
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=600) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
