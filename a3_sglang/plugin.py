@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from a3_sglang.config import BACKEND, ServerOptions, env_name
 from a3_sglang.integration import compat, http
-from a3_sglang.integration.dumps import dump_hook
+from a3_sglang.integration.dumps import with_dumps
 from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal, server_options
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def register() -> None:
     around = {
         "generate": http.generate,
         "respond": http.respond,
-        "forward": _forward,
+        "forward": with_dumps(_forward, lambda: _cache),
         "admit": _admit,
         "continue": _continue,
         "rank": _rank,
@@ -46,9 +46,6 @@ def register() -> None:
         HookRegistry.register(compat.HOOKS[name], hook, HookType.AROUND)
     if compat.overwrites_arguments():
         HookRegistry.register(compat.ARGUMENTS_HOOK, compat.remember_arguments, HookType.AROUND)
-    # A later hook wraps an earlier one, so this one sees what `_forward` leaves.
-    if (dump := dump_hook(lambda: _cache)) is not None:
-        HookRegistry.register(compat.HOOKS["forward"], dump, HookType.AROUND)
 
 
 # ---- options

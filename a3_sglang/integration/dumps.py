@@ -1,4 +1,4 @@
-"""Dumps of KV and logits for ``verify``, ``eval`` and the tests; hooked in only if the environment asks for them."""
+"""Dumps of KV and logits for ``verify``, ``eval`` and the tests, if the environment asks for them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ ANSWER_KEY = "a3_answer"
 """Key of ``custom_params`` for :func:`dump_logits`."""
 
 
-def dump_hook(cache: Callable[[], Any]) -> Callable[..., Any] | None:
-    """A hook around the worker's forward that dumps what the environment asks for; None if it asks for nothing.
+def with_dumps(hook: Callable[..., Any], cache: Callable[[], Any]) -> Callable[..., Any]:
+    """A hook around the worker's forward, which also dumps what the environment asks for.
 
     Args:
+        hook: the hook without dumps; returned as it is if the environment asks for nothing.
         cache: returns the process's tree, or None.
     """
     kv_folder, logits_folder = os.environ.get(DUMP_VARIABLE), os.environ.get(LOGITS_VARIABLE)
     if not kv_folder and not logits_folder:
-        return None
+        return hook
 
     def forward(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-        result = original(worker, batch, *args, **kwargs)
+        result = hook(original, worker, batch, *args, **kwargs)
         tree = cache()
         if tree is not None and batch is not None:
             if kv_folder and batch.forward_mode.is_extend():
