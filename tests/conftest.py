@@ -38,6 +38,7 @@ os.environ["A3_TEST_DTYPE"] = DTYPE
 
 from helpers import forking
 from helpers.engines import ENGINES, STARTS, Engines, prepare
+from helpers.server_traffic import ServerTraffic
 from helpers.serving import SERVERS, Served
 from helpers.tiny import save_random_model, tiny_llama
 from helpers.traffic import Traffic
@@ -155,6 +156,18 @@ def shared_server(model: str, request: pytest.FixtureRequest) -> Iterator[Served
     served = SERVERS.get(model, **server_wanted(request))
     yield served
     served.flush()
+
+
+@pytest.fixture(scope="module")
+def server(shared_server: Served, model: str) -> ServerTraffic:
+    """Prompts and requests of a module to its shared server."""
+    return ServerTraffic(shared_server, model)
+
+
+@pytest.fixture
+def donors(server: ServerTraffic) -> None:
+    """The test starts with the six documents of ``server`` in the cache and nothing else."""
+    server.send_donors()
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def compile_documents(traffic: Traffic) -> list[dict[str, Any]]:
 
 
 def test_own_turns_continue_and_other_questions_do_not(traffic: Traffic):
-    """An answer may depend on the turns of its own conversation, not on other questions about the same text."""
+    """An answer depends on earlier turns of the same conversation, but not on other questions about the same text."""
     traffic.renew()
     flush(traffic.running)
     compile_documents(traffic)

@@ -16,24 +16,11 @@ from typer.testing import CliRunner
 
 from a3_sglang.cli.app import app
 from helpers.server_traffic import RETRACTING, ServerTraffic
-from helpers.serving import Served
 from helpers.tolerance import distance, roundings
 from helpers.traffic import parts
 
-pytestmark = pytest.mark.engine
-
 SERVER = RETRACTING
-
-
-@pytest.fixture(scope="module")
-def server(shared_server: Served, model: str) -> ServerTraffic:
-    return ServerTraffic(shared_server, model)
-
-
-@pytest.fixture(autouse=True)
-def donors(server: ServerTraffic) -> None:
-    """Every test starts with the six documents in the cache and nothing else."""
-    server.send_donors()
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("donors")]
 
 
 def test_native_route_reports_what_was_reused(server: ServerTraffic) -> None:

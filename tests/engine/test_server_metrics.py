@@ -11,22 +11,9 @@ import pytest
 
 from a3_sglang.reporting.report import PARTS
 from helpers.server_traffic import RETRACTING, ServerTraffic
-from helpers.serving import Served
-
-pytestmark = pytest.mark.engine
 
 SERVER = RETRACTING
-
-
-@pytest.fixture(scope="module")
-def server(shared_server: Served, model: str) -> ServerTraffic:
-    return ServerTraffic(shared_server, model)
-
-
-@pytest.fixture(autouse=True)
-def donors(server: ServerTraffic) -> None:
-    """Every test starts with the six documents in the cache and nothing else."""
-    server.send_donors()
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("donors")]
 
 
 def test_log_and_metrics_account_for_every_request(server: ServerTraffic) -> None:

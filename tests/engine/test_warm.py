@@ -6,8 +6,6 @@ import json
 import os
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ from a3_sglang.documents import documents
 from a3_sglang.local_server import local_server
 from a3_sglang.warm import Document, ServerError, Warmed, server_info, warm
 from helpers.engines import OPTIONS, STARTS
+from helpers.serving import flush
+from helpers.traffic import WORDS
 
 pytestmark = pytest.mark.engine
 
@@ -76,18 +76,7 @@ class Server:
         return report, len(self.tokenizer.encode(text))
 
     def flush(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            request = urllib.request.Request(f"{self.url}/flush_cache?timeout=30", data=b"")
-            try:
-                with urllib.request.urlopen(request, timeout=60):
-                    return
-            except urllib.error.HTTPError:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-
-
-WORDS = ["river", "stone", "lamp", "garden", "winter", "letter", "music", "bridge", "silver", "harbor", "window"]
+        flush(self.url, self.folder / "log")
 
 
 @pytest.fixture(scope="module", params=["harvest", "compiled"])

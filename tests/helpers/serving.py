@@ -52,16 +52,21 @@ class Served:
         return answer
 
     def flush(self) -> None:
-        """Empty the cache. SGLang does so only while nothing is in use."""
-        deadline = time.monotonic() + 60
-        while True:
-            request = urllib.request.Request(f"{self.url}/flush_cache", data=b"")
-            try:
-                with urllib.request.urlopen(request, timeout=30):
-                    return
-            except urllib.error.HTTPError:
-                assert time.monotonic() < deadline, f"something is still in use: {self.log.read_text()[-3000:]}"
-                time.sleep(0.2)
+        """Empty the cache."""
+        flush(self.url, self.log)
+
+
+def flush(url: str, log: Path) -> None:
+    """Empty a server's cache. SGLang does so only while nothing is in use."""
+    deadline = time.monotonic() + 60
+    while True:
+        request = urllib.request.Request(f"{url}/flush_cache", data=b"")
+        try:
+            with urllib.request.urlopen(request, timeout=60):
+                return
+        except urllib.error.HTTPError:
+            assert time.monotonic() < deadline, f"something is still in use: {log.read_text()[-3000:]}"
+            time.sleep(0.2)
 
 
 class Servers:
