@@ -35,7 +35,7 @@ def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
         for attention in (child for child in module.children() if isinstance(child, RadixAttention)):
             rotary = getattr(module, "rotary_emb", None)
             if rotary is None:
-                raise UnsupportedModelError(f"{name} attends without a rotary module of its own")
+                raise UnsupportedModelError(f"{name} has attention but no rotary module")
             kind = type(rotary).__name__
             if kind not in ROTARY_CLASSES:
                 raise UnsupportedModelError(

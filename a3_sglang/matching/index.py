@@ -10,10 +10,10 @@ other clients' prompts by guessing one token at a time. A guess has to be right 
 span may also begin or end with a line of the donor, as documents usually do.
 
 Donors that share a prefix share its blocks, as they share its KV in the tree: the index is a trie of segments, each
-holding only what no earlier donor had. A segment begins at a multiple of the *unit*, the smallest number of tokens that
-is both whole blocks and whole pages, and may end at any page. The tokens after a segment's last unit have no hash of
-their own; they are matched together with the block before them, all or nothing, so that a donor can be reused to its
-end.
+with only the tokens that no earlier donor has. A segment begins at a multiple of the *unit*, the smallest number of
+tokens that is both whole blocks and whole pages, and may end at any page. The tokens after a segment's last unit have
+no hash of their own; they are matched together with the block before them, all or nothing, so that a donor can be
+reused to its end.
 
 The index stores no KV slots. Its owner looks them up in the tree by the path's tokens when a span is used; if the tree
 no longer has them, :meth:`AnyPositionIndex.forget` drops them here. :mod:`a3_sglang.matching.search` searches it.

@@ -15,7 +15,7 @@ Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """The part of a donor's path that no earlier donor had.
+    """The part of a donor's path that no earlier donor has.
 
     Attributes:
         namespace: of the tokens; equal tokens of other namespaces are other tokens.
