@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from a3_sglang.config import BACKEND, ServerOptions, env_name
 from a3_sglang.integration import compat, http
 from a3_sglang.integration.dumps import with_dumps
-from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal, server_options
+from a3_sglang.integration.support import BACKEND_OPTION, RefusedError, refusal_before_start, server_options
 
 if TYPE_CHECKING:
     from a3_sglang.integration.radix_cache import A3RadixCache
@@ -109,9 +109,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
 def _launch(original: Callable[..., Any], engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse what cannot be served before any process is spawned."""
     if server_args.radix_cache_backend == BACKEND:
-        options = server_options()
-        compat.resolve_arguments(server_args)
-        reason = refusal(server_args, compat.model_config(server_args), options)
+        reason = refusal_before_start(server_args)
         if reason is not None:
             raise RefusedError(f"{BACKEND_OPTION}: {reason}")
     return original(engine, server_args, *args, **kwargs)

@@ -40,6 +40,7 @@ class FusionRequest:
     probed_rows: int = 0
     probed_layers: int = 0
     dense_layers: int = 0
+    _reused_rows: ReusedRows | None = field(default=None, init=False, repr=False)
 
     @property
     def budget(self) -> Budget:
@@ -52,8 +53,11 @@ class FusionRequest:
         return len(self.recomputed_pos) == self.plan.reused
 
     def reused_rows(self) -> ReusedRows:
-        """The reused rows, on the device of the request's tensors."""
-        return ReusedRows.of([(span.start, span.end) for span in self.plan.spans], self.slots.device)
+        """The reused rows, on the device of the request's tensors; made once."""
+        if self._reused_rows is None:
+            spans = [(span.start, span.end) for span in self.plan.spans]
+            self._reused_rows = ReusedRows.of(spans, self.slots.device)
+        return self._reused_rows
 
     def gap_pos(self) -> list[torch.Tensor]:
         """Positions of each gap, int64."""

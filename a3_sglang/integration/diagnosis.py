@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from a3_sglang.integration import compat
-from a3_sglang.integration.support import refusal, server_options
+from a3_sglang.integration.support import refusal_before_start
 
 
 def load_model_config(model: str) -> Any:
@@ -26,6 +25,4 @@ def arguments_refusal(arguments: Sequence[str]) -> str | None:
     from sglang.srt.server_args import prepare_server_args
 
     load_plugins()
-    server_args = prepare_server_args(list(arguments))
-    compat.resolve_arguments(server_args)
-    return refusal(server_args, compat.model_config(server_args), server_options())
+    return refusal_before_start(prepare_server_args(list(arguments)))

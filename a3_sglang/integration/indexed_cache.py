@@ -14,7 +14,7 @@ from a3_sglang.integration import compat
 from a3_sglang.integration.circuit_breaker import CircuitBreaker
 from a3_sglang.integration.insert_tracker import InsertTracker
 from a3_sglang.integration.request_state import state_of
-from a3_sglang.matching.branches import GENERATIONS, Branch, Branches, prefix_hashes
+from a3_sglang.matching.branches import GENERATIONS, Branch, Branches, generation_of, prefix_hashes
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import Plan
 from a3_sglang.matching.search import PromptSearch
@@ -154,7 +154,9 @@ class IndexedRadixCache(InsertTracker):
         branch = state.match.branch
         generation = branch.generation if branch is not None else GENERATIONS
         others = state.approximate_search.spans(start_pos, options.min_span, self._cached_length)
-        return merge_spans(spans, [span for span in others if generation_of(span) < generation], options.min_span)
+        return merge_spans(
+            spans, [span for span in others if generation_of(span.segment.mark) < generation], options.min_span
+        )
 
     def donor_slots(self, plan: Plan, locks: list[Callable[[], None]]) -> list[torch.Tensor] | None:
         """The donors' slots of each span of a plan, int64 (length,) each; None if a donor is no longer in the tree.
@@ -192,9 +194,3 @@ class IndexedRadixCache(InsertTracker):
             tokens = segment.mark.mark(tokens.astype(np.int64))
         key = compat.key_like(segment.namespace, tokens)
         return super().match_prefix(compat.match_params(key))
-
-
-def generation_of(span: Span) -> int:
-    """The generation of a span's donor: 0 if its KV is exact."""
-    mark = span.segment.mark
-    return mark.generation if isinstance(mark, Branch) else 0

@@ -11,12 +11,12 @@ import torch
 
 from a3_sglang.config import ResolvedOptions, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.indexed_cache import IndexedRadixCache, generation_of
+from a3_sglang.integration.indexed_cache import IndexedRadixCache
 from a3_sglang.integration.request_state import Admission, Progress, RequestState, ineligible, state_of
-from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch
+from a3_sglang.matching.branches import GENERATIONS, KINDS, Branch, generation_of
 from a3_sglang.matching.plan import MIN_TAIL, QUESTION_TOKENS, Plan, first_step, make_plan
 from a3_sglang.reporting.report import Outcome, Reason
-from a3_sglang.selectors.budget import AUTO_CAP, AUTO_USUAL, Ratio
+from a3_sglang.selectors.budget import max_ratio, typical_ratio
 
 _MAX_BRANCHES = 8
 """Branches that a prompt is matched with, at most."""
@@ -153,7 +153,7 @@ class PlanningRadixCache(IndexedRadixCache):
         if plan is None:
             return prefix
         if match.branch is None:
-            match.generation = 1 + max(generation_of(span) for span in plan.spans)
+            match.generation = 1 + max(generation_of(span.segment.mark) for span in plan.spans)
             if match.generation >= GENERATIONS and self._renewal_pays(req, plan):
                 match.reason = Reason.RENEWAL
                 return prefix
@@ -308,13 +308,3 @@ class PlanningRadixCache(IndexedRadixCache):
             reason,
             match.reusable,
         )
-
-
-def typical_ratio(ratio: Ratio) -> float:
-    """The share of the reused tokens that is typically recomputed."""
-    return AUTO_USUAL if ratio == "auto" else ratio
-
-
-def max_ratio(ratio: Ratio) -> float:
-    """The largest share of the reused tokens that may be recomputed."""
-    return AUTO_CAP if ratio == "auto" else ratio

@@ -9,11 +9,12 @@ import torch
 from a3_sglang.config import ServerOptions
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.integration import compat
-from a3_sglang.integration.planning import PlanningRadixCache, max_ratio
+from a3_sglang.integration.planning import PlanningRadixCache
 from a3_sglang.integration.prefill import FusedPrefill
 from a3_sglang.integration.request_state import Admission, state_of
 from a3_sglang.matching.plan import QUESTION_TOKENS
 from a3_sglang.reporting.report import Reason
+from a3_sglang.selectors.budget import max_ratio
 
 
 class A3RadixCache(PlanningRadixCache):

@@ -12,12 +12,13 @@ import torch
 
 from a3_sglang.config import REQUEST_KEY, ServerOptions
 from a3_sglang.integration import compat
-from a3_sglang.integration.planning import PlanningRadixCache, typical_ratio
+from a3_sglang.integration.planning import PlanningRadixCache
 from a3_sglang.integration.request_state import RequestState, state_of
 from a3_sglang.matching.plan import Plan
 from a3_sglang.reporting.metrics import Metrics
 from a3_sglang.reporting.report import Outcome
 from a3_sglang.selectors import Budget, make_selector
+from a3_sglang.selectors.budget import typical_ratio
 
 
 @dataclass

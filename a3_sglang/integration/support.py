@@ -42,6 +42,20 @@ def server_options() -> ServerOptions:
     return options
 
 
+def refusal_before_start(server_args: Any) -> str | None:
+    """The reason why a server with these arguments is refused before any process starts; None if it is not.
+
+    Args:
+        server_args: SGLang's ServerArgs; are resolved.
+
+    Raises:
+        ValueError: see :func:`server_options`.
+    """
+    options = server_options()
+    compat.resolve_arguments(server_args)
+    return refusal(server_args, compat.model_config(server_args), options)
+
+
 def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str | None:
     """The reason, in one line, why this configuration is refused; None if it is not.
 

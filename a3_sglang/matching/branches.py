@@ -54,6 +54,11 @@ class Branch:
         return marked & ((1 << _SHIFT) - 1)
 
 
+def generation_of(mark: Hashable) -> int:
+    """The generation of a donor's KV, by the mark that the index has of it: 0 if its KV is exact."""
+    return mark.generation if isinstance(mark, Branch) else 0
+
+
 class Branches:
     """The branches in the tree, by the tokens that a prompt must begin with to find them.
 

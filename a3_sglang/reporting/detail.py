@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from a3_sglang.fusion.request import FusionRequest
-from a3_sglang.matching.branches import Branch
+from a3_sglang.matching.branches import generation_of
 from a3_sglang.matching.span import Span
 from a3_sglang.reporting.report import PARTS, Outcome
 from a3_sglang.timing import Timings
@@ -58,9 +58,8 @@ def make_detail(outcome: Outcome, fusions: Sequence[tuple[FusionRequest, Timings
 
 def _origin(span: Span) -> dict[str, int]:
     segment = span.segment
-    generation = segment.mark.generation if isinstance(segment.mark, Branch) else 0
     position = {"start": span.start, "end": span.end, "offset": span.offset}
-    return position | {"donor": segment.number, "generation": generation}
+    return position | {"donor": segment.number, "generation": generation_of(segment.mark)}
 
 
 def _relevance(fusion: FusionRequest, span: Span) -> list[float | None] | None:

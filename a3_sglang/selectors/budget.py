@@ -18,6 +18,16 @@ AUTO_SHARE, AUTO_USUAL, AUTO_FLOOR, AUTO_CAP = 0.7, 0.15, 0.05, 0.4
 which the budget is drawn, and its bounds."""
 
 
+def typical_ratio(ratio: Ratio) -> float:
+    """The share of the reused rows that is typically recomputed."""
+    return AUTO_USUAL if ratio == "auto" else ratio
+
+
+def max_ratio(ratio: Ratio) -> float:
+    """The largest share of the reused rows that may be recomputed."""
+    return AUTO_CAP if ratio == "auto" else ratio
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Bounds on the number of rows to recompute; equal unless the ratio is ``"auto"``.
@@ -42,8 +52,8 @@ class Budget:
         """
         if selector.fixed_ratio is not None:
             ratio = selector.fixed_ratio
-        low, high = (AUTO_FLOOR, AUTO_CAP) if ratio == "auto" else (ratio, ratio)
-        return cls(reused, *(min(reused, math.ceil(share * reused)) for share in (low, high)))
+        low = AUTO_FLOOR if ratio == "auto" else ratio
+        return cls(reused, *(min(reused, math.ceil(share * reused)) for share in (low, max_ratio(ratio))))
 
     @property
     def leaves_choice(self) -> bool:
