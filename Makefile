@@ -22,7 +22,7 @@ PYTEST := -P -m pytest tests -ra --import-mode=append
 CHECKED := a3_sglang kernels tests examples benchmarks tools support
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-matrix lint docs quality bin model clean-cache
+.PHONY: help demo pictures test test-matrix lint docs quality bin model gemma clean-cache
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: *##' $(firstword $(MAKEFILE_LIST)) | awk -F': *## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,16 +32,17 @@ demo:  ## see the reuse at work: the demo on a small model, on the CPU
 	env $(RUN_SETTINGS) "$$bin/python" -P examples/demo.py --model "$$model" $(DEMO_ARGS)
 
 test:  ## run all tests against the installed package
-	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && browser=$$($(ENVIRONMENT) browser) && \
-	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_BROWSER="$$browser" \
+	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && gemma=$$($(ENVIRONMENT) gemma) && \
+	browser=$$($(ENVIRONMENT) browser) && \
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_GEMMA="$$gemma" A3_TEST_BROWSER="$$browser" \
 		"$$bin/python" $(PYTEST) --durations=15 $(PYTEST_ARGS)
 
 test-matrix:  ## run the core tests with the other supported versions of SGLang
-	@model=$$($(ENVIRONMENT) model) && \
+	@model=$$($(ENVIRONMENT) model) && gemma=$$($(ENVIRONMENT) gemma) && \
 	for version in $(MATRIX); do \
 		echo "== SGLang $$version"; \
 		bin=$$($(ENVIRONMENT) bin --sglang $$version) && \
-		env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" \
+		env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_GEMMA="$$gemma" \
 			"$$bin/python" $(PYTEST) -m "engine and core or not engine" $(PYTEST_ARGS) || exit 1; \
 	done
 
@@ -63,6 +64,9 @@ bin:  ## print the folder with the environment's python
 
 model:  ## print the folder of the test model
 	@$(ENVIRONMENT) model
+
+gemma:  ## print the folder of the second test model, Gemma-3-270M (Gemma's terms of use apply)
+	@$(ENVIRONMENT) gemma
 
 pictures:  ## draw the pictures of the docs anew: explain, the RAG app, the dashboard (needs Chromium and Prometheus)
 	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && \

@@ -139,6 +139,15 @@ def model() -> str:
 
 
 @pytest.fixture(scope="session")
+def gemma() -> str:
+    """Folder of Gemma-3-270M: real weights with sliding windows, two RoPE tables, heads of 256; no chat template."""
+    folder = os.environ.get("A3_TEST_GEMMA")
+    if not folder:
+        pytest.fail("A3_TEST_GEMMA names no model folder: run `make test`")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a small random Llama with the tokenizer of SmolLM2."""
     return str(save_random_model(tmp_path_factory.mktemp("models") / "tiny", tiny_llama(), Path(model)))

@@ -26,7 +26,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
-from a3_sglang.attention.base import ProbeRows, RequestRows
+from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
 from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
 from a3_sglang.drift.model import PaddedBlocks
 from a3_sglang.fusion.ops import TritonOps
@@ -60,11 +60,11 @@ def launch(dtype: torch.dtype) -> None:
     query, probe = (torch.zeros(n, HEADS, DIM, dtype=dtype) for n in (rows, 64))
     fresh = tuple(torch.zeros(n, KV_HEADS, DIM, dtype=dtype) for n in (rows, rows))
     own = tuple(part[:64] for part in fresh)
-    attend = ops.probe_attention.plan([ProbeRows(0, 64, slots)], HEADS, KV_HEADS)
-    attend(probe, own, (keys, values), 1.0, torch.zeros(context))
+    attend = ops.probe_attention.plan([ProbeRows.after(slots, 64)], HEADS, KV_HEADS)
+    attend(probe, own, (keys, values), AttentionSpec(1.0), torch.zeros(context))
 
     attend = ops.row_attention.plan([RequestRows(0, rows, slots, observed, False)], HEADS, KV_HEADS, dtype)
-    attend(query, keys, values, 1.0)
+    attend(query, keys, values, AttentionSpec(1.0))
 
     blocks = PaddedBlocks([context], "cpu")
     correction = DriftCorrection(

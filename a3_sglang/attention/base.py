@@ -15,6 +15,35 @@ KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSpec:
+    """How a layer attends, besides being causal.
+
+    Attributes:
+        scaling: factor of the logits.
+        window: a row attends to this many positions before its own; None: to all of them.
+        logit_cap: logits become ``cap * tanh(logits / cap)``; 0: they are not capped.
+        sinks: (heads,), a logit per head that takes part in the softmax and has no value; None: there is none.
+    """
+
+    scaling: float
+    window: int | None = None
+    logit_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+    def check_plain(self, name: str) -> None:
+        """Check that this is attention to all earlier positions, without caps and sinks.
+
+        Args:
+            name: of the implementation that knows nothing else.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.window is not None or self.logit_cap or self.sinks is not None:
+            raise ValueError(f"{name} has no sliding windows, logit caps or attention sinks")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestRows:
     """The rows of one request in a pass.
@@ -33,11 +62,11 @@ class RequestRows:
     exact: bool
 
 
-RowAttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""Attention of a pass's rows at one layer: ``(query, keys, values, scaling) -> out``.
+RowAttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor]
+"""Attention of a pass's rows at one layer: ``(query, keys, values, spec) -> out``.
 
 ``query`` and ``out`` are (rows, heads, head_dim) of one dtype; ``keys`` and ``values`` (slots, kv_heads, head_dim)
-already hold the KV of the rows themselves; ``scaling`` multiplies the logits.
+already hold the KV of the rows themselves; ``spec`` says how the layer attends.
 """
 
 
@@ -63,20 +92,32 @@ class ProbeRows:
     Attributes:
         begin, end: the request's first row of the probe, and the row after its last.
         context_slots: int64 (context,), slots of the positions that all its rows attend to.
+        context_pos: int64 (context,), these positions, ascending.
+        row_pos: int64 (end - begin,), positions of its rows, ascending, after those of the context.
     """
 
     begin: int
     end: int
     context_slots: torch.Tensor
+    context_pos: torch.Tensor
+    row_pos: torch.Tensor
+
+    @classmethod
+    def after(cls, context_slots: torch.Tensor, rows: int) -> ProbeRows:
+        """A pass of one probe, right after a context without gaps."""
+        positions = torch.arange(len(context_slots) + rows, device=context_slots.device)
+        context_pos, row_pos = positions.tensor_split([len(context_slots)])
+        return cls(0, rows, context_slots, context_pos, row_pos)
 
 
-ProbeFn = Callable[[torch.Tensor, KV, KV, float, torch.Tensor | None], torch.Tensor]
-"""Attention of a probe's rows at one layer: ``(query, own, pools, scaling, scores) -> out``.
+ProbeFn = Callable[[torch.Tensor, KV, KV, AttentionSpec, torch.Tensor | None], torch.Tensor]
+"""Attention of a probe's rows at one layer: ``(query, own, pools, spec, scores) -> out``.
 
 ``query`` and ``out`` are (rows, heads, head_dim); ``own`` the rows' keys and values, each (rows, kv_heads, head_dim),
 which get no slots; ``pools`` those of the layer, each (slots, kv_heads, head_dim). A row attends to the context of its
-request and to the request's rows up to itself. The relevance of each context position
-(:func:`a3_sglang.attention.relevance.relevance`) is added to ``scores``, float32 (sum of contexts,), unless it is None.
+request and to the request's rows up to itself, as far back as the layer's window. The relevance of each context
+position (:func:`a3_sglang.attention.relevance.relevance`) is added to ``scores``, float32 (sum of contexts,), unless it
+is None.
 """
 
 

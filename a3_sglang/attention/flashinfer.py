@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.base import RequestRows, RowAttention, RowAttentionFn
+from a3_sglang.attention.base import AttentionSpec, RequestRows, RowAttention, RowAttentionFn
 from a3_sglang.attention.triton import TritonRowAttention
 
 HEAD_DIMS = (64, 128, 256)
@@ -94,12 +94,13 @@ class FlashInferRowAttention(RowAttention):
             return TritonRowAttention().plan(requests, heads, kv_heads, dtype)
         paged, wrapper = PagedRows.of(requests), None
 
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
             nonlocal wrapper
+            spec.check_plain("FlashInfer's prefill over rows with gaps")
             if wrapper is None:
                 wrapper = self._wrapper(paged, heads, kv_heads, query.shape[2], dtype)
             # The scaling is not known when the plan is made. Scaling the keys has the same effect on the logits.
-            return wrapper.run(query, (keys.unsqueeze(1), values.unsqueeze(1)), k_scale=scaling)
+            return wrapper.run(query, (keys.unsqueeze(1), values.unsqueeze(1)), k_scale=spec.scaling)
 
         return attend
 

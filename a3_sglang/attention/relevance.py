@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from a3_sglang.attention.base import AttentionSpec
+
 
 def key_columns(keys: torch.Tensor) -> torch.Tensor:
     """Keys in the layout of :func:`attention_weights`, with which its matrix product is fastest.
@@ -23,27 +25,51 @@ def key_columns(keys: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class CausalMask:
-    """Which of the first ``end`` columns each row does not attend to; all rows attend to those before ``begin``.
+class Mask:
+    """Which of the columns ``[first, end)`` each row does not attend to; all rows attend to those before ``begin``.
 
     Attributes:
-        begin, end: columns.
+        first, begin, end: columns.
         hidden: bool (rows, end - begin).
     """
 
+    first: int
     begin: int
     end: int
     hidden: torch.Tensor
 
 
-def causal_mask(kv_lens: torch.Tensor) -> CausalMask:
-    """The mask of rows that attend to the first ``kv_lens`` columns, up to the longest of them.
+def causal_mask(kv_lens: torch.Tensor, window: int | None = None) -> Mask:
+    """The mask of rows whose own column is the last of their first ``kv_lens``.
 
     Args:
         kv_lens: int64 (rows,), at least 1.
+        window: rows attend to this many columns before their own; None: to all of them.
     """
-    begin, end = int(kv_lens.min()), int(kv_lens.max())
-    return CausalMask(begin, end, torch.arange(begin, end, device=kv_lens.device) >= kv_lens[:, None])
+    shortest, longest = int(kv_lens.min()), int(kv_lens.max())
+    if window is None or window >= longest - 1:
+        return Mask(0, shortest, longest, torch.arange(shortest, longest, device=kv_lens.device) >= kv_lens[:, None])
+    first = max(0, shortest - 1 - window)
+    columns = torch.arange(first, longest, device=kv_lens.device)
+    return Mask(first, first, longest, (columns >= kv_lens[:, None]) | (columns < kv_lens[:, None] - 1 - window))
+
+
+def probe_mask(context_pos: torch.Tensor, row_pos: torch.Tensor, window: int | None) -> Mask:
+    """The mask of a probe's rows; the columns are the context, followed by the rows themselves.
+
+    Args:
+        context_pos: int64 (context,), ascending.
+        row_pos: int64 (rows,), ascending, after the context.
+        window: rows attend to this many positions before their own; None: to all of them.
+    """
+    context, rows = len(context_pos), len(row_pos)
+    if window is None:
+        return causal_mask(torch.arange(1, rows + 1, device=row_pos.device) + context)
+    columns = torch.cat([context_pos, row_pos])
+    first = int((columns < row_pos[0] - window).sum())
+    columns = columns[first:]
+    hidden = (columns > row_pos[:, None]) | (columns < row_pos[:, None] - window)
+    return Mask(first, first, context + rows, hidden)
 
 
 def query_rows(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -63,9 +89,10 @@ def query_rows(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def attention_weights(
     query: torch.Tensor,
     keys: torch.Tensor,
-    mask: CausalMask,
-    scaling: float,
+    mask: Mask,
+    spec: AttentionSpec,
     dtype: torch.dtype,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of rows over their context, for one KV head; sums and softmax in float32.
@@ -75,9 +102,10 @@ def attention_weights(
     Args:
         query: float32 (rows * group, head_dim), see :func:`query_rows`.
         keys: float32 (head_dim, n), see :func:`key_columns`.
-        mask: of the rows; ``mask.end`` is n.
-        scaling: factor of the logits.
+        mask: of the rows; the n columns are those from ``mask.first`` to ``mask.end``.
+        spec: how the layer attends.
         dtype: that all values of queries and keys can be represented in.
+        sinks: (group,), those of ``spec.sinks`` that belong to these heads.
         out: float32, contiguous, rows * group * n elements; receives the result.
 
     Returns:
@@ -86,9 +114,18 @@ def attention_weights(
     rows, n = len(query), keys.shape[1]
     logits = torch.empty(rows, n, device=query.device) if out is None else out.view(rows, n)
     with _matmul_precision(dtype):
-        torch.addmm(logits, query, keys, beta=0, alpha=scaling, out=logits)
-    logits.view(len(mask.hidden), -1, n)[..., mask.begin :].masked_fill_(mask.hidden[:, None], float("-inf"))
-    return torch.softmax(logits, dim=-1, out=logits)
+        torch.addmm(logits, query, keys, beta=0, alpha=spec.scaling, out=logits)
+    if spec.logit_cap:
+        logits.div_(spec.logit_cap).tanh_().mul_(spec.logit_cap)
+    by_row = logits.view(len(mask.hidden), -1, n)
+    by_row[..., mask.begin - mask.first :].masked_fill_(mask.hidden[:, None], float("-inf"))
+    if sinks is None:
+        return torch.softmax(logits, dim=-1, out=logits)
+    # A sink adds exp(sink) to the denominator, which is exp(total).
+    total = torch.logsumexp(by_row, dim=-1, keepdim=True)
+    torch.softmax(logits, dim=-1, out=logits)
+    by_row.mul_(torch.sigmoid(total - sinks.float()[:, None]))
+    return logits
 
 
 @contextmanager

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from a3_sglang.attention.base import KV, ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention, RowAttentionFn
+from a3_sglang.attention.base import (
+    KV,
+    AttentionSpec,
+    ProbeAttention,
+    ProbeFn,
+    ProbeRows,
+    RequestRows,
+    RowAttention,
+    RowAttentionFn,
+)
 from a3_sglang.attention.relevance import (
-    CausalMask,
+    Mask,
     attention_weights,
     causal_mask,
     key_columns,
+    probe_mask,
     query_rows,
     relevance,
 )
@@ -32,16 +43,20 @@ class TorchRowAttention(RowAttention):
     """One block of rows at a time, each over little more context than it attends to."""
 
     def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
-        plans = [(_exact if request.exact else _approximate)(request, heads, kv_heads, dtype) for request in requests]
+        approximate = [_approximate(request, heads, kv_heads, dtype) for request in requests]
+        exact = [_exact(request, heads, kv_heads) if request.exact else None for request in requests]
 
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
             out = torch.empty_like(query)
-            for request, run in zip(requests, plans, strict=True):
+            # PyTorch's fused attention has neither caps nor sinks.
+            fused = not spec.logit_cap and spec.sinks is None
+            for request, general, rounding in zip(requests, approximate, exact, strict=True):
+                run = rounding if rounding is not None and fused else general
                 k, v = (pool.index_select(0, request.slots) for pool in (keys, values))
                 # Slots that are not written yet hold an earlier request's KV, and NaN survives a mask.
                 longest = int(request.kv_lens[-1])
                 k[longest:], v[longest:] = 0, 0
-                out[request.begin : request.end] = run(query[request.begin : request.end], k, v, scaling)
+                out[request.begin : request.end] = run(query[request.begin : request.end], k, v, spec)
             return out
 
         return attend
@@ -52,28 +67,36 @@ def _approximate(request: RequestRows, heads: int, kv_heads: int, dtype: torch.d
     kv_lens, rows, group = request.kv_lens, len(request.kv_lens), heads // kv_heads
     count = -(-rows * group // LANES_PER_BLOCK)
     cuts = [rows * i // count for i in range(count + 1)]
-    masks = [causal_mask(kv_lens[begin:end]) for begin, end in pairwise(cuts)]
-    largest = group * max((end - begin) * int(kv_lens[end - 1]) for begin, end in pairwise(cuts))
+    blocks = list(pairwise(cuts))
+    largest = group * max((end - begin) * int(kv_lens[end - 1]) for begin, end in blocks)
     logits, weights = (torch.empty(largest, dtype=kind, device=kv_lens.device) for kind in (torch.float32, dtype))
 
-    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    @cache
+    def masks(window: int | None) -> list[Mask]:
+        return [causal_mask(kv_lens[begin:end], window) for begin, end in blocks]
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         out = torch.empty_like(query)
         out_by_kv_head = out.view(rows, kv_heads, group, -1)
+        sinks = None if spec.sinks is None else spec.sinks.view(kv_heads, group)
         query, keys, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
-        for (begin, end), mask in zip(pairwise(cuts), masks, strict=True):
-            lanes, size = slice(begin * group, end * group), (end - begin) * group * mask.end
+        for (begin, end), mask in zip(blocks, masks(spec.window), strict=True):
+            lanes, seen = slice(begin * group, end * group), slice(mask.first, mask.end)
+            size = (end - begin) * group * (mask.end - mask.first)
             for head in range(kv_heads):
-                columns = keys[head, :, : mask.end]
-                exact = attention_weights(query[head, lanes], columns, mask, scaling, dtype, logits[:size])
+                own_sinks = None if sinks is None else sinks[head]
+                exact = attention_weights(
+                    query[head, lanes], keys[head, :, seen], mask, spec, dtype, own_sinks, logits[:size]
+                )
                 rounded = weights[:size].view_as(exact).copy_(exact)
-                block_out = torch.mm(rounded, values[head, : mask.end])
+                block_out = torch.mm(rounded, values[head, seen])
                 out_by_kv_head[begin:end, head] = block_out.view(end - begin, group, -1)
         return out
 
     return attend
 
 
-def _exact(request: RequestRows, heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
+def _exact(request: RequestRows, heads: int, kv_heads: int) -> RowAttentionFn:
     """PyTorch's fused attention, bit-equal to the same rows of one causal attention over the whole prompt.
 
     PyTorch's CPU kernel sums the context in blocks of 512, and its matrix products round by their shape. So the context
@@ -85,7 +108,7 @@ def _exact(request: RequestRows, heads: int, kv_heads: int, dtype: torch.dtype) 
     whole = int((kv_lens <= prompt - last).sum()) if last < SDPA_ROW_UNIT else rows
     cuts = [*range(0, whole, EXACT_ROWS_PER_BLOCK), *range(whole, rows, EXACT_ROWS_PER_BLOCK), rows]
 
-    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         out = torch.empty_like(query)
         keys, values = keys.movedim(0, 1).unsqueeze(0), values.movedim(0, 1).unsqueeze(0)
         for begin, end in pairwise(cuts):
@@ -95,12 +118,16 @@ def _exact(request: RequestRows, heads: int, kv_heads: int, dtype: torch.dtype) 
             )
             context = int(block_kv_lens[-1])
             context = min(context + -context % SDPA_CONTEXT_BLOCK, prompt)
+            columns = torch.arange(context, device=kv_lens.device)
+            seen = columns < block_kv_lens[:, None]
+            if spec.window is not None:
+                seen &= columns >= block_kv_lens[:, None] - 1 - spec.window
             block_out = scaled_dot_product_attention(
                 block.movedim(0, 1).unsqueeze(0),
                 keys[:, :, :context],
                 values[:, :, :context],
-                attn_mask=torch.arange(context, device=kv_lens.device) < block_kv_lens[:, None],
-                scale=scaling,
+                attn_mask=seen,
+                scale=spec.scaling,
                 enable_gqa=heads != kv_heads,
             )
             out[begin:end] = block_out[0].movedim(0, 1)[: end - begin]
@@ -121,7 +148,7 @@ class TorchProbeAttention(ProbeAttention):
         probes = [_RequestProbe(request) for request in requests]
 
         def attend(
-            query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None
+            query: torch.Tensor, own: KV, pools: KV, spec: AttentionSpec, scores: torch.Tensor | None
         ) -> torch.Tensor:
             out, begin = torch.empty_like(query), 0
             keys, values = own
@@ -129,7 +156,7 @@ class TorchProbeAttention(ProbeAttention):
                 rows = slice(probe.request.begin, probe.request.end)
                 context = slice(begin, begin + len(probe.request.context_slots))
                 request_scores = None if scores is None else scores[context]
-                out[rows] = probe.attend(query[rows], (keys[rows], values[rows]), pools, scaling, request_scores)
+                out[rows] = probe.attend(query[rows], (keys[rows], values[rows]), pools, spec, request_scores)
                 begin = context.stop
             return out
 
@@ -139,37 +166,41 @@ class TorchProbeAttention(ProbeAttention):
 @dataclass(slots=True)
 class _RequestProbe:
     request: ProbeRows
-    _mask: CausalMask = field(init=False)
+    _masks: dict[int | None, Mask] = field(default_factory=dict)
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        slots, rows = self.request.context_slots, self.request.end - self.request.begin
-        self._mask = causal_mask(torch.arange(1, rows + 1, device=slots.device) + len(slots))
-
     def attend(
-        self, query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None
+        self, query: torch.Tensor, own: KV, pools: KV, spec: AttentionSpec, scores: torch.Tensor | None
     ) -> torch.Tensor:
         rows, heads, dim = query.shape
-        slots, kv_heads = self.request.context_slots, own[0].shape[1]
-        context, total = len(slots), len(slots) + rows
-        # The request's context, followed by its own rows.
-        keys, values = (self._buffer(name, total, x[:0]) for name, x in zip("kv", own, strict=True))
+        kv_heads, mask = own[0].shape[1], self._mask(spec.window)
+        slots, context = self.request.context_slots[mask.first :], len(self.request.context_slots)
+        known, total = len(slots), mask.end - mask.first
+        # The part of the request's context that is seen, followed by its own rows.
+        keys, values = (self._buffer(name, context + rows, x[:0])[:total] for name, x in zip("kv", own, strict=True))
         for gathered, pool, fresh in zip((keys, values), pools, own, strict=True):
-            torch.index_select(pool, 0, slots, out=gathered[:context])
-            gathered[context:] = fresh
-        size = heads // kv_heads * rows * total
-        logits = self._buffer("logits", size, torch.empty(0, device=query.device))
-        rounded = self._buffer("weights", size, query.new_empty(0))
+            torch.index_select(pool, 0, slots, out=gathered[:known])
+            gathered[known:] = fresh
+        size = heads // kv_heads * rows
+        logits = self._buffer("logits", size * (context + rows), torch.empty(0, device=query.device))[: size * total]
+        rounded = self._buffer("weights", size * (context + rows), query.new_empty(0))[: size * total]
         out = torch.empty_like(query)
         out_by_kv_head = out.view(rows, kv_heads, -1, dim)
+        sinks = None if spec.sinks is None else spec.sinks.view(kv_heads, -1)
         queries, columns, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
         for head in range(kv_heads):
-            weights = attention_weights(queries[head], columns[head], self._mask, scaling, query.dtype, logits)
+            own_sinks = None if sinks is None else sinks[head]
+            weights = attention_weights(queries[head], columns[head], mask, spec, query.dtype, own_sinks, logits)
             head_out = torch.mm(rounded.view_as(weights).copy_(weights), values[head])
             out_by_kv_head[:, head] = head_out.view(rows, -1, dim)
             if scores is not None:
-                scores += relevance(weights, rows, values[head])[:context]
+                scores[mask.first :] += relevance(weights, rows, values[head])[:known]
         return out
+
+    def _mask(self, window: int | None) -> Mask:
+        if window not in self._masks:
+            self._masks[window] = probe_mask(self.request.context_pos, self.request.row_pos, window)
+        return self._masks[window]
 
     def _buffer(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
         """Memory for ``count`` rows shaped like those of ``like``; reused by all layers."""

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
-from a3_sglang.attention.base import ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention, RowAttentionFn
+from a3_sglang.attention.base import (
+    KV,
+    AttentionSpec,
+    ProbeAttention,
+    ProbeFn,
+    ProbeRows,
+    RequestRows,
+    RowAttention,
+    RowAttentionFn,
+)
 
 
 class TritonRowAttention(RowAttention):
@@ -20,7 +29,12 @@ class TritonRowAttention(RowAttention):
 
         counts, slots = [r.end - r.begin for r in requests], [r.slots for r in requests]
         tiles = make_tiles(counts, slots, [r.kv_lens for r in requests], heads // kv_heads)
-        return lambda query, keys, values, scaling: row_attention(query, keys, values, tiles, scaling)
+
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+            spec.check_plain("the kernel for row attention")
+            return row_attention(query, keys, values, tiles, spec.scaling)
+
+        return attend
 
 
 class TritonProbeAttention(ProbeAttention):
@@ -32,4 +46,11 @@ class TritonProbeAttention(ProbeAttention):
 
         counts, slots = [r.end - r.begin for r in requests], [r.context_slots for r in requests]
         layout = make_layout(counts, slots, heads, kv_heads)
-        return lambda query, own, pools, scaling, scores: probe_attention(query, *own, *pools, layout, scaling, scores)
+
+        def attend(
+            query: torch.Tensor, own: KV, pools: KV, spec: AttentionSpec, scores: torch.Tensor | None
+        ) -> torch.Tensor:
+            spec.check_plain("the kernel for the probe's attention")
+            return probe_attention(query, *own, *pools, layout, spec.scaling, scores)
+
+        return attend

@@ -96,7 +96,7 @@ def _device() -> Check:
 
 
 def _model(model: str) -> list[Check]:
-    from a3_sglang.integration.support import model_refusal, rope_type
+    from a3_sglang.integration.support import model_refusal, rope_types
 
     name = f"model {Path(model).name}"
     try:
@@ -113,7 +113,7 @@ def _model(model: str) -> list[Check]:
     size = 2 * config.num_hidden_layers * heads * dim * config.dtype.itemsize
     return [
         Check(name, True, f"{', '.join(config.hf_config.architectures)}: supported"),
-        Check("RoPE", True, f"{rope_type(text)}, checked against the keys at start"),
+        Check("RoPE", True, f"{', '.join(sorted(rope_types(text)))}, checked against the keys at start"),
         Check(
             "KV", True, f"{config.num_hidden_layers} layers, {heads} heads of {dim}: {size / 1024:.1f} KiB per token"
         ),

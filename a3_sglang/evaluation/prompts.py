@@ -66,6 +66,7 @@ class Writer:
     def __init__(self, tokenizer: Any, passages: int, passage_tokens: int, seed: int, shape: str = "last") -> None:
         self._shape = shape
         self._tokenizer, self._passages, self._length, self._seed = tokenizer, passages, passage_tokens, seed
+        self._first: list[int] = []
         text = f"{INSTRUCTION}\n\n{_MARK}"
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": _MARK}]
@@ -73,6 +74,8 @@ class Writer:
             messages += [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
             turns = tokenizer.apply_chat_template(messages, tokenize=False)
         else:
+            # Base models may depend on their first token; chat templates write it themselves.
+            self._first = list(tokenizer("").input_ids)
             text += "\nAnswer:"
             turns = f"{_ANSWER}\n\n{_NEXT}"
         self._before, self._after = text.split(_MARK)
@@ -91,7 +94,7 @@ class Writer:
         chooser = random.Random(f"{self._seed} {number}")
         chunks = self._chunks(questions[number], self._passages, chooser)
         foreign = self._chunks(questions[(number + 1) % len(questions)], FOREIGN, chooser)
-        begin, after = self.ids(self._before), self.ids(self._after)
+        begin, after = [*self._first, *self.ids(self._before)], self.ids(self._after)
         if self._shape == "new":
             # Passages of one question share text, so its own are new in one case and the others in the next.
             chunks[1::2] = self._chunks(questions[(number + 2) % len(questions)], len(chunks) // 2, chooser)

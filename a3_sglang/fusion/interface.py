@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from a3_sglang.attention.base import AttentionSpec
 from a3_sglang.rope import RopeTable
 
 
@@ -25,7 +26,7 @@ class AttentionHook(ABC):
 
     @abstractmethod
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         """Attention of a pass's rows at one layer.
 
@@ -34,7 +35,7 @@ class AttentionHook(ABC):
             query: (rows, heads, head_dim), after RoPE.
             key: (rows, kv_heads, head_dim), the rows' own, after RoPE.
             value: like ``key``.
-            scaling: factor of the logits.
+            spec: how the layer attends.
 
         Returns:
             (rows, heads, head_dim).
@@ -51,12 +52,14 @@ class Model(ABC):
         depth: number of layers.
         keys, values: the KV pool of each layer, (slots, kv_heads, head_dim).
         ropes: rotary table by layer; layers may share one.
+        windows: how many positions before its own a row attends to, by layer; None: to all of them.
     """
 
     depth: int
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     ropes: Mapping[int, RopeTable]
+    windows: Sequence[int | None]
 
     @abstractmethod
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from a3_sglang.attention.base import ProbeFn, ProbeRows, RequestRows, RowAttentionFn
+from a3_sglang.attention.base import AttentionSpec, ProbeFn, ProbeRows, RequestRows, RowAttentionFn
 from a3_sglang.drift.correction import DriftCorrection
 from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.fusion.ops import Ops
@@ -27,13 +27,13 @@ class ProbePass(AttentionHook):
         model: runs the pass.
         ops: how questions attend.
         requests: one question each; the size of the probe is noted on them.
-        layers: whose attention is read.
+        layers: whose attention is read, ascending.
 
     Attributes:
         tokens, positions: int64 (rows,), of the pass.
     """
 
-    def __init__(self, model: Model, ops: Ops, requests: Sequence[FusionRequest], layers: range) -> None:
+    def __init__(self, model: Model, ops: Ops, requests: Sequence[FusionRequest], layers: Sequence[int]) -> None:
         self._model, self._ops = model, ops
         self._requests, self._layers = requests, layers
         self._known_pos, self._questions, tokens, positions, row = [], [], [], [], 0
@@ -41,13 +41,14 @@ class ProbePass(AttentionHook):
             device, end = request.slots.device, len(request.tokens)
             asked = [request.tokens[start:stop] for start, stop in question_ranges(request.plan, end, request.question)]
             rows = sum(map(len, asked))
-            request.probed_rows, request.probed_layers = rows, layers.stop
+            request.probed_rows, request.probed_layers = rows, layers[-1] + 1
             prefix_pos = torch.arange(request.plan.prefix, device=device)
             known_pos = torch.cat([prefix_pos, request.reused_rows().positions])
             self._known_pos.append(known_pos)
-            self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos]))
+            row_pos = torch.arange(end - rows, end, device=device)
+            self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos], known_pos, row_pos))
             tokens += asked
-            positions.append(torch.arange(end - rows, end, device=device))
+            positions.append(row_pos)
             row += rows
         self.tokens = torch.cat(tokens)
         self.positions = torch.cat(positions)
@@ -55,12 +56,12 @@ class ProbePass(AttentionHook):
         self._run: ProbeFn | None = None
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         if self._run is None:
             self._run = self._ops.probe_attention.plan(self._questions, query.shape[1], key.shape[1])
         pools = self._model.keys[layer], self._model.values[layer]
-        out = self._run(query, (key, value), pools, scaling, self._relevance if layer in self._layers else None)
+        out = self._run(query, (key, value), pools, spec, self._relevance if layer in self._layers else None)
         if layer == self._layers[-1]:
             raise StopForward
         return out
@@ -95,7 +96,7 @@ class DenseLayersPass(AttentionHook):
         self._next_pos = request.plan.prefix
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         request, begin, end = self._request, self._next_pos, self._next_pos + len(query)
         context = max(min(request.plan.end - begin, len(query)), 0)
@@ -115,7 +116,7 @@ class DenseLayersPass(AttentionHook):
         kv_lens = torch.arange(begin, end, device=query.device) + 1
         group = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), kv_lens, True)
         run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
-        return run(query, keys, values, scaling)
+        return run(query, keys, values, spec)
 
     def last_layer(self) -> DenseLayer:
         """The last of the layers, once all slices have run."""
@@ -166,7 +167,7 @@ class RecomputePass(AttentionHook):
         self._run: RowAttentionFn | None = None
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         keys, values = self._model.keys[layer], self._model.values[layer]
         if layer:  # KV of layer 0 does not depend on the context, so it has no drift.
@@ -176,22 +177,22 @@ class RecomputePass(AttentionHook):
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
         if layer == self._model.depth - 1 and self._recomputed:
-            return self._attend_last(query, keys, values, scaling)
+            return self._attend_last(query, keys, values, spec)
         if self._run is None:
             first = self._first_row
             moved = [replace(rows, begin=rows.begin + first, end=rows.end + first) for rows in self._extend]
             self._run = self._plan([*self._recomputed, *moved], query, keys)
-        return self._run(query, keys, values, scaling)
+        return self._run(query, keys, values, spec)
 
     def _attend_last(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         """Attention of the extend's rows only; zero for the slices."""
         if not self._extend:
             raise StopForward
         out = torch.zeros_like(query)
         own = query[self._first_row :]
-        out[self._first_row :] = self._plan(self._extend, query, keys)(own, keys, values, scaling)
+        out[self._first_row :] = self._plan(self._extend, query, keys)(own, keys, values, spec)
         return out
 
     def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> RowAttentionFn:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from a3_sglang.attention.base import RequestRows
+from a3_sglang.attention.base import AttentionSpec, RequestRows
 from a3_sglang.fusion.executor import Executor
-from a3_sglang.fusion.interface import UnsupportedModelError
+from a3_sglang.fusion.interface import AttentionHook, Model, UnsupportedModelError
 from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.plan import QUESTION_TOKENS, make_plan
@@ -20,6 +20,8 @@ from a3_sglang.selectors.full import Full
 from a3_sglang.timing import Timings
 
 DONOR, GAP, RATIO = 160, 5, 0.15
+KEYS_CHECKED = 64
+"""Tokens whose keys are compared at two positions."""
 
 
 class SyntheticPrefill:
@@ -87,9 +89,10 @@ def warm_up(executor: Executor, selector: Selector) -> FusionRequest:
         The request that ran.
 
     Raises:
-        UnsupportedModelError: a token's keys at two positions do not differ by the rotation between them.
+        UnsupportedModelError: see :func:`check_keys`.
         Exception: any other failure; unlike for a request, there is no fallback.
     """
+    check_keys(executor.model)
     prefill = SyntheticPrefill(executor, selector)
     prefill.copy()
     full = replace(prefill.request, selector=Full())
@@ -97,25 +100,41 @@ def warm_up(executor: Executor, selector: Selector) -> FusionRequest:
         # Rows are recomputed in separate passes or in that of the tail: run both ways.
         for room in (0, executor.slice_rows):
             prefill.fuse(request, room)
-    _check_keys(executor, full)
     return prefill.request
 
 
-def _check_keys(executor: Executor, request: FusionRequest) -> None:
-    """Check how the model rotates keys: those of layer 0 depend on token and position alone.
+class _OwnKeys(AttentionHook):
+    """Each row attends to itself only, so what a layer gets does not depend on positions; keeps the layers' keys."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+    ) -> torch.Tensor:
+        self.keys.append(key.clone())
+        return value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+
+def check_keys(model: Model) -> None:
+    """Check how the model rotates keys: the same tokens at two positions, without any context, in every layer.
 
     Raises:
-        UnsupportedModelError: keys of equal tokens do not differ by the rotation between their positions.
+        UnsupportedModelError: in some layer the keys do not differ by the rotation between the positions.
     """
-    keys, rope = executor.model.keys[0], executor.model.ropes[0]
-    order = request.tokens[: request.plan.end].sort(stable=True)
-    same = (order.values[1:] == order.values[:-1]).nonzero().squeeze(1)
-    old_pos, new_pos = order.indices[same], order.indices[same + 1]
-    rotated = rotate(keys[request.slots[old_pos]], *rope.rotation(old_pos, new_pos), rope.neox).float()
-    expected = keys[request.slots[new_pos]].float()
-    error = (rotated - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    # Rounding of both stored keys and of the rotated one.
-    if not bool((error < 8 * torch.finfo(keys.dtype).eps).all()):
-        raise UnsupportedModelError(
-            f"the keys that reach the model's attention do not follow its RoPE (off by {float(error.max()):.3g})"
-        )
+    generator, device = torch.Generator().manual_seed(0), model.keys[0].device
+    tokens = torch.randint(0, 100, (KEYS_CHECKED,), generator=generator).to(device)
+    reach = min(rope.cos_sin.shape[0] for rope in model.ropes.values())
+    old_pos, new_pos = torch.randint(0, reach, (2, KEYS_CHECKED), generator=generator).to(device)
+    old, new = _OwnKeys(), _OwnKeys()
+    model.forward(tokens, old_pos, old)
+    model.forward(tokens, new_pos, new)
+    for layer, (key, expected) in enumerate(zip(old.keys, new.keys, strict=True)):
+        rope = model.ropes[layer]
+        rotated, expected = rotate(key, *rope.rotation(old_pos, new_pos), rope.neox).float(), expected.float()
+        error = (rotated - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        # Rounding of both keys and of the rotated one.
+        if not bool((error < 8 * torch.finfo(key.dtype).eps).all()):
+            raise UnsupportedModelError(
+                f"the keys with which layer {layer} attends do not follow its RoPE (off by {float(error.max()):.3g})"
+            )

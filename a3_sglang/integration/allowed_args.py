@@ -79,6 +79,7 @@ ALLOWED = frozenset(
         "torch_compile_max_bs",
         # size and eviction of the KV pool; releasing its memory flushes the cache first
         "mem_fraction_static",
+        "disable_hybrid_swa_memory",
         "max_total_tokens",
         "max_running_requests",
         "max_queued_requests",

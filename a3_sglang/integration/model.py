@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+from a3_sglang.attention.base import AttentionSpec
 from a3_sglang.fusion.interface import AttentionHook, Model, StopForward, UnsupportedModelError
 from a3_sglang.integration import compat
 from a3_sglang.integration.model_checks import (
+    attention_by_layer,
+    check_backend,
     check_rotation,
     check_stack,
-    query_heads,
     rotary_by_layer,
+    window_of,
 )
 from a3_sglang.rope import RopeTable
 
@@ -30,8 +33,6 @@ class SGLangModel(Model):
         UnsupportedModelError: its KV cannot be fused.
     """
 
-    _check_key: Callable[[int, torch.Tensor], None] | None = None
-
     def __init__(self, runner: Any) -> None:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -39,10 +40,12 @@ class SGLangModel(Model):
         pool = runner.token_to_kv_pool
         if type(pool) is not MHATokenToKVPool:
             raise UnsupportedModelError(f"the KV pool {type(pool).__name__} is not supported (only plain MHA and GQA)")
-        rotary = self._rotary = rotary_by_layer(runner.model)
+        attentions, rotary = attention_by_layer(runner.model), rotary_by_layer(runner.model)
         check_stack(runner.model)
+        check_backend(attentions, runner.server_args.attention_backend)
         self.depth = len(rotary)
-        self.heads = query_heads(runner.model)
+        self.heads = int(attentions[0].tp_q_head_num)
+        self.windows = [window_of(attentions[layer]) for layer in range(self.depth)]
         self.keys = [pool.get_key_buffer(layer) for layer in range(self.depth)]
         self.values = [pool.get_value_buffer(layer) for layer in range(self.depth)]
         dtype = self.keys[0].dtype
@@ -111,47 +114,19 @@ class SGLangModel(Model):
         if hooks and passes != 1:
             raise RuntimeError(f"rows to recompute went through the model {passes} times, not once")
 
-    @contextmanager
-    def checking_keys(self) -> Iterator[None]:
-        """A context in which every layer must attend with the keys that its rotary module returned.
-
-        Raises:
-            UnsupportedModelError: a layer does not; the message names it.
-        """
-        returned: dict[int, torch.Tensor] = {}
-
-        def rotated(module: Any, _args: Any, out: Any) -> None:
-            returned[id(module)] = out[1].detach().clone()
-
-        def check(layer: int, key: torch.Tensor) -> None:
-            expected = returned.pop(id(self._rotary[layer]), None)
-            if expected is None:
-                raise UnsupportedModelError(f"layer {layer} attends with keys that RoPE was not applied to")
-            if not torch.equal(key.flatten(1), expected.flatten(1)):
-                raise UnsupportedModelError(f"layer {layer} changes its keys after RoPE")
-
-        hooks = [module.register_forward_hook(rotated) for module in {id(m): m for m in self._rotary.values()}.values()]
-        self._check_key = check
-        try:
-            yield
-        finally:
-            self._check_key = None
-            for hook in hooks:
-                hook.remove()
-
     def _attention(self, attend: AttentionHook) -> Any:
         """A context in which the model's layers attend through ``attend``."""
 
-        def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> Any:
-            if self._check_key is not None:
-                self._check_key(layer.layer_id, k)
+        def forward(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, sinks: torch.Tensor | None
+        ) -> torch.Tensor:
             heads, kv_heads, dim = layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
             out = attend.attend(
                 layer.layer_id,
                 q.view(-1, heads, dim),
                 k.view(-1, kv_heads, dim),
                 v.view(-1, kv_heads, dim),
-                layer.scaling,
+                AttentionSpec(layer.scaling, self.windows[layer.layer_id], layer.logit_cap, sinks),
             )
             return out.reshape(-1, heads * dim)
 

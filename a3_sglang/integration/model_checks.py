@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,44 +22,76 @@ ROTARY_CLASSES = frozenset(
 """Rotary modules whose angles depend only on the position."""
 
 
-def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
-    """The rotary module of every attention layer, by layer number from 0.
+def attention_by_layer(model: torch.nn.Module) -> dict[int, Any]:
+    """SGLang's attention module of every layer, by layer number from 0.
 
     Raises:
-        UnsupportedModelError: a layer has none, one of an unknown kind, or attends in a way that is not plain
-            causal attention.
+        UnsupportedModelError: a layer attends in a way that a3 does not know.
     """
-    from sglang.srt.layers.radix_attention import RadixAttention
-
     found: dict[int, Any] = {}
-    for name, module in model.named_modules():
-        for attention in (child for child in module.children() if isinstance(child, RadixAttention)):
-            rotary = getattr(module, "rotary_emb", None)
-            if rotary is None:
-                raise UnsupportedModelError(f"{name} has attention but no rotary module")
-            kind = type(rotary).__name__
-            if kind not in ROTARY_CLASSES:
-                raise UnsupportedModelError(
-                    f"RoPE of type {kind} is not supported ({', '.join(sorted(ROTARY_CLASSES))})"
-                )
-            if attention.sliding_window_size > -1:
-                raise UnsupportedModelError(f"{name} has a sliding window of {attention.sliding_window_size} tokens")
-            if attention.logit_cap:
-                raise UnsupportedModelError(f"{name} caps its logits")
-            kind = getattr(attention.attn_type, "value", attention.attn_type)
-            if kind != "decoder":
-                raise UnsupportedModelError(f"{name} attends in another way than causally ({kind})")
-            encoding = getattr(attention, "pos_encoding_mode", "NONE")
-            if encoding != "NONE" or getattr(attention, "use_irope", False):
-                raise UnsupportedModelError(f"{name} encodes positions in its attention ({encoding})")
-            if getattr(attention, "xai_temperature_len", -1) > 0:
-                raise UnsupportedModelError(f"{name} scales its logits by position")
-            if attention.is_cross_attention or attention.qk_head_dim != attention.v_head_dim:
-                raise UnsupportedModelError(f"{name} is not plain self-attention")
-            found[attention.layer_id] = rotary
+    for name, attention in _attentions(model):
+        kind = getattr(attention.attn_type, "value", attention.attn_type)
+        if kind != "decoder":
+            raise UnsupportedModelError(f"{name} attends in another way than causally ({kind})")
+        encoding = getattr(attention, "pos_encoding_mode", "NONE")
+        if encoding != "NONE" or getattr(attention, "use_irope", False):
+            raise UnsupportedModelError(f"{name} encodes positions in its attention ({encoding})")
+        if getattr(attention, "xai_temperature_len", -1) > 0:
+            raise UnsupportedModelError(f"{name} scales its logits by position")
+        method = getattr(attention, "logit_capping_method", "tanh")
+        if attention.logit_cap and method != "tanh":
+            raise UnsupportedModelError(f"{name} caps its logits by {method}")
+        if attention.is_cross_attention or attention.qk_head_dim != attention.v_head_dim:
+            raise UnsupportedModelError(f"{name} is not plain self-attention")
+        found[attention.layer_id] = attention
     if not found or sorted(found) != list(range(len(found))):
         raise UnsupportedModelError("no plain stack of attention layers was found in the model")
     return found
+
+
+def rotary_by_layer(model: torch.nn.Module) -> dict[int, Any]:
+    """The rotary module of every attention layer, by layer number.
+
+    Raises:
+        UnsupportedModelError: a layer has none, or one of an unknown kind.
+    """
+    parents, found = dict(model.named_modules()), {}
+    for name, attention in _attentions(model):
+        rotary = getattr(parents[name], "rotary_emb", None)
+        if rotary is None:
+            raise UnsupportedModelError(f"{name} has attention but no rotary module")
+        kind = type(rotary).__name__
+        if kind not in ROTARY_CLASSES:
+            raise UnsupportedModelError(f"RoPE of type {kind} is not supported ({', '.join(sorted(ROTARY_CLASSES))})")
+        found[attention.layer_id] = rotary
+    return found
+
+
+def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """SGLang's attention modules, each with the name of the module that it belongs to."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    for name, module in model.named_modules():
+        yield from ((name, child) for child in module.children() if isinstance(child, RadixAttention))
+
+
+def window_of(attention: Any) -> int | None:
+    """How many positions before its own a row of this layer attends to; None: to all of them."""
+    size = attention.sliding_window_size
+    return int(size) if size is not None and size > -1 else None
+
+
+def check_backend(attentions: Mapping[int, Any], backend: str | None) -> None:
+    """Check that SGLang's own attention, which computes prompts and answers, does what the layers ask for.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    capped = [layer for layer, attention in attentions.items() if attention.logit_cap]
+    if capped and backend == "torch_native":
+        raise UnsupportedModelError(
+            f"layer {capped[0]} caps its logits, which --attention-backend torch_native ignores; use another one"
+        )
 
 
 def check_stack(model: torch.nn.Module) -> None:
@@ -79,13 +112,6 @@ def check_stack(model: torch.nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(stack).__name__}.forward takes ({', '.join(names)}, ...), not (input_ids, positions, forward_batch)"
         )
-
-
-def query_heads(model: torch.nn.Module) -> int:
-    """Query heads of the first layer."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    return int(next(layer.tp_q_head_num for layer in model.modules() if isinstance(layer, RadixAttention)))
 
 
 def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:

@@ -34,8 +34,6 @@ def create_cache(context: Any) -> Any:
     """
     options = server_options()
     reason = refusal(context.server_args, context.model_config, options)
-    if reason is None and context.is_hybrid_swa:
-        reason = "models with sliding-window attention are not supported"
     if reason is None and context.is_hybrid_ssm:
         reason = "models with recurrent layers are not supported"
     if reason is not None:
@@ -102,8 +100,7 @@ def _warm_up(executor: Executor, model: SGLangModel, options: ServerOptions) -> 
     """Run everything that requests will need; returns the cost of a fusion besides its own rows, in rows."""
     selector = make_selector(options.selector)
     try:
-        with model.checking_keys():
-            warm_up(executor, selector)
+        warm_up(executor, selector)
         if isinstance(options.overhead, int):
             return options.overhead
         return overhead_rows(executor, selector) if options.min_saving else 0

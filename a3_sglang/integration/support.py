@@ -64,10 +64,11 @@ def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str 
         model_config: SGLang's ModelConfig.
         options: a3's own options.
     """
+    wrong = _known_wrong(server_args) or _window_pool(model_config)
     if options.mode == "observe":
-        return _known_wrong(server_args)
+        return wrong
     return (
-        _known_wrong(server_args)
+        wrong
         or _wrong_kv_dtype(server_args, model_config)
         or _depends_on_traffic(server_args, options)
         or model_refusal(model_config)
@@ -91,6 +92,15 @@ def _known_wrong(server_args: Any) -> str | None:
             if given[name] != known[name]:
                 return f"{_flag(name)}: {feature.reason}"
     return None
+
+
+def _window_pool(model_config: Any) -> str | None:
+    if not getattr(model_config, "is_hybrid_swa", False):
+        return None
+    return (
+        "layers with a sliding window have a KV pool of their own, from which SGLang frees what is outside the window; "
+        "add --disable-hybrid-swa-memory"
+    )
 
 
 def _wrong_kv_dtype(server_args: Any, model_config: Any) -> str | None:
@@ -153,11 +163,13 @@ def _flag(name: str) -> str:
     return "--" + _CLI_NAMES.get(name, name).strip("_").replace("_", "-")
 
 
-def rope_type(text_config: Any) -> str:
-    """The model's RoPE type, by its name in config.json."""
-    rope = getattr(text_config, "rope_scaling", None) or getattr(text_config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
-    return str(kind)
+def rope_types(text_config: Any) -> set[str]:
+    """The model's RoPE types, as named in config.json; layers with and without a window may have different ones."""
+    rope = getattr(text_config, "rope_scaling", None) or getattr(text_config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return {"default"}
+    by_kind_of_layer = [part for part in rope.values() if isinstance(part, dict)]
+    return {str(part.get("rope_type", part.get("type", "default"))) for part in by_kind_of_layer or [rope]}
 
 
 def model_refusal(model_config: Any) -> str | None:
@@ -167,12 +179,8 @@ def model_refusal(model_config: Any) -> str | None:
         return "multimodal models are not supported (their positions are not one number per token)"
     if getattr(getattr(model_config, "attention_arch", None), "name", "") == "MLA":
         return "multi-head latent attention (MLA) is not supported"
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True):
-        return f"sliding-window attention is not supported (sliding_window={window})"
-    kind = rope_type(text)
-    if kind not in SUPPORTED_ROPE:
-        return f"RoPE of type {kind!r} is not supported (only {', '.join(SUPPORTED_ROPE)})"
+    if unknown := sorted(rope_types(text) - set(SUPPORTED_ROPE)):
+        return f"RoPE of type {unknown[0]!r} is not supported (only {', '.join(SUPPORTED_ROPE)})"
     if not getattr(model_config, "is_generation", True):
         return "embedding and reward models are not supported"
     return None

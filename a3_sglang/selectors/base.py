@@ -47,10 +47,19 @@ class ProbeLayers:
     first: float
     last: float
 
-    def layers(self, depth: int) -> range:
-        """The layers of the band, at least one, in a model of ``depth`` layers."""
+    def layers(self, windows: Sequence[int | None]) -> tuple[int, ...]:
+        """The layers of the band, at least one, ascending.
+
+        Layers with a sliding window are left out if the band has others: from the end of a prompt they see little of
+        it.
+
+        Args:
+            windows: of each layer of the model; None if it attends to all positions.
+        """
+        depth = len(windows)
         begin = int(self.first * depth)
-        return range(begin, max(begin + 1, int(self.last * depth)))
+        band = range(begin, max(begin + 1, int(self.last * depth)))
+        return tuple(layer for layer in band if windows[layer] is None) or tuple(band)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from a3_sglang.attention.base import ProbeRows, RequestRows
+from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
 from a3_sglang.drift.correction import correct_drift
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.rope import rotate
@@ -16,20 +16,20 @@ def errors(small: bool) -> dict[str, float]:
     """Relative error of each kernel against float64 on fresh random inputs."""
     ops, context = TritonOps(), 200 if small else 1500
     case = Case(context, 0.15, layers=2, seed=torch.seed() % 2**31)
-    group, found = HEADS // KV_HEADS, {}
+    group, spec, found = HEADS // KV_HEADS, AttentionSpec(DIM**-0.5), {}
     k, v = (pool[0][case.slots] for pool in (case.keys, case.values))
 
     attend = ops.row_attention.plan(
         [RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)], HEADS, KV_HEADS, DTYPE
     )
-    out = attend(case.query, case.keys[0], case.values[0], DIM**-0.5)
+    out = attend(case.query, case.keys[0], case.values[0], spec)
     weights = weights64(case.query, k, case.rows + 1)
     v64 = v.double().repeat_interleave(group, 1)
     found["row attention"] = relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
 
-    probe = ops.probe_attention.plan([ProbeRows(0, PROBE_ROWS, case.slots)], HEADS, KV_HEADS)
+    probe = ops.probe_attention.plan([ProbeRows.after(case.slots, PROBE_ROWS)], HEADS, KV_HEADS)
     scores = torch.zeros(context, device=DEVICE)
-    out = probe(case.probe, case.own, (case.keys[0], case.values[0]), DIM**-0.5, scores)
+    out = probe(case.probe, case.own, (case.keys[0], case.values[0]), spec, scores)
     all_k, all_v = (torch.cat([x, own]) for x, own in zip((k, v), case.own, strict=True))
     weights = weights64(case.probe, all_k, torch.arange(PROBE_ROWS, device=DEVICE) + context + 1)
     v64 = all_v.double().repeat_interleave(group, 1)

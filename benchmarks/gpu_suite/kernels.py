@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from a3_sglang.attention.base import ProbeRows, RequestRows
+from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
 from a3_sglang.attention.flashinfer import FlashInferRowAttention
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.kernels.row_attention import TileShape, make_tiles, row_attention
@@ -33,16 +33,16 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
         took = milliseconds(run)
         rows.append({"kernel": name, "context": context, "ms": took, "floor_ms": floor, "of_floor": floor / took})
 
-    pools = ops.pools(case.keys, case.values)
+    pools, spec = ops.pools(case.keys, case.values), AttentionSpec(DIM**-0.5)
     moved = 2 * context * row_bytes * layers
     add("copy, all layers", lambda: ops.copy(pools, case.slots, case.other, case.rotation, True), moved, 0)
 
-    probe = ops.probe_attention.plan([ProbeRows(0, PROBE_ROWS, case.slots)], HEADS, KV_HEADS)
+    probe = ops.probe_attention.plan([ProbeRows.after(case.slots, PROBE_ROWS)], HEADS, KV_HEADS)
     scores, pair = torch.zeros(context, device=DEVICE), (case.keys[0], case.values[0])
     operations = 4 * PROBE_ROWS * HEADS * DIM * context
-    add("probe", lambda: probe(case.probe, case.own, pair, DIM**-0.5, None), context * row_bytes, operations)
+    add("probe", lambda: probe(case.probe, case.own, pair, spec, None), context * row_bytes, operations)
     ranked = context * row_bytes * 3 / 2, operations * 3 / 2
-    add("probe and relevance", lambda: probe(case.probe, case.own, pair, DIM**-0.5, scores), *ranked)
+    add("probe and relevance", lambda: probe(case.probe, case.own, pair, spec, scores), *ranked)
 
     correction = case.correction()
     width = correction.predictor.key_weights.shape[2]
@@ -60,13 +60,13 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     """Our kernel with several tile shapes, and FlashInfer's ways to compute the same rows on a GPU."""
     count, context = len(case.rows), len(case.slots)
     request = RequestRows(0, count, case.slots, case.rows + 1, False)
-    scaling, pair = DIM**-0.5, (case.keys[0], case.values[0])
+    spec, pair = AttentionSpec(DIM**-0.5), (case.keys[0], case.values[0])
     attend = TritonOps().row_attention.plan([request], HEADS, KV_HEADS, DTYPE)
-    ways: list[tuple[str, Callable[[], Any]]] = [("row attention", lambda: attend(case.query, *pair, scaling))]
+    ways: list[tuple[str, Callable[[], Any]]] = [("row attention", lambda: attend(case.query, *pair, spec))]
     for shape in TILE_SHAPES:
         tiles = make_tiles([count], [case.slots], [case.rows + 1], HEADS // KV_HEADS, shape)
         name = f"  {shape.block_m} x {shape.block_n}, warps {shape.num_warps}, stages {shape.num_stages}"
-        ways.append((name, lambda tiles=tiles: row_attention(case.query, *pair, tiles, scaling)))
+        ways.append((name, lambda tiles=tiles: row_attention(case.query, *pair, tiles, spec.scaling)))
     if DEVICE == "cpu":
         return ways
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -93,7 +93,7 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
 
     def masked() -> Callable[[], Any]:
         planned = FlashInferRowAttention(DEVICE).plan([request], HEADS, KV_HEADS, DTYPE)
-        return lambda: planned(case.query, *pair, scaling)
+        return lambda: planned(case.query, *pair, spec)
 
     positions = case.rows.tolist()
     starts = [i for i, p in enumerate(positions) if not i or p != positions[i - 1] + 1]

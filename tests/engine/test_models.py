@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, Any] = {
     "context_length": 4096,
 }
 REFUSED = {
+    "Gemma-2": r"RefusedError: .*caps its logits, which --attention-backend torch_native ignores",
     "GPT-NeoX": r"RefusedError: .*no plain stack of attention layers|No accelerator|No module or parameter named",
 }
 """What the log says about architectures that are refused.

@@ -28,28 +28,40 @@ DEEPSEEK = {
     "moe_intermediate_size": 32,
 }
 
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "head_dim": 16,
+}
+
 # ---- models
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (MISTRAL, "sliding-window"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'"),
         (DEEPSEEK, "MLA"),
+        (GPT_OSS, "add --disable-hybrid-swa-memory"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "embedding"),
     ],
-    ids=["window", "RoPE", "MLA", "classification"],
+    ids=["RoPE", "MLA", "window pool", "classification"],
 )
 def test_models_that_are_refused(tmp_path: Path, config: dict[str, Any], named: str):
-    assert named in (refused(resolved(write_model(tmp_path, LLAMA | config), **CPU)) or "")
+    # gpt-oss refuses the backend torch_native.
+    arguments = CPU | {"attention_backend": None} if config is GPT_OSS else CPU
+    assert named in (refused(resolved(write_model(tmp_path, LLAMA | config), **arguments)) or "")
 
 
 @pytest.mark.parametrize(
     "config",
     [
         {},
-        MISTRAL | {"sliding_window": None},
+        MISTRAL,
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}},
         {
@@ -74,7 +86,7 @@ def test_models_that_are_served(tmp_path: Path, config: dict[str, Any]):
     [
         ({}, ["--a3-recompute-ratio", "1.5"], "--a3-recompute-ratio"),
         ({}, ["--a3-allow", "enable_nothing"], "--a3-allow: SGLang has no server option 'enable_nothing'"),
-        (MISTRAL, [], "sliding-window"),
+        (DEEPSEEK, [], "MLA"),
         ({}, ["--disable-radix-cache"], "--disable-radix-cache"),
         (
             {},

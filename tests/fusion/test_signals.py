@@ -35,7 +35,8 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     if count == request.plan.reused:
         assert selector.signals == []
         return
-    assert (request.probed_rows, request.probed_layers) == (rows, 3)
+    layers = selector.needs.layers(scenario.model.windows)
+    assert (request.probed_rows, request.probed_layers) == (rows, layers[-1] + 1)
     # Gaps have no KV yet, so nothing attends to them.
     for part in copied:
         for layer in part:
@@ -43,11 +44,12 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     attention = scenario.model.question64(request.plan, request.tokens, *copied)
     group = scenario.model.shape.heads // scenario.model.shape.kv_heads
     score = torch.zeros(request.plan.end, dtype=torch.float64)
-    for layer in (1, 2):
+    for layer in layers:
         sizes = copied[1][layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
         score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, : request.plan.end]).sum(0)
     assert len(selector.signals) == 1
-    assert_close(selector.signals[0].double(), score, rtol=1e-4, atol=1e-5)
+    # Capped logits make the weights of all positions comparable, and so the rounding of each of them visible.
+    assert_close(selector.signals[0].double(), score, rtol=1e-3, atol=1e-5)
     # The rows that rank highest are the ones recomputed.
     threshold = score[reused(request.plan)].sort(descending=True).values[count - 1]
     assert len(request.recomputed_pos) == count

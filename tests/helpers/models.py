@@ -27,6 +27,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 512,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +46,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo-2": ("Olmo2Config", {}),
     "StableLM": ("StableLmConfig", {"partial_rotary_factor": 0.25}),
     "GPT-NeoX": ("GPTNeoXConfig", {"rotary_pct": 0.25}),
+    # SGLang's Mistral ignores the window, so a3 does, too.
+    "Mistral with a window": ("MistralConfig", {"sliding_window": 96}),
+    "Gemma-2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 96}),
+    "Gemma-3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 96, "layer_types": WINDOWS}),
 }
 """Per architecture, the config class of transformers and its differences from :data:`SHAPE`."""
 

@@ -111,7 +111,7 @@ def probe_agreement(traffic: Traffic, oracle: Llama, documents: int = 4) -> floa
     probe, group = Probe(), oracle.shape.heads // oracle.shape.kv_heads
     score = torch.zeros(end, dtype=torch.float64)
     assert isinstance(probe.needs, ProbeLayers)
-    for layer in probe.needs.layers(oracle.depth):
+    for layer in probe.needs.layers(oracle.windows):
         sizes = values[layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
         score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, :end]).sum(0)
     rows = ReusedRows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")

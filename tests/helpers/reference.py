@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from a3_sglang.attention.base import AttentionSpec
 from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.matching.plan import Plan, question_ranges
 from a3_sglang.rope import RopeTable
@@ -79,34 +80,53 @@ def backwards(cos_sin_rows: torch.Tensor) -> torch.Tensor:
 # ---- attention
 
 
-def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention of (rows, heads, d) over the first ``kv_lens`` of (n, kv_heads, d), float64 (rows, heads, n)."""
-    rows, heads, _ = query.shape
-    weights = torch.zeros(rows, heads, len(keys), dtype=torch.float64)
-    for row in range(rows):
-        kv_len = int(kv_lens[row])
-        for head in range(heads):
-            k = keys[:kv_len, head * keys.shape[1] // heads].double()
-            weights[row, head, :kv_len] = torch.softmax(k @ query[row, head].double() * scaling, -1)
-    return weights
+def weights64(query: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Attention of (rows, heads, d) over those of (n, kv_heads, d) that are seen, float64 (rows, heads, n).
+
+    Args:
+        query: (rows, heads, d).
+        keys: (n, kv_heads, d); NaN at what no row sees counts as zero.
+        seen: bool (rows, n); at least one per row.
+        spec: how the layer attends; its window is in ``seen``.
+    """
+    heads = query.shape[1]
+    keys = keys.double().nan_to_num().repeat_interleave(heads // keys.shape[1], 1)
+    logits = torch.einsum("rhd,nhd->rhn", query.double(), keys) * spec.scaling
+    if spec.logit_cap:
+        logits = spec.logit_cap * torch.tanh(logits / spec.logit_cap)
+    logits = logits.masked_fill(~seen[:, None], -math.inf)
+    if spec.sinks is None:
+        return torch.softmax(logits, -1)
+    sinks = spec.sinks.double()[None, :, None].expand(len(query), -1, 1)
+    return torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
+
+
+def seen_by(kv_lens: torch.Tensor, n: int, window: int | None) -> torch.Tensor:
+    """Which of n positions each row sees that attends to its first ``kv_lens``, bool (rows, n)."""
+    distance = kv_lens[:, None] - 1 - torch.arange(n)
+    return (distance >= 0) & (distance <= (n if window is None else window))
 
 
 def attention64(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_lens: torch.Tensor, scaling: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_lens: torch.Tensor, spec: AttentionSpec
 ) -> torch.Tensor:
     """Attention of (rows, heads, d) over the first ``kv_lens`` of (n, kv_heads, d), float64 in the shape of ``query``.
 
-    Only these are read, so the others may be NaN.
+    What no row attends to may be NaN.
     """
-    rows, heads, _ = query.shape
-    group = heads // keys.shape[1]
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    for row in range(rows):
-        kv_len = int(kv_lens[row])
-        k, v = (x[:kv_len].double().repeat_interleave(group, 1) for x in (keys, values))
-        weights = torch.softmax(torch.einsum("hd,nhd->hn", query[row].double(), k) * scaling, -1)
-        out[row] = torch.einsum("hn,nhd->hd", weights, v)
-    return out
+    weights = weights64(query, keys, seen_by(kv_lens, len(keys), spec.window), spec)
+    values = values.double().nan_to_num().repeat_interleave(query.shape[1] // values.shape[1], 1)
+    return torch.einsum("rhn,nhd->rhd", weights, values)
+
+
+@st.composite
+def specs(draw: st.DrawFn, heads: int, scaling: st.SearchStrategy[float]) -> AttentionSpec:
+    """How a layer attends: plainly as often as not."""
+    plain = draw(st.booleans())
+    window = None if plain else draw(st.sampled_from([None, 0, 3, 40, 300]))
+    cap = 0.0 if plain else draw(st.sampled_from([0.0, 2.0]))
+    sinks = None if plain or draw(st.booleans()) else torch.linspace(-2, 3, heads)
+    return AttentionSpec(draw(scaling), window, cap, sinks)
 
 
 # ---- a model
@@ -133,10 +153,11 @@ class Llama(Model):
     """RMSNorm, RoPE, GQA and SwiGLU over a pool of KV slots, in float32 with random weights or those of a folder.
 
     Every slot starts as NaN, so reading a slot before it is written shows. ``computed`` counts rows whose QKV was
-    computed, summed over layers.
+    computed, summed over layers. Unless it is ``plain``, every second layer has a sliding window, logits are capped,
+    and heads have attention sinks.
     """
 
-    def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape()) -> None:
+    def __init__(self, seed: int = 0, slots: int = 1024, shape: Shape = Shape(), plain: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.shape, self.depth, self.computed = shape, shape.depth, 0
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -157,7 +178,10 @@ class Llama(Model):
             for norm in ("attention", "mlp"):
                 self.weights[f"{norm}{layer}"] = 1 + 0.1 * random_tensor(generator, shape.hidden)
         self.weights = {name: weight.float() for name, weight in self.weights.items()}
-        self.neox, self.scaling = True, shape.head_dim**-0.5
+        self.neox, scaling = True, shape.head_dim**-0.5
+        self.windows = [None if plain or layer % 2 else 10 + 30 * layer for layer in range(shape.depth)]
+        extra: dict[str, Any] = {} if plain else {"logit_cap": 3.0, "sinks": torch.linspace(-1, 2, shape.heads)}
+        self.specs = [AttentionSpec(scaling, window, **extra) for window in self.windows]
         table = RopeTable(cos_sin(inverse_frequencies(shape.head_dim, shape.base), shape.positions).float(), self.neox)
         self.ropes = dict.fromkeys(range(shape.depth), table)
         pool = (slots, shape.kv_heads, shape.head_dim)
@@ -220,7 +244,7 @@ class Llama(Model):
             q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
             q, k = (rope64(part, rope, self.neox).float() for part in (q, k))
             self.computed += len(tokens)
-            out = attend.attend(layer, q, k, v, self.scaling)
+            out = attend.attend(layer, q, k, v, self.specs[layer])
             x = x + out.flatten(1) @ w[f"o{layer}"].T
             x = x + _mlp(x, w, layer)
         return x
@@ -254,7 +278,9 @@ class Llama(Model):
         shape, w = self.shape, {name: weight.double() for name, weight in self.weights.items()}
         keys, values = [k.double().clone() for k in keys], [v.double().clone() for v in values]
         x, attention, queries = w["embed"][tokens[rows]], [], []
-        rope = self.ropes[0].cos_sin[rows if positions is None else positions]
+        row_pos, column_pos = rows if positions is None else positions, torch.arange(len(tokens))
+        column_pos = column_pos.index_copy(0, rows, row_pos)
+        rope = self.ropes[0].cos_sin[row_pos]
         for layer in range(shape.depth):
             h = _norm(x, w[f"attention{layer}"])
             q, k, v = ((h @ w[f"{name}{layer}"].T).unflatten(-1, (-1, shape.head_dim)) for name in ("q", "k", "v"))
@@ -263,12 +289,13 @@ class Llama(Model):
             if correct is not None:
                 correct(layer, *given, keys[layer], values[layer])
             queries.append(q)
-            group = shape.heads // shape.kv_heads
-            logits = torch.einsum("rhd,nhd->rhn", q, keys[layer].repeat_interleave(group, 1)) * self.scaling
             # A position without KV is absent: it counts neither as key nor as value.
             absent = keys[layer].isnan().flatten(1).any(1) | values[layer].isnan().flatten(1).any(1)
-            hidden = (torch.arange(len(tokens)) > rows[:, None]) | absent
-            attention.append(torch.softmax(logits.masked_fill(hidden[:, None], -math.inf), -1))
+            window = self.windows[layer]
+            near = column_pos >= row_pos[:, None] - (len(tokens) if window is None else window)
+            seen = (torch.arange(len(tokens)) <= rows[:, None]) & ~absent & near
+            attention.append(weights64(q, keys[layer], seen, self.specs[layer]))
+            group = shape.heads // shape.kv_heads
             out = torch.einsum("rhn,nhd->rhd", attention[-1], values[layer].nan_to_num().repeat_interleave(group, 1))
             x = x + out.flatten(1) @ w[f"o{layer}"].T
             x = x + _mlp(x, w, layer)

@@ -20,13 +20,15 @@ MIN_SPAN = 8
 class Scenario:
     """A small Llama, donors with exact KV in random slots of its pool, and prompts that quote them.
 
+    With an even seed it has sliding windows, capped logits and attention sinks.
+
     Args:
         seed: of the weights and of everything drawn later.
         donors: number of donors, 100 tokens each.
     """
 
     def __init__(self, seed: int, donors: int = 2) -> None:
-        self.model = Llama(seed)
+        self.model = Llama(seed, plain=bool(seed % 2))
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.random = np.random.default_rng(seed + 2)
         self.free = torch.randperm(len(self.model.keys[0]), generator=self.generator)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.attention.base import ProbeRows
+from a3_sglang.attention.base import AttentionSpec, ProbeRows
 from a3_sglang.attention.torch_cpu import TorchProbeAttention
 from a3_sglang.attention.triton import TritonProbeAttention
-from helpers.reference import random_tensor, weights64
+from helpers.reference import random_tensor, specs, weights64
 
 IMPLEMENTATIONS = {"torch": TorchProbeAttention, "triton": TritonProbeAttention}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,27 +30,32 @@ def batches(draw: st.DrawFn):
     requests, rows = [], 0
     for context, count in sizes:
         slots, free = free[:context], free[context:]
-        requests.append(ProbeRows(rows, rows + count, slots))
+        # Gaps before the probe are not in the context.
+        context_pos = torch.randperm(context + 100, generator=generator)[:context].sort().values
+        requests.append(ProbeRows(rows, rows + count, slots, context_pos, context + 100 + torch.arange(count)))
         rows += count
     pools[:, free] = torch.nan
     query, *own = (random_tensor(generator, rows, h, dim).float() for h in (kv_heads * group, kv_heads, kv_heads))
     return query, tuple(own), tuple(pools), requests
 
 
-def run(implementation, batch, scaling):
+def run(implementation, batch, spec):
     """Output, and what was added to the scores."""
     query, own, pools, requests = batch
-    moved = [ProbeRows(r.begin, r.end, r.context_slots.to(DEVICE)) for r in requests]
+    moved = [
+        ProbeRows(r.begin, r.end, *(x.to(DEVICE) for x in (r.context_slots, r.context_pos, r.row_pos)))
+        for r in requests
+    ]
     attend = implementation().plan(moved, query.shape[1], own[0].shape[1])
     own, pools = (tuple(x.to(DEVICE) for x in kv) for kv in (own, pools))
     before = torch.rand(sum(len(r.context_slots) for r in requests))
     scores = before.to(DEVICE, copy=True)
-    out = attend(query.to(DEVICE), own, pools, scaling, scores)
-    assert_close(attend(query.to(DEVICE), own, pools, scaling, None), out, rtol=0, atol=0)
+    out = attend(query.to(DEVICE), own, pools, spec, scores)
+    assert_close(attend(query.to(DEVICE), own, pools, spec, None), out, rtol=0, atol=0)
     return out.cpu(), scores.cpu() - before
 
 
-def exact(batch, scaling):
+def exact(batch, spec):
     query, own, pools, requests = batch
     group = query.shape[1] // own[0].shape[1]
     out, scores = [], []
@@ -58,8 +65,10 @@ def exact(batch, scaling):
             torch.cat([pool[request.context_slots], fresh[rows]]).double()
             for pool, fresh in zip(pools, own, strict=True)
         )
-        count = request.end - request.begin
-        weights = weights64(query[rows], keys, torch.arange(1, count + 1) + len(request.context_slots), scaling)
+        column_pos = torch.cat([request.context_pos, request.row_pos])
+        distance = request.row_pos[:, None] - column_pos
+        seen = (distance >= 0) & (distance <= (len(column_pos) + 100 if spec.window is None else spec.window))
+        weights = weights64(query[rows], keys, seen, spec)
         values = values.repeat_interleave(group, 1)
         out.append(torch.einsum("rhn,nhd->rhd", weights, values))
         relevance = (weights.pow(2).mean(0).sqrt() * values.norm(dim=-1).T).sum(0)
@@ -69,10 +78,13 @@ def exact(batch, scaling):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
-@given(batches(), st.floats(0.05, 1.5))
-def test_probes_equal_float64(name, batch, scaling):
-    out, scores = run(IMPLEMENTATIONS[name], batch, scaling)
-    expected, relevance = exact(batch, scaling)
+@given(batches(), st.data())
+def test_probes_equal_float64(name, batch, data):
+    spec = data.draw(specs(batch[0].shape[1], st.floats(0.05, 1.5)))
+    if name == "triton":
+        spec = AttentionSpec(spec.scaling)
+    out, scores = run(IMPLEMENTATIONS[name], batch, spec)
+    expected, relevance = exact(batch, spec)
     assert out.shape == batch[0].shape
     assert_close(out.double(), expected, rtol=1e-4, atol=2e-5)
     assert_close(scores.double(), relevance, rtol=1e-4, atol=1e-5)
@@ -93,8 +105,9 @@ def test_triton_probes_in_half_precision(dtype, kept, batch, scaling):
     """Only rounding of the weights and of the result is lost: inputs are the same in both computations."""
     query, own, pools, requests = batch
     batch = (query.to(dtype), tuple(x.to(dtype) for x in own), tuple(x.to(kept) for x in pools), requests)
-    out, scores = run(TritonProbeAttention, batch, scaling)
-    expected, relevance = exact((*batch[:2], tuple(x.to(dtype) for x in batch[2]), requests), scaling)
+    spec = AttentionSpec(scaling)
+    out, scores = run(TritonProbeAttention, batch, spec)
+    expected, relevance = exact((*batch[:2], tuple(x.to(dtype) for x in batch[2]), requests), spec)
     assert out.dtype == dtype
     assert (out.double() - expected).norm() <= 1e-2 * expected.norm()
     assert (scores.double() - relevance).norm() <= 1e-2 * relevance.norm()
@@ -105,12 +118,13 @@ def test_triton_probes_in_half_precision(dtype, kept, batch, scaling):
 @given(batches())
 def test_a_probe_is_the_same_alone_and_in_a_batch(name, batch):
     query, own, pools, requests = batch
-    out, scores = run(IMPLEMENTATIONS[name], batch, 0.3)
+    out, scores = run(IMPLEMENTATIONS[name], batch, AttentionSpec(0.3))
     at = 0
     for request in requests:
         rows = slice(request.begin, request.end)
-        single = ProbeRows(0, request.end - request.begin, request.context_slots)
-        alone = run(IMPLEMENTATIONS[name], (query[rows], tuple(x[rows] for x in own), pools, [single]), 0.3)
+        single = replace(request, begin=0, end=request.end - request.begin)
+        one = query[rows], tuple(x[rows] for x in own), pools, [single]
+        alone = run(IMPLEMENTATIONS[name], one, AttentionSpec(0.3))
         assert_close(out[rows], alone[0], rtol=0, atol=0)
         assert_close(scores[at : at + len(request.context_slots)], alone[1], rtol=0, atol=1e-6)
         at += len(request.context_slots)

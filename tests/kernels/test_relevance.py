@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from a3_sglang.attention.base import AttentionSpec
 from a3_sglang.attention.relevance import attention_weights, causal_mask, key_columns, query_rows, relevance
-from helpers.reference import random_tensor, weights64
+from helpers.reference import random_tensor, seen_by, weights64
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,11 +30,11 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
     keys = keys[: int(kv_lens.max())]
     queries, columns, mask = query_rows(query, kv_heads), key_columns(keys), causal_mask(kv_lens)
     weights = torch.stack(
-        [attention_weights(*head, mask, scaling, dtype) for head in zip(queries, columns, strict=True)]
+        [attention_weights(*head, mask, AttentionSpec(scaling), dtype) for head in zip(queries, columns, strict=True)]
     )
     values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
     found = sum(relevance(weights[head].clone(), rows, values[:, head]) for head in range(kv_heads))
-    exact = weights64(query, keys, kv_lens, scaling)
+    exact = weights64(query, keys, seen_by(kv_lens, len(keys), None), AttentionSpec(scaling))
     grouped = exact.unflatten(1, (kv_heads, group)).movedim(1, 0).flatten(1, 2)
     assert weights.dtype == found.dtype == torch.float32
     assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
@@ -48,7 +49,10 @@ def test_a_position_that_few_rows_attend_to_has_little_relevance_and_large_logit
     mask, queries = causal_mask(torch.arange(26, 31)), query_rows(query.float(), 2)
     columns, values = key_columns(keys), torch.nn.functional.normalize(keys.float(), dim=-1)
     weights = torch.stack(
-        [attention_weights(*head, mask, 1.0, torch.float32) for head in zip(queries, columns, strict=True)]
+        [
+            attention_weights(*head, mask, AttentionSpec(1.0), torch.float32)
+            for head in zip(queries, columns, strict=True)
+        ]
     )
     found = sum(relevance(weights[head].clone(), 5, values[:, head]) for head in range(2))
     assert torch.isfinite(weights).all()

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from a3_sglang.attention.base import RequestRows
+from a3_sglang.attention.base import AttentionSpec, RequestRows
 from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.matching.plan import MIN_TAIL
-from helpers.reference import attention64, random_tensor
+from helpers.reference import attention64, random_tensor, seen_by, specs
 
 
 @st.composite
@@ -41,9 +41,9 @@ IMPLEMENTATIONS = {"torch": TorchRowAttention, "triton": TritonRowAttention}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(implementation, query, keys, values, requests, scaling):
+def run(implementation, query, keys, values, requests, spec):
     attend = implementation().plan(requests, query.shape[1], keys.shape[1], query.dtype)
-    return attend(query, keys, values, scaling)
+    return attend(query, keys, values, spec)
 
 
 def on_device(batch):
@@ -54,15 +54,18 @@ def on_device(batch):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=40, deadline=None)
-@given(batches(), st.floats(0.05, 1.5))
-def test_rows_equal_float64(name, batch, scaling):
+@given(batches(), st.data())
+def test_rows_equal_float64(name, batch, data):
     query, keys, values, requests = batch
-    out = run(IMPLEMENTATIONS[name], *on_device(batch), scaling)
+    spec = data.draw(specs(query.shape[1], st.floats(0.05, 1.5)))
+    if name == "triton":
+        spec = AttentionSpec(spec.scaling)
+    out = run(IMPLEMENTATIONS[name], *on_device(batch), spec)
     assert out.shape == query.shape
     assert out.dtype == query.dtype
     for request in requests:
         mine = slice(request.begin, request.end)
-        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, scaling)
+        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, spec)
         assert_close(out[mine].double().cpu(), exact, rtol=1e-4, atol=2e-5)
 
 
@@ -72,11 +75,12 @@ def test_rows_equal_float64(name, batch, scaling):
 def test_triton_rows_in_half_precision(dtype, batch, scaling):
     """Only rounding of the weights and of the result is lost: inputs are the same in both computations."""
     query, keys, values, requests = (part.to(dtype) if torch.is_tensor(part) else part for part in batch)
-    out = run(TritonRowAttention, *on_device((query, keys, values, requests)), scaling).cpu()
+    spec = AttentionSpec(scaling)
+    out = run(TritonRowAttention, *on_device((query, keys, values, requests)), spec).cpu()
     assert out.dtype == dtype
     for request in requests:
         mine = slice(request.begin, request.end)
-        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, scaling)
+        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, spec)
         assert (out[mine].double() - exact).norm() <= 1e-2 * exact.norm()
 
 
@@ -86,7 +90,7 @@ def test_triton_rows_in_half_precision(dtype, batch, scaling):
 def test_pools_are_not_written(name, batch):
     query, keys, values, requests = on_device(batch)
     before = keys.clone(), values.clone()
-    run(IMPLEMENTATIONS[name], query, keys, values, requests, 1.0)
+    run(IMPLEMENTATIONS[name], query, keys, values, requests, AttentionSpec(1.0))
     assert_close((keys, values), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -112,7 +116,8 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about PyTorch's CPU kernel")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 2)])
 @pytest.mark.parametrize("kind", ["all", "dense", "few", "scattered", "half", "most"])
-def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind):
+@pytest.mark.parametrize("window", [None, 127, 600])
+def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind, window):
     """Bit-equal if exact rows are asked for, which all are in the pass then; within rounding otherwise."""
     seed = torch.seed() % 2**32
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +125,10 @@ def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind):
         prompt, dim = int(torch.randint(300, 2001, (1,), generator=generator)), 64
         query, k, v = (random_tensor(generator, prompt, h, dim).bfloat16() for h in (heads, kv_heads, kv_heads))
         q4, k4, v4 = (part.movedim(0, 1).unsqueeze(0) for part in (query, k, v))
-        whole = scaled_dot_product_attention(q4, k4, v4, is_causal=True, enable_gqa=True)[0].movedim(0, 1)
+        # SGLang's torch_native backend masks windows, and lets PyTorch do what is only causal.
+        seen = None if window is None else seen_by(torch.arange(1, prompt + 1), prompt, window)
+        whole = scaled_dot_product_attention(q4, k4, v4, attn_mask=seen, is_causal=window is None, enable_gqa=True)
+        whole = whole[0].movedim(0, 1)
         slots = torch.randperm(prompt + 64, generator=generator)[:prompt]
         keys, values = torch.full((2, prompt + 64, kv_heads, dim), torch.nan).bfloat16()
         rows = draw_rows(kind, prompt, generator)
@@ -128,7 +136,7 @@ def test_bf16_rows_equal_one_causal_attention(heads, kv_heads, kind):
         keys[slots[rows[-1] + 1 :]] = torch.nan
         exact = kind in ("all", "dense")
         request = RequestRows(0, len(rows), slots, rows + 1, exact)
-        out = run(TorchRowAttention, query[rows], keys, values, [request], dim**-0.5)
+        out = run(TorchRowAttention, query[rows], keys, values, [request], AttentionSpec(dim**-0.5, window))
         if exact:
             assert torch.equal(out, whole[rows]), f"{seed=} {prompt=}"
         else:

@@ -13,16 +13,17 @@ from test_row_attention import batches
 from torch.testing import assert_close
 
 from a3_sglang.attention.autotune import NoUsableBackendError, fastest
-from a3_sglang.attention.base import RowAttention
+from a3_sglang.attention.base import AttentionSpec, RowAttention
 from a3_sglang.attention.flashinfer import FlashInferRowAttention, PagedRows
 from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.fusion.ops import create_ops
 from a3_sglang.fusion.overhead import overhead_rows
-from a3_sglang.fusion.warm_up import warm_up
+from a3_sglang.fusion.warm_up import check_keys, warm_up
 from a3_sglang.integration.model_checks import UnsupportedModelError
+from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import make_selector, selector_names
-from helpers.reference import attention64
+from helpers.reference import attention64, cos_sin, inverse_frequencies
 from helpers.scenario import Scenario, executor_for
 
 POOL = torch.zeros(10, 2, 16)
@@ -100,8 +101,10 @@ def test_flashinfer_gets_what_each_row_attends_to(batch):
         assert not keys[own].isnan().any()
         assert torch.equal(unmasked, torch.arange(context) < request.kv_lens[:, None])
         mine = slice(*rows)
-        exact = attention64(query[mine], keys[request.slots], values[request.slots], request.kv_lens, 0.3)
-        assert_close(attention64(query[mine], keys[own], values[own], unmasked.sum(1), 0.3), exact)
+        exact = attention64(
+            query[mine], keys[request.slots], values[request.slots], request.kv_lens, AttentionSpec(0.3)
+        )
+        assert_close(attention64(query[mine], keys[own], values[own], unmasked.sum(1), AttentionSpec(0.3)), exact)
 
 
 @pytest.mark.gpu
@@ -157,10 +160,19 @@ def test_a_model_that_rotates_otherwise_is_refused(factor):
     scenario = Scenario(torch.seed() % 2**31)
     for pool in (*scenario.model.keys, *scenario.model.values):
         pool.zero_()
-    hidden = scenario.model.hidden
-    scenario.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions, attend)
-    with pytest.raises(UnsupportedModelError, match="do not follow its RoPE"):
+    hidden, reach = scenario.model.hidden, scenario.model.shape.positions
+    scenario.model.hidden = lambda tokens, positions, attend: hidden(tokens, factor * positions % reach, attend)
+    with pytest.raises(UnsupportedModelError, match="layer 0 attends do not follow its RoPE"):
         warm_up(executor_for(scenario), make_selector("probe"))
+
+
+def test_a_model_with_one_layer_that_rotates_otherwise_is_refused():
+    scenario = Scenario(torch.seed() % 2**31)
+    shape = scenario.model.shape
+    other = RopeTable(cos_sin(inverse_frequencies(shape.head_dim, 2 * shape.base), shape.positions).float(), True)
+    scenario.model.ropes[2] = other
+    with pytest.raises(UnsupportedModelError, match="layer 2 attends do not follow its RoPE"):
+        check_keys(scenario.model)
 
 
 def test_a_warm_up_hides_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -147,28 +148,35 @@ def test_random_draws_uniformly_and_reproducibly():
     assert all(180 < int(((picked >= a) & (picked < a + 800)).sum()) < 220 + 20 for a in range(0, 4000, 800))
 
 
-def probe_layers(selector: Selector, depth: int) -> range:
-    return selector.needs.layers(depth) if isinstance(selector.needs, ProbeLayers) else range(0)
+def probe_layers(selector: Selector, windows: Sequence[int | None]) -> tuple[int, ...]:
+    return selector.needs.layers(windows) if isinstance(selector.needs, ProbeLayers) else ()
 
 
 @given(st.integers(1, 200))
 def test_probe_reads_a_band_of_middle_layers(depth: int):
-    layers = probe_layers(Probe(), depth)
+    layers = probe_layers(Probe(), [None] * depth)
     assert 1 <= len(layers) <= math.ceil(0.55 * depth) + 1
-    assert layers.start >= 0
-    assert layers.stop <= depth
-    assert layers.step == 1
+    assert layers[0] >= 0
+    assert layers[-1] < depth
+    assert layers == tuple(range(layers[0], layers[-1] + 1))
+
+
+@given(st.lists(st.sampled_from([None, 512]), min_size=1, max_size=60))
+def test_probe_reads_layers_without_a_window_if_its_band_has_any(windows: list[int | None]):
+    band, layers = probe_layers(Probe(), [None] * len(windows)), probe_layers(Probe(), windows)
+    everywhere = [layer for layer in band if windows[layer] is None]
+    assert list(layers) == (everywhere or list(band))
 
 
 def test_probe_band_of_known_models():
-    assert probe_layers(Probe(), 30) == range(7, 24)
-    assert probe_layers(Probe(), 32) == range(8, 25)
-    assert probe_layers(Probe(ProbeLayers(0.0, 1.0)), 7) == range(7)
+    assert probe_layers(Probe(), [None] * 30) == tuple(range(7, 24))
+    assert probe_layers(Probe(), [None] * 32) == tuple(range(8, 25))
+    assert probe_layers(Probe(ProbeLayers(0.0, 1.0)), [None] * 7) == tuple(range(7))
 
 
 @given(st.integers(1, 200))
 def test_only_the_probe_needs_a_probe(depth: int):
-    assert [name for name in selector_names() if len(probe_layers(make_selector(name), depth))] == ["probe"]
+    assert [name for name in selector_names() if len(probe_layers(make_selector(name), [None] * depth))] == ["probe"]
 
 
 @given(st.data())

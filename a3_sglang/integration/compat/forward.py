@@ -43,19 +43,27 @@ def make_extend_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
 
 
 def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> Any:
-    """An SGLang attention backend that calls ``forward(q, k, v, layer)`` for every layer.
+    """An SGLang attention backend that calls ``forward(q, k, v, layer, sinks)`` for every layer.
 
-    Any further argument of attention (sinks, for example) would change its result, so it raises a TypeError.
+    Any further argument of attention would change its result, so it raises a TypeError.
     """
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
     def call(
-        self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **unknown: Any
+        self: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        batch: Any,
+        save_kv_cache: bool = True,
+        sinks: Any = None,
+        **unknown: Any,
     ) -> Any:
         given = sorted(name for name, value in unknown.items() if value is not None)
         if given:
             raise TypeError(f"layer {layer.layer_id} attends with {', '.join(given)}, which a3 does not know")
-        return forward(q, k, v, layer)
+        return forward(q, k, v, layer, sinks)
 
     cls: Any = type(
         "A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None}
