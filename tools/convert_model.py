@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from gguf import GGUFReader
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -24,6 +26,16 @@ def forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
+def keep_first_token(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
+    """Let the tokenizer begin every text with its BOS token if the file says so, which transformers does not read."""
+    field = GGUFReader(source).get_field("tokenizer.ggml.add_bos_token")
+    if field is not None and field.contents():
+        first = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, tokenizer.bos_token_id)]
+        )
+
+
 def convert(source: Path, target: Path) -> None:
     start = time.monotonic()
 
@@ -32,6 +44,7 @@ def convert(source: Path, target: Path) -> None:
 
     say(f"reading the tokenizer of {source.name}")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    keep_first_token(tokenizer, source)
     say("dequantizing the weights to bfloat16")
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
     forget_quantization(model)

@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-NeoX": ("GPTNeoXConfig", {"rotary_pct": 0.25}),
     # SGLang's Mistral ignores the window, so a3 does, too.
     "Mistral with a window": ("MistralConfig", {"sliding_window": 96}),
-    "Gemma-2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 96}),
+    "Gemma-2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 96, "hidden_act": "gelu_pytorch_tanh"}),
     "Gemma-3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 96, "layer_types": WINDOWS}),
 }
 """Per architecture, the config class of transformers and its differences from :data:`SHAPE`."""
