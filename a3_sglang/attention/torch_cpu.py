@@ -117,8 +117,8 @@ def _query_block(length: int) -> int:
 class TorchProbeAttention(ProbeAttention):
     """One request after the other, in plain matrix products."""
 
-    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
-        probes = [_RequestProbe(request) for request in requests]
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int, mean: bool = False) -> ProbeFn:
+        probes = [_RequestProbe(request, mean) for request in requests]
 
         def attend(
             query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None
@@ -139,6 +139,7 @@ class TorchProbeAttention(ProbeAttention):
 @dataclass(slots=True)
 class _RequestProbe:
     request: ProbeRows
+    mean: bool
     _mask: CausalMask = field(init=False)
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -168,7 +169,7 @@ class _RequestProbe:
             head_out = torch.mm(rounded.view_as(weights).copy_(weights), values[head])
             out_by_kv_head[:, head] = head_out.view(rows, -1, dim)
             if scores is not None:
-                scores += relevance(weights, rows, values[head])[:context]
+                scores += relevance(weights, rows, values[head], self.mean)[:context]
         return out
 
     def _buffer(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:

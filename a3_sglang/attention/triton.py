@@ -26,10 +26,12 @@ class TritonRowAttention(RowAttention):
 class TritonProbeAttention(ProbeAttention):
     """Three launches per layer for the probes of all requests."""
 
-    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int, mean: bool = False) -> ProbeFn:
         from a3_sglang.kernels.probe_attention import probe_attention
         from a3_sglang.kernels.probe_layout import make_layout
 
         counts, slots = [r.end - r.begin for r in requests], [r.context_slots for r in requests]
         layout = make_layout(counts, slots, heads, kv_heads)
-        return lambda query, own, pools, scaling, scores: probe_attention(query, *own, *pools, layout, scaling, scores)
+        return lambda query, own, pools, scaling, scores: probe_attention(
+            query, *own, *pools, layout, scaling, scores, mean
+        )

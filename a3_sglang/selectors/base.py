@@ -42,15 +42,22 @@ class ProbeLayers:
 
     Attributes:
         first, last: the band, as shares of the model's depth.
+        least: layers in the band at least, if the model has as many after its first.
+        mean: relevance is the mean of the attention of the question's rows, the values left aside.
+        stride: the question's rows attend to every ``stride``-th row of each span, its anchors, and to the whole
+            prefix. Only their attention in the band is measured over all rows.
     """
 
     first: float
     last: float
+    least: int = 1
+    mean: bool = False
+    stride: int = 1
 
     def layers(self, depth: int) -> range:
         """The layers of the band, at least one, in a model of ``depth`` layers."""
         begin = int(self.first * depth)
-        return range(begin, max(begin + 1, int(self.last * depth)))
+        return range(begin, min(max(begin + self.least, int(self.last * depth)), depth))
 
 
 @dataclass(frozen=True, slots=True)

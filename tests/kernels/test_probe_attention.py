@@ -35,11 +35,11 @@ def batches(draw: st.DrawFn):
     return query, tuple(own), tuple(pools), requests
 
 
-def run(implementation, batch, scaling):
+def run(implementation, batch, scaling, mean=False):
     """Output, and what was added to the scores."""
     query, own, pools, requests = batch
     moved = [ProbeRows(r.begin, r.end, r.context_slots.to(DEVICE)) for r in requests]
-    attend = implementation().plan(moved, query.shape[1], own[0].shape[1])
+    attend = implementation().plan(moved, query.shape[1], own[0].shape[1], mean)
     own, pools = (tuple(x.to(DEVICE) for x in kv) for kv in (own, pools))
     before = torch.rand(sum(len(r.context_slots) for r in requests))
     scores = before.to(DEVICE, copy=True)
@@ -48,7 +48,7 @@ def run(implementation, batch, scaling):
     return out.cpu(), scores.cpu() - before
 
 
-def exact(batch, scaling):
+def exact(batch, scaling, mean=False):
     query, own, pools, requests = batch
     group = query.shape[1] // own[0].shape[1]
     out, scores = [], []
@@ -62,17 +62,17 @@ def exact(batch, scaling):
         weights = weights64(query[rows], keys, torch.arange(1, count + 1) + len(request.context_slots), scaling)
         values = values.repeat_interleave(group, 1)
         out.append(torch.einsum("rhn,nhd->rhd", weights, values))
-        relevance = (weights.pow(2).mean(0).sqrt() * values.norm(dim=-1).T).sum(0)
-        scores.append(relevance[: len(request.context_slots)])
+        relevance = weights.mean(0) if mean else weights.pow(2).mean(0).sqrt() * values.norm(dim=-1).T
+        scores.append(relevance.sum(0)[: len(request.context_slots)])
     return torch.cat(out), torch.cat(scores)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
-@given(batches(), st.floats(0.05, 1.5))
-def test_probes_equal_float64(name, batch, scaling):
-    out, scores = run(IMPLEMENTATIONS[name], batch, scaling)
-    expected, relevance = exact(batch, scaling)
+@given(batches(), st.floats(0.05, 1.5), st.booleans())
+def test_probes_equal_float64(name, batch, scaling, mean):
+    out, scores = run(IMPLEMENTATIONS[name], batch, scaling, mean)
+    expected, relevance = exact(batch, scaling, mean)
     assert out.shape == batch[0].shape
     assert_close(out.double(), expected, rtol=1e-4, atol=2e-5)
     assert_close(scores.double(), relevance, rtol=1e-4, atol=1e-5)
