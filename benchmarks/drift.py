@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from a3_sglang.config import DONOR_MODES
 from a3_sglang.drift.model import KEYS, VALUES
+from a3_sglang.evaluation.layouts import load, split_text
 from a3_sglang.evaluation.prompts import Case, Writer
-from a3_sglang.evaluation.questions import load
 from a3_sglang.matching.index import AnyPositionIndex
 from a3_sglang.matching.search import find_spans
 
@@ -68,7 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    writer, questions = Writer(AutoTokenizer.from_pretrained(args.model), 5, 400, 0), load(args.data)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    questions = load(args.data, partial(split_text, tokenizer=tokenizer, tokens=400))
+    writer = Writer(tokenizer, 5, 400, 0)
     variances: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
     shared: defaultdict[tuple[str, str, str, int], list[float]] = defaultdict(list)
     for i in range(args.limit):

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 # Makes the names of the SVG's elements reproducible.
 plt.rcParams["svg.hashsalt"] = "a3"
 
-RULES = ("probe", "a3", "cacheblend", "epic", "random")
+RULES = ("probe", "a3", "cacheblend", "epic", "prophetkv", "qcfuse", "random")
 COLUMNS = ("donors", "selector", "ratio", "charged", "kl", "agreement", "f1", "em", "n")
 QUESTIONS, HELD_OUT = 24, 10
 

@@ -192,6 +192,7 @@ def _probe_relevance_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     """Relevance of a block of context to its request's probe, for the heads of one GQA group. Grid: (blocks, kv_heads).
 
@@ -214,7 +215,7 @@ def _probe_relevance_kernel(
         other=0.0,
     ).to(DTYPE)
 
-    # Root mean square of the attention over the probe's rows, summed over the heads of the group.
+    # Mean or root mean square of the attention over the probe's rows, summed over the heads of the group.
     attention = tl.zeros((BLOCK_N,), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
@@ -225,11 +226,16 @@ def _probe_relevance_kernel(
         ).to(DTYPE)
         row_lse = tl.load(lse + head * rows + row, mask=mask_m, other=float("inf"))
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling - row_lse[:, None])
-        attention += tl.sqrt(tl.sum(p * p, 0) / row_count)
+        if MEAN:
+            attention += tl.sum(p, 0) / row_count
+        else:
+            attention += tl.sqrt(tl.sum(p * p, 0) / row_count)
 
     # Multiply by the norm of the value and store.
     offs_out = kv_head.to(tl.int64) * contexts + first_position + offs_n
-    tl.store(relevance + offs_out, attention * tl.load(value_norms + offs_out, mask=mask_n, other=0.0), mask=mask_n)
+    if not MEAN:
+        attention *= tl.load(value_norms + offs_out, mask=mask_n, other=0.0)
+    tl.store(relevance + offs_out, attention, mask=mask_n)
 
 
 def probe_attention(
@@ -241,6 +247,7 @@ def probe_attention(
     layout: Layout,
     scaling: float,
     scores: torch.Tensor | None = None,
+    mean: bool = False,
 ) -> torch.Tensor:
     """Attention of probes over their contexts and, causally, over their own rows; softmax in float32.
 
@@ -255,6 +262,7 @@ def probe_attention(
         scores: float32 (sum of contexts,), to which the relevance of each position is added: over heads, the root mean
             square of the rows' attention to it times the norm of its value
             (:func:`a3_sglang.attention.relevance.relevance`).
+        mean: relevance is the plain mean of the rows' attention instead.
 
     Returns:
         (rows, heads, head_dim), dtype of ``query``.
@@ -287,7 +295,7 @@ def probe_attention(
             *values.stride()[:2],
             BLOCK_M=LANES,
             BLOCK_N=POSITIONS if has_wide_products() else POSITIONS // 2,
-            WRITE_NORMS=scores is not None,
+            WRITE_NORMS=scores is not None and not mean,
             num_warps=8,
             num_stages=3,
             **shape,
@@ -329,6 +337,7 @@ def probe_attention(
             *keys.stride()[:2],
             BLOCK_M=MAX_ROWS,
             BLOCK_N=POSITIONS,
+            MEAN=mean,
             num_warps=4,
             num_stages=2,
             **shape,

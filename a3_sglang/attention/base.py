@@ -125,11 +125,12 @@ class ProbeAttention(ABC):
     """Attention of the probe, and the relevance of each context position to it."""
 
     @abstractmethod
-    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int, mean: bool = False) -> ProbeFn:
         """Plan one pass, for all layers at once.
 
         Args:
             requests: together they cover all rows of the probe, in order.
             heads: query heads per layer.
             kv_heads: KV heads per layer.
+            mean: which relevance is measured, see :func:`a3_sglang.attention.relevance.relevance`.
         """

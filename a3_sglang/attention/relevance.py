@@ -142,7 +142,7 @@ def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def relevance(weights: torch.Tensor, rows: int, values: torch.Tensor) -> torch.Tensor:
+def relevance(weights: torch.Tensor, rows: int, values: torch.Tensor, mean: bool = False) -> torch.Tensor:
     """Relevance of each position: root mean square of the rows' attention to it, times the norm of its value.
 
     The mean square favours positions that few of the probe's rows attend to strongly. A position with a small value
@@ -152,10 +152,13 @@ def relevance(weights: torch.Tensor, rows: int, values: torch.Tensor) -> torch.T
         weights: of the probe's rows from :func:`attention_weights`, (rows * group, n); squared in place.
         rows: number of rows.
         values: (n, head_dim).
+        mean: relevance is the plain mean of the rows' attention instead, as in published work.
 
     Returns:
         float32 (n,), summed over the heads of the group.
     """
+    if mean:
+        return weights.sum(0).div_(rows)
     # Nine times as fast on a CPU as a norm over the first dimension.
     per_head = weights.square_().view(rows, -1, weights.shape[1]).sum(0).div_(rows).sqrt_().sum(0)
     return per_head * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)

@@ -144,8 +144,8 @@ def _query_block(length: int) -> int:
 class TorchProbeAttention(ProbeAttention):
     """One request after the other, in plain matrix products."""
 
-    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
-        probes = [_RequestProbe(request) for request in requests]
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int, mean: bool = False) -> ProbeFn:
+        probes = [_RequestProbe(request, mean) for request in requests]
 
         def attend(
             query: torch.Tensor, own: KV, pools: KV, spec: AttentionSpec, scores: torch.Tensor | None
@@ -166,6 +166,7 @@ class TorchProbeAttention(ProbeAttention):
 @dataclass(slots=True)
 class _RequestProbe:
     request: ProbeRows
+    mean: bool
     _masks: dict[int | None, Mask] = field(default_factory=dict)
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -194,7 +195,7 @@ class _RequestProbe:
             head_out = torch.mm(rounded.view_as(weights).copy_(weights), values[head])
             out_by_kv_head[:, head] = head_out.view(rows, -1, dim)
             if scores is not None:
-                scores[mask.first :] += relevance(weights, rows, values[head])[:known]
+                scores[mask.first :] += relevance(weights, rows, values[head], self.mean)[:known]
         return out
 
     def _mask(self, window: int | None) -> Mask:

@@ -40,7 +40,7 @@ class TritonRowAttention(RowAttention):
 class TritonProbeAttention(ProbeAttention):
     """Three launches per layer for the probes of all requests."""
 
-    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
+    def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int, mean: bool = False) -> ProbeFn:
         from a3_sglang.kernels.probe_attention import probe_attention
         from a3_sglang.kernels.probe_layout import make_layout
 
@@ -51,6 +51,6 @@ class TritonProbeAttention(ProbeAttention):
             query: torch.Tensor, own: KV, pools: KV, spec: AttentionSpec, scores: torch.Tensor | None
         ) -> torch.Tensor:
             spec.check_plain("the kernel for the probe's attention")
-            return probe_attention(query, *own, *pools, layout, spec.scaling, scores)
+            return probe_attention(query, *own, *pools, layout, spec.scaling, scores, mean)
 
         return attend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Annotated
 
 import typer
@@ -13,11 +12,13 @@ from a3_sglang.cli.common import (
     ModelOption,
     VerboseOption,
     console,
+    device_name,
     engines,
     print_table,
     resolve_dtype,
     write_json,
 )
+from a3_sglang.cli.equal import equal
 from a3_sglang.cli.output import steps
 from a3_sglang.cli.workloads import workloads
 from a3_sglang.client import Prompts, environment, vocabulary_of
@@ -26,6 +27,7 @@ from a3_sglang.integration.engine import sglang_version
 
 app = typer.Typer(no_args_is_help=True, help="Measure time to first token.")
 app.command()(workloads)
+app.command()(equal)
 
 
 @app.command()
@@ -64,7 +66,7 @@ def ttft(
         "ratio": ratio,
         "repeats": repeats,
         "batch": batch,
-        "device": _device(),
+        "device": device_name(),
         "dtype": room["dtype"],
         "sglang": sglang_version(),
     }
@@ -83,9 +85,3 @@ def ttft(
     )
     console.print(f"{figures['device']}, SGLang {figures['sglang']}, {model}")
     write_json(json, figures)
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -37,6 +38,13 @@ def resolve_dtype(dtype: str) -> str:
         dtype, reason = ("auto", "the model's own") if torch.cuda.is_available() else serving_dtype()
     console.print(f"dtype {dtype}: {reason}", highlight=False)
     return dtype
+
+
+def device_name() -> str:
+    """What the engines run on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
 def engines(model: str) -> StartEngine:

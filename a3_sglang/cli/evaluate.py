@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json as json_module
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from a3_sglang.cli.common import (
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    VerboseOption,
-    engines,
-    print_table,
-    resolve_dtype,
-    write_json,
+from a3_sglang.cli.common import DtypeOption, JsonOption, ModelOption, VerboseOption, engines, print_table, write_json
+from a3_sglang.cli.experiment import (
+    Cells,
+    CellsOption,
+    DataOption,
+    LimitOption,
+    StartOption,
+    TaskOption,
+    experiment,
 )
 from a3_sglang.cli.output import steps
 from a3_sglang.config import AUTO, DONOR_MODES, check_combination, check_ratio, check_selector
-from a3_sglang.evaluation.prompts import SHAPES, Writer
-from a3_sglang.evaluation.questions import TASKS, load, make
-from a3_sglang.evaluation.runner import IGNORES_RATIO, NOISE, Experiment, Result, Variant, run, summary
-from a3_sglang.integration.engine import sglang_version
+from a3_sglang.evaluation.prompts import SHAPES
+from a3_sglang.evaluation.runner import IGNORES_RATIO, NOISE, Variant, run, summary
 
 
 def evaluate(
     model: ModelOption,
-    data: Annotated[Path | None, typer.Option(help="JSON file of questions with passages and answers.")] = None,
-    task: Annotated[str, typer.Option(help=f"Synthetic questions, without --data: {', '.join(TASKS)}.")] = "facts",
+    data: DataOption = None,
+    task: TaskOption = "facts",
     selectors: Annotated[str, typer.Option(help="Comma-separated rules.")] = "probe,epic,random,reuse",
     ratios: Annotated[
         str, typer.Option(help="Comma-separated shares of reused tokens to recompute, or auto.")
@@ -43,15 +36,17 @@ def evaluate(
         bool, typer.Option("--charged", help="Ratios are charged budgets: every rule costs the same.")
     ] = False,
     donors: Annotated[str, typer.Option(help="Comma-separated: harvest, compiled.")] = "harvest",
-    limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 24,
-    start: Annotated[int, typer.Option(min=0, help="Questions to skip.")] = 0,
+    limit: LimitOption = 24,
+    start: StartOption = 0,
     passages: Annotated[int, typer.Option(min=2, help="Passages a question keeps.")] = 5,
-    passage_tokens: Annotated[int, typer.Option(min=64, help="Tokens a passage keeps.")] = 400,
+    passage_tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens a passage keeps, or into which one text is cut.")
+    ] = 400,
     shape: Annotated[
         str, typer.Option(help=f"Shape of the prompts: {'; '.join(f'{k}: {v}' for k, v in SHAPES.items())}.")
     ] = "last",
     seed: Annotated[int, typer.Option(help="Seed of synthetic questions and of the passages' order.")] = 0,
-    cells: Annotated[Path | None, typer.Option(help="Keep single results in this file and resume from it.")] = None,
+    cells: CellsOption = None,
     dtype: DtypeOption = "auto",
     verbose: VerboseOption = False,
     json: JsonOption = None,
@@ -64,52 +59,20 @@ def evaluate(
     agreement the reference's greedy answer is forced, 12 tokens at most. The row `full` recomputes everything, `noise`
     is the reference asked again.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     variants = parse_variants(selectors, ratios, donors)
-    if task not in TASKS:
-        raise typer.BadParameter(f"unknown task {task!r}; choose one of {', '.join(TASKS)}", param_hint="--task")
-    try:
-        # One more than is asked: each question takes foreign passages from the next.
-        questions = load(data) if data else make(task, start + limit + 1, passages, passage_tokens // 25, seed)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}", param_hint="--shape")
-    writer = Writer(tokenizer, passages, passage_tokens, seed, shape)
-    numbers = range(start, min(start + limit, len(questions) - (data is None)))
-    if not numbers:
-        raise typer.BadParameter(f"there are only {len(questions)} questions", param_hint="--start")
-    count = len(numbers)
-    source = hashlib.sha256(data.read_bytes()).hexdigest()[:16] if data else task
-    served = resolve_dtype(dtype)
-    settings = {
-        "model_path": model,
-        "questions": source,
-        "passages": passages,
-        "passage_tokens": passage_tokens,
-        "seed": seed,
-        "charged": charged,
-        "shape": shape,
-        "sglang": sglang_version(),
-        "dtype": served,
-    }
-    done = {result.key: result for result in _read_results(cells, settings)}
-    prefill = 4 * (passages + 2) * (passage_tokens + 32)
-    arguments = {"disable_overlap_schedule": True, "chunked_prefill_size": prefill, "dtype": served}
-    experiment = Experiment(questions, numbers, variants, writer, tokenizer, depth, charged, arguments)
+    asked, settings = experiment(model, data, task, start, limit, passages, passage_tokens, seed, shape, charged, dtype)
+    done, numbers = Cells(cells, settings), asked.numbers
     before = sum((number, *variant) in done for number in numbers for variant in variants)
-    with steps("asking", count * len(variants), before) as step:
-        for result in run(experiment, engines(model), done):
-            done[result.key] = result
-            _append_result(cells, settings, result)
+    with steps("asking", len(numbers) * len(variants), before) as step:
+        for result in run(asked, variants, engines(model), done):
+            done.keep(result)
             step()
     rows = [summary(variant, [done[(number, *variant)] for number in numbers]) for variant in variants]
     title = (
-        f"a3-sglang eval {model}, {count} questions of {data or task}, {passages} passages of {passage_tokens} tokens, "
-        + SHAPES[shape]
+        f"a3-sglang eval {model}, {len(numbers)} questions of {data or task}, {passages} passages of {passage_tokens} "
+        f"tokens, {SHAPES[shape]}"
     )
     columns = ("selector", "ratio", "donors", "kl", "agreement", "f1", "em", "charged", "n")
     print_table(title, columns, [[row[name] for name in columns] for row in rows])
@@ -145,20 +108,3 @@ def parse_variants(selectors: str, ratios: str, donors: str) -> list[Variant]:
                 share = IGNORES_RATIO.get(name, share)
                 variants.append((name if name in IGNORES_RATIO else check_combination(name, share), share, mode))
     return list(dict.fromkeys(variants))
-
-
-def _read_results(path: Path | None, settings: dict[str, Any]) -> Iterator[Result]:
-    """Single results of an interrupted run."""
-    if path is None or not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        kept = json_module.loads(line)
-        if kept.pop("settings") != settings:
-            raise typer.BadParameter(f"{path} holds results of other settings; name another file", param_hint="--cells")
-        yield Result(**kept)
-
-
-def _append_result(path: Path | None, settings: dict[str, Any], result: Result) -> None:
-    if path is not None:
-        with path.open("a") as file:
-            file.write(json_module.dumps({"settings": settings} | asdict(result)) + "\n")

@@ -100,6 +100,8 @@ class Writer:
             chunks[1::2] = self._chunks(questions[(number + 2) % len(questions)], len(chunks) // 2, chooser)
         known = {"new": chunks[number % 2 :: 2], "tenth": []}.get(self._shape, chunks)
         earlier = [*known, *foreign]
+        if all(chunk == chunks[0] for chunk in earlier):
+            raise ValueError(f"question {number}: all passages are the same text")
         while earlier[0] == chunks[0]:
             chooser.shuffle(earlier)
         asked = [self.ids(f"Question: {questions[(number + i) % len(questions)].question}") for i in range(5)]
@@ -137,6 +139,9 @@ class Writer:
         )
 
     def _chunks(self, question: Question, count: int, chooser: random.Random) -> list[list[int]]:
-        chosen = chooser.sample(question.ctxs, min(count, len(question.ctxs)))
-        texts = [f"{ctx.title}\n{ctx.text}" if ctx.title else ctx.text for ctx in chosen]
+        chosen = chooser.sample(range(len(question.ctxs)), min(count, len(question.ctxs)))
+        if question.in_order:
+            chosen.sort()
+        ctxs = [question.ctxs[i] for i in chosen]
+        texts = [f"{ctx.title}\n{ctx.text}" if ctx.title else ctx.text for ctx in ctxs]
         return [[*self.ids(text)[: self._length], *self.ids("\n\n")] for text in texts]

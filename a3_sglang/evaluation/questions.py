@@ -1,14 +1,13 @@
-"""Questions over passages: read from a file, or synthetic from a seed."""
+"""Questions over passages, and synthetic ones from a seed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from pydoc_data.topics import topics
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Passage(BaseModel):
@@ -21,32 +20,21 @@ class Passage(BaseModel):
 
 
 class Question(BaseModel):
-    """A question with its passages and all answers that count as right."""
+    """A question with its passages and all answers that count as right.
+
+    Attributes:
+        ctxs: its passages.
+        question: what is asked.
+        answers: any of them is right.
+        in_order: the passages are parts of one text, or ranked, and prompts keep their order.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     ctxs: tuple[Passage, ...] = Field(min_length=1)
     question: str = Field(min_length=1)
     answers: tuple[str, ...] = Field(min_length=1)
-
-
-def load(path: Path) -> list[Question]:
-    """Questions of a JSON file: a list of ``{"ctxs": [{"title", "text"}], "question", "answers"}``.
-
-    Raises:
-        ValueError: one line that names the file, the question and the field.
-    """
-    try:
-        questions = TypeAdapter(list[Question]).validate_json(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"--data {path}: {error.strerror}") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"--data {path}: {where or 'the file'}: {problem['msg']}") from None
-    if not questions:
-        raise ValueError(f"--data {path}: no questions in it")
-    return questions
+    in_order: bool = False
 
 
 # ---- synthetic tasks

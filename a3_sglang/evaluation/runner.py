@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,29 @@ class Result:
         return self.question, self.selector, self.ratio, self.donors
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """Questions to ask, and how.
+
+    Attributes:
+        questions: all questions; a prompt takes foreign passages from those after its own.
+        numbers: indices of those that are asked.
+        writer: of the prompts.
+        tokenizer: of the model.
+        depth: layers of the model.
+        charged: ratios are charged budgets.
+        arguments: of the engines.
+    """
+
+    questions: Sequence[Question]
+    numbers: range
+    writer: Writer
+    tokenizer: Any
+    depth: int
+    charged: bool
+    arguments: dict[str, Any]
+
+
 class Evaluation:
     """Asks an engine one question at a time.
 
@@ -66,19 +90,25 @@ class Evaluation:
         running: the engine.
         donors: its donor mode.
         folder: the engine dumps logits into it.
-        tokenizer: of the model.
-        depth: layers of the model.
-        charged: ratios are charged budgets, see :meth:`_ratio`.
+        experiment: what is asked.
     """
 
-    def __init__(self, running: Any, donors: str, folder: Path, tokenizer: Any, depth: int, charged: bool) -> None:
-        self.running, self.donors, self.folder, self.tokenizer = running, donors, folder, tokenizer
-        self.depth, self.charged = depth, charged
+    def __init__(self, running: Any, donors: str, folder: Path, experiment: Experiment) -> None:
+        self.running, self.donors, self.folder, self.experiment = running, donors, folder, experiment
+        self.tokenizer = experiment.tokenizer
         self._reports: dict[str, dict[str, Any]] = {}
         """By selector, the report of this question at the least ratio, from which :meth:`_ratio` extrapolates."""
 
-    def results(self, number: int, case: Case, right: tuple[str, ...], wanted: list[Variant]) -> Iterator[Result]:
-        """Ask one question in all wanted variants, which are of this engine's donor mode."""
+    def ask(self, variants: Sequence[Variant], done: Container[Key]) -> Iterator[Result]:
+        """Ask all questions in these variants, which are of this engine's donor mode, except those that are done."""
+        for number in self.experiment.numbers:
+            if wanted := [variant for variant in variants if (number, *variant) not in done]:
+                yield from self._results(number, wanted)
+
+    def _results(self, number: int, wanted: list[Variant]) -> Iterator[Result]:
+        """Ask one question in all wanted variants."""
+        case = self.experiment.writer.case(self.experiment.questions, number)
+        right = self.experiment.questions[number].answers
         flush(self.running)
         reference, plain = self._ask(case.prompt, False, ANSWER_TOKENS)
         teacher = plain["output_ids"]
@@ -137,7 +167,7 @@ class Evaluation:
     def _ratio(self, case: Case, variant: Variant) -> Ratio:
         """Ratio to request; with ``charged``, the one at which the selector's charged budget is the variant's ratio."""
         selector, ratio, _ = variant
-        if not self.charged or ratio == AUTO or selector in IGNORES_RATIO:
+        if not self.experiment.charged or ratio == AUTO or selector in IGNORES_RATIO:
             return ratio
         if selector not in self._reports:
             out = generate(self.running, case.prompt, a3={"selector": selector, "ratio": 0.01, "keep": False})
@@ -146,7 +176,7 @@ class Evaluation:
         reused = report["reused"] + report["recomputed"]
         needs = make_selector(selector).needs
         dense = needs.count if isinstance(needs, DenseLayers) else 0
-        row = (1 - dense / self.depth) / (reused + report["gap"])
+        row = (1 - dense / self.experiment.depth) / (reused + report["gap"])
         share = float(min(max((report["recomputed"] + (ratio - report["charged"]) / row) / reused, 0), 1))
         # Tokens that block matching leaves out count towards the ratio, so it has to be a little more than the share.
         ratio = share
@@ -178,60 +208,40 @@ class Evaluation:
         return text
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Questions to ask, and the variants to ask them in.
+@contextmanager
+def evaluating(experiment: Experiment, donors: str, start: StartEngine) -> Iterator[Evaluation]:
+    """An engine of one donor mode, ready to be asked.
 
-    Attributes:
-        questions: all questions; a prompt takes foreign passages from those after its own.
-        numbers: indices of those that are asked.
-        variants: how each is asked.
-        writer: of the prompts.
-        tokenizer: of the model.
-        depth: layers of the model.
-        charged: ratios are charged budgets.
-        arguments: of the engines.
+    Args:
+        experiment: what is asked.
+        donors: the donor mode.
+        start: starts engines of the model.
     """
-
-    questions: Sequence[Question]
-    numbers: range
-    variants: list[Variant]
-    writer: Writer
-    tokenizer: Any
-    depth: int
-    charged: bool
-    arguments: dict[str, Any]
+    options = {"A3_MIN_SAVING": "0", "A3_DONORS": donors, "A3_REPORT": "exact"}
+    with (
+        tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,
+        environment(**options, **{LOGITS_VARIABLE: folder}),
+        start("a3", **experiment.arguments) as running,
+    ):
+        yield Evaluation(running, donors, Path(folder), experiment)
 
 
-def run(experiment: Experiment, start: StartEngine, done: Container[Key]) -> Iterator[Result]:
+def run(
+    experiment: Experiment, variants: Sequence[Variant], start: StartEngine, done: Container[Key]
+) -> Iterator[Result]:
     """Ask all questions in all variants that are not done, on one engine per donor mode.
 
     Args:
         experiment: what is asked.
+        variants: how each question is asked.
         start: starts engines of the model.
         done: keys of earlier results.
     """
-    for mode in dict.fromkeys(donors for _, _, donors in experiment.variants):
-        variants = [variant for variant in experiment.variants if variant[2] == mode]
-        missing = {n: [variant for variant in variants if (n, *variant) not in done] for n in experiment.numbers}
-        if not any(missing.values()):
-            continue
-        options = {"A3_MIN_SAVING": "0", "A3_DONORS": mode, "A3_REPORT": "exact"}
-        with (
-            tempfile.TemporaryDirectory(prefix="a3-eval-") as folder,
-            environment(**options, **{LOGITS_VARIABLE: folder}),
-            start("a3", **experiment.arguments) as running,
-        ):
-            evaluation = Evaluation(
-                running, mode, Path(folder), experiment.tokenizer, experiment.depth, experiment.charged
-            )
-            for number, wanted in missing.items():
-                if wanted:
-                    case, right = (
-                        experiment.writer.case(experiment.questions, number),
-                        experiment.questions[number].answers,
-                    )
-                    yield from evaluation.results(number, case, right, wanted)
+    for mode in dict.fromkeys(donors for _, _, donors in variants):
+        of_mode = [variant for variant in variants if variant[2] == mode]
+        if any((number, *variant) not in done for number in experiment.numbers for variant in of_mode):
+            with evaluating(experiment, mode, start) as evaluation:
+                yield from evaluation.ask(of_mode, done)
 
 
 def summary(variant: Variant, results: list[Result]) -> dict[str, Any]:

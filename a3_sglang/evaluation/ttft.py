@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from a3_sglang.client import Prompts, Step, flush, generate, generate_all
@@ -51,6 +52,40 @@ def fused_prefills(
     return pairs[1:]
 
 
+def compared_prefills(
+    running: Any, prompts: Prompts, options: Sequence[Any], repeats: int, batch: int, step: Step
+) -> list[list[float]]:
+    """Milliseconds of prefills with each of several options, in turns over the same donor, after a round to warm up.
+
+    Args:
+        running: the engine, with a3.
+        prompts: the prompts.
+        options: of the requests; False: a full prefill. None of the requests leaves KV that another one reuses.
+        repeats: number of rounds.
+        batch: requests sent at once.
+        step: called after each round, the first included.
+
+    Returns:
+        For each option, its times.
+
+    Raises:
+        RuntimeError: fusion did not engage.
+    """
+    times: list[list[float]] = [[] for _ in options]
+    for i in range(repeats + 1):
+        _donate(running, prompts)
+        for j in range(len(options)):
+            # Each round begins with the next one: a machine's speed drifts.
+            k = (i + j) % len(options)
+            if options[k] is False:
+                times[k].append(_fresh(running, prompts, batch, False))
+            else:
+                option = options[k] | {"keep": False}
+                times[k].append(_fused(running, [prompts.shuffled() for _ in range(batch)], option)[0])
+        step()
+    return [measured[1:] for measured in times]
+
+
 def summary(stock: list[float], pairs: list[dict[str, float]]) -> dict[str, Any]:
     """Medians and ratios of what :func:`full_prefills` and :func:`fused_prefills` measured."""
     median = {key: statistics.median(pair[key] for pair in pairs) for key in pairs[0]}
@@ -69,19 +104,14 @@ def summary(stock: list[float], pairs: list[dict[str, float]]) -> dict[str, Any]
 
 def _pair(running: Any, prompts: Prompts, ratio: float, batch: int, swap: bool) -> dict[str, float]:
     """One full prefill and one fused prefill of equally long prompts; then both with nothing to reuse."""
-    flush(running)
-    prompts.renew()
-    generate(running, prompts.shuffled(), a3=False)  # The donor: an ordinary request.
+    _donate(running, prompts)
     targets = [prompts.shuffled() for _ in range(batch)]
     measured: dict[str, float] = {}
     for fuse in (False, True) if swap else (True, False):
         if not fuse:
             measured["alternating_full_ms"] = _fresh(running, prompts, batch, False)
             continue
-        measured["a3_ms"], metas = _timed(running, targets, {"ratio": ratio})
-        for report in (meta["a3"] for meta in metas):
-            if report["reason"] is not None or not report["reused"] + report["recomputed"]:
-                raise RuntimeError(f"fusion did not engage: {report}")
+        measured["a3_ms"], metas = _fused(running, targets, {"ratio": ratio})
         # Requests of one batch report the same stages; several batches run one after the other.
         batches = {tuple(meta["a3_ms"].items()) for meta in metas}
         measured |= {f"{stage}_ms": sum(dict(one)[f"{stage}_ms"] for one in batches) for stage in STAGES}
@@ -89,6 +119,22 @@ def _pair(running: Any, prompts: Prompts, ratio: float, batch: int, swap: bool) 
         name = "idle_full_ms" if option is False else "idle_a3_ms"
         measured[name] = _fresh(running, prompts, batch, option)
     return measured
+
+
+def _donate(running: Any, prompts: Prompts) -> None:
+    """Draw new prompts, and leave the KV of one of them in an otherwise empty cache: an ordinary request."""
+    flush(running)
+    prompts.renew()
+    generate(running, prompts.shuffled(), a3=False)
+
+
+def _fused(running: Any, targets: list[list[int]], option: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    """What :func:`_timed` returns of a batch that has to be fused."""
+    elapsed, metas = _timed(running, targets, option)
+    for report in (meta["a3"] for meta in metas):
+        if report["reason"] is not None or not report["reused"] + report["recomputed"]:
+            raise RuntimeError(f"fusion did not engage: {report}")
+    return elapsed, metas
 
 
 def _timed(running: Any, prompts: list[list[int]], a3: Any) -> tuple[float, list[dict[str, Any]]]:

@@ -121,14 +121,14 @@ class Executor:
 
     def _probe(self, requests: Sequence[FusionRequest]) -> list[torch.Tensor | None]:
         """Question attention over prefix and spans, float32 (plan.end,) per request; None if it is not needed."""
-        by_layers: dict[tuple[int, ...], list[int]] = {}
+        by_needs: dict[ProbeLayers, list[int]] = {}
         for i, request in enumerate(requests):
             needs = request.selector.needs
             if isinstance(needs, ProbeLayers) and request.budget.leaves_choice:
-                by_layers.setdefault(needs.layers(self.model.windows), []).append(i)
+                by_needs.setdefault(needs, []).append(i)
         signals: list[torch.Tensor | None] = [None] * len(requests)
-        for layers, members in by_layers.items():
-            probe = ProbePass(self.model, self.ops, [requests[i] for i in members], layers)
+        for needs, members in by_needs.items():
+            probe = ProbePass(self.model, self.ops, [requests[i] for i in members], needs)
             self.model.forward(probe.tokens, probe.positions, probe)
             for i, signal in zip(members, probe.by_request(), strict=True):
                 signals[i] = signal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.request import FusionRequest, Slice
 from a3_sglang.matching.plan import question_ranges
-from a3_sglang.selectors import DenseLayer
+from a3_sglang.selectors import DenseLayer, ProbeLayers
 
 
 class ProbePass(AttentionHook):
@@ -27,44 +28,53 @@ class ProbePass(AttentionHook):
         model: runs the pass.
         ops: how questions attend.
         requests: one question each; the size of the probe is noted on them.
-        layers: whose attention is read, ascending.
+        needs: whose attention is read, and how.
 
     Attributes:
         tokens, positions: int64 (rows,), of the pass.
     """
 
-    def __init__(self, model: Model, ops: Ops, requests: Sequence[FusionRequest], layers: Sequence[int]) -> None:
+    def __init__(self, model: Model, ops: Ops, requests: Sequence[FusionRequest], needs: ProbeLayers) -> None:
         self._model, self._ops = model, ops
-        self._requests, self._layers = requests, layers
-        self._known_pos, self._questions, tokens, positions, row = [], [], [], [], 0
+        self._requests, self._needs, self._layers = requests, needs, needs.layers(model.windows)
+        self._questions: list[ProbeRows] = []
+        self._anchored: list[ProbeRows] = []
+        self._known_pos, tokens, positions, row = [], [], [], 0
         for request in requests:
             device, end = request.slots.device, len(request.tokens)
             asked = [request.tokens[start:stop] for start, stop in question_ranges(request.plan, end, request.question)]
             rows = sum(map(len, asked))
-            request.probed_rows, request.probed_layers = rows, layers[-1] + 1
+            request.probed_rows, request.probed_layers = rows, self._layers[-1] + 1
             prefix_pos = torch.arange(request.plan.prefix, device=device)
             known_pos = torch.cat([prefix_pos, request.reused_rows().positions])
             self._known_pos.append(known_pos)
             row_pos = torch.arange(end - rows, end, device=device)
-            self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos], known_pos, row_pos))
+            spans = [torch.arange(s.start, s.end, needs.stride, device=device) for s in request.plan.spans]
+            for probes, pos in ((self._questions, known_pos), (self._anchored, torch.cat([prefix_pos, *spans]))):
+                probes.append(ProbeRows(row, row + rows, request.slots[pos], pos, row_pos))
             tokens += asked
             positions.append(row_pos)
             row += rows
         self.tokens = torch.cat(tokens)
         self.positions = torch.cat(positions)
         self._relevance = torch.zeros(sum(map(len, self._known_pos)), device=self.positions.device)
-        self._run: ProbeFn | None = None
+        self._runs: tuple[ProbeFn, ProbeFn] | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
-        if self._run is None:
-            self._run = self._ops.probe_attention.plan(self._questions, query.shape[1], key.shape[1])
-        pools = self._model.keys[layer], self._model.values[layer]
-        out = self._run(query, (key, value), pools, spec, self._relevance if layer in self._layers else None)
-        if layer == self._layers[-1]:
-            raise StopForward
-        return out
+        if self._runs is None:
+            plan = partial(self._ops.probe_attention.plan, heads=query.shape[1], kv_heads=key.shape[1])
+            whole = plan(self._questions, mean=self._needs.mean)
+            self._runs = whole, whole if self._needs.stride == 1 else plan(self._anchored)
+        (whole, anchored), pools = self._runs, (self._model.keys[layer], self._model.values[layer])
+        if layer in self._layers:
+            out = whole(query, (key, value), pools, spec, self._relevance)
+            if layer == self._layers[-1]:
+                raise StopForward
+            if anchored is whole:
+                return out
+        return anchored(query, (key, value), pools, spec, None)
 
     def by_request(self) -> list[torch.Tensor]:
         """Relevance of each request's positions before its tail, float32 (plan.end,); zero in gaps."""

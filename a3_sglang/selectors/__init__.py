@@ -12,6 +12,8 @@ _SELECTORS = {
     "a3": ("a3", "A3"),
     "cacheblend": ("cacheblend", "CacheBlend"),
     "epic": ("epic", "Epic"),
+    "prophetkv": ("prophetkv", "ProphetKV"),
+    "qcfuse": ("qcfuse", "QCFuse"),
     "random": ("random_rows", "Random"),
     "reuse": ("reuse", "Reuse"),
     "full": ("full", "Full"),

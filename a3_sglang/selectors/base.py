@@ -42,10 +42,17 @@ class ProbeLayers:
 
     Attributes:
         first, last: the band, as shares of the model's depth.
+        least: layers in the band at least, if the model has as many after its first.
+        mean: relevance is the mean of the attention of the question's rows, the values left aside.
+        stride: the question's rows attend to every ``stride``-th row of each span, its anchors, and to the whole
+            prefix. Only their attention in the band is measured over all rows.
     """
 
     first: float
     last: float
+    least: int = 1
+    mean: bool = False
+    stride: int = 1
 
     def layers(self, windows: Sequence[int | None]) -> tuple[int, ...]:
         """The layers of the band, at least one, ascending.
@@ -58,7 +65,7 @@ class ProbeLayers:
         """
         depth = len(windows)
         begin = int(self.first * depth)
-        band = range(begin, max(begin + 1, int(self.last * depth)))
+        band = range(begin, min(max(begin + self.least, int(self.last * depth)), depth))
         return tuple(layer for layer in band if windows[layer] is None) or tuple(band)
 
 

@@ -19,6 +19,7 @@ from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import Budget, Selector
 from a3_sglang.selectors.epic import Epic
 from a3_sglang.selectors.probe import Probe
+from a3_sglang.selectors.qcfuse import QCFuse
 from a3_sglang.selectors.random_rows import Random
 from a3_sglang.timing import Timings
 from helpers.reference import Llama
@@ -65,7 +66,7 @@ def planned(selector: Selector, ratio: float | str) -> tuple[Scenario, FusionReq
 
 @pytest.mark.parametrize("slice_rows", [9, 8192])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("selector", [Probe(), Epic(), Random()])
+@pytest.mark.parametrize("selector", [Probe(), Epic(), QCFuse(), Random()])
 def test_a_fused_prefill_never_syncs(selector, ratio, slice_rows, no_launches):
     scenario, request = planned(selector, ratio)
     model, request = on_meta(scenario, request)
@@ -78,7 +79,7 @@ def test_a_fused_prefill_never_syncs(selector, ratio, slice_rows, no_launches):
     with executor.with_leftover(leftover, [rows], slots[tail_pos]):
         model.extend(request.tokens[tail_pos], tail_pos)
     assert len(request.recomputed_pos) == Budget.of(selector, ratio, request.plan.reused).least
-    assert ("probe_attention" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
+    assert ("probe_attention" in no_launches) == (isinstance(selector, (Probe, QCFuse)) and 0 < ratio < 1)
     assert ("correct_drift" in no_launches) == (isinstance(selector, Probe) and 0 < ratio < 1)
     assert "row_attention" in no_launches
 

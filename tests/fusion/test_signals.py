@@ -14,6 +14,8 @@ from a3_sglang.matching.plan import question_ranges
 from a3_sglang.selectors import DenseLayer, ReusedRows
 from a3_sglang.selectors.a3 import A3
 from a3_sglang.selectors.cacheblend import CacheBlend
+from a3_sglang.selectors.prophetkv import ProphetKV
+from a3_sglang.selectors.qcfuse import QCFuse
 from helpers.fusion import TOLERANCE, RecordingProbe, context, kv, pieces, prefixes, run, seeds, several, tails
 from helpers.reference import gaps, reused
 from helpers.scenario import Scenario, executor_for
@@ -55,6 +57,47 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
     assert len(request.recomputed_pos) == count
     assert (score[request.recomputed_pos] >= threshold - 1e-5).all()
     assert (request.recomputed_pos.diff() > 0).all()
+
+
+@several
+@given(seeds, prefixes, pieces, tails, st.sampled_from([ProphetKV(), QCFuse()]))
+def test_published_probes_equal_float64(seed, prefix, parts, tail, selector):
+    """The question attends to the prefix and to anchors; its attention over all known rows is averaged."""
+    scenario = Scenario(seed | 1)  # A plain model, which is what the papers are about.
+    model, executor = scenario.model, executor_for(scenario)
+    request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, selector, 0.3, executor)
+    copied, plan, total = kv(model, request), request.plan, len(request.tokens)
+    run(executor, request)
+    asked = [request.tokens[start:end] for start, end in question_ranges(plan, total)]
+    tokens = torch.cat([request.tokens[: plan.end], *asked])
+    rows = torch.arange(plan.end, len(tokens))
+    known = [*range(prefix), *reused(plan).tolist()]
+    every = 1 if isinstance(selector, ProphetKV) else 10
+    anchors = [*range(prefix), *(p for span in plan.spans for p in range(span.start, span.end, every))]
+
+    def seeing(positions: list[int], part: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen = torch.full((model.depth, len(tokens), *part[0].shape[1:]), torch.nan, dtype=torch.float64)
+        for layer, given_layer in zip(seen, part, strict=True):
+            layer[positions] = given_layer[positions]
+        return list(seen)
+
+    positions = torch.arange(total - len(rows), total)
+    anchored = [seeing(anchors, part) for part in copied]
+    keys, _, _, _, queries = model.rows64(tokens, rows, *anchored, positions=positions)
+    band = range(model.depth) if every == 1 else range(model.depth // 2, model.depth)
+    group, score = model.shape.heads // model.shape.kv_heads, torch.zeros(len(known), dtype=torch.float64)
+    for layer in band:
+        for i in range(len(rows)):
+            seen = torch.cat([copied[0][layer][known], keys[layer][plan.end : plan.end + i + 1]])
+            for head in range(model.shape.heads):
+                logits = seen[:, head // group] @ queries[layer][i, head] * model.specs[layer].scaling
+                score += torch.softmax(logits, 0)[: len(known)] / len(rows)
+    assert (request.probed_rows, request.probed_layers) == (len(rows), model.depth)
+    assert_close(request.relevance[known[prefix:]].double(), score[prefix:], rtol=1e-4, atol=1e-5)
+    threshold = score[prefix:].sort(descending=True).values[request.budget.least - 1]
+    assert len(request.recomputed_pos) == request.budget.least
+    found = dict(zip(known, score.tolist(), strict=True))
+    assert all(found[p] >= threshold - 1e-5 for p in request.recomputed_pos.tolist())
 
 
 @dataclass(frozen=True)

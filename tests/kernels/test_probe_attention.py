@@ -39,14 +39,14 @@ def batches(draw: st.DrawFn):
     return query, tuple(own), tuple(pools), requests
 
 
-def run(implementation, batch, spec):
+def run(implementation, batch, spec, mean=False):
     """Output, and what was added to the scores."""
     query, own, pools, requests = batch
     moved = [
         ProbeRows(r.begin, r.end, *(x.to(DEVICE) for x in (r.context_slots, r.context_pos, r.row_pos)))
         for r in requests
     ]
-    attend = implementation().plan(moved, query.shape[1], own[0].shape[1])
+    attend = implementation().plan(moved, query.shape[1], own[0].shape[1], mean)
     own, pools = (tuple(x.to(DEVICE) for x in kv) for kv in (own, pools))
     before = torch.rand(sum(len(r.context_slots) for r in requests))
     scores = before.to(DEVICE, copy=True)
@@ -55,7 +55,7 @@ def run(implementation, batch, spec):
     return out.cpu(), scores.cpu() - before
 
 
-def exact(batch, spec):
+def exact(batch, spec, mean=False):
     query, own, pools, requests = batch
     group = query.shape[1] // own[0].shape[1]
     out, scores = [], []
@@ -71,20 +71,20 @@ def exact(batch, spec):
         weights = weights64(query[rows], keys, seen, spec)
         values = values.repeat_interleave(group, 1)
         out.append(torch.einsum("rhn,nhd->rhd", weights, values))
-        relevance = (weights.pow(2).mean(0).sqrt() * values.norm(dim=-1).T).sum(0)
-        scores.append(relevance[: len(request.context_slots)])
+        relevance = weights.mean(0) if mean else weights.pow(2).mean(0).sqrt() * values.norm(dim=-1).T
+        scores.append(relevance.sum(0)[: len(request.context_slots)])
     return torch.cat(out), torch.cat(scores)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
-@given(batches(), st.data())
-def test_probes_equal_float64(name, batch, data):
+@given(batches(), st.data(), st.booleans())
+def test_probes_equal_float64(name, batch, data, mean):
     spec = data.draw(specs(batch[0].shape[1], st.floats(0.05, 1.5)))
     if name == "triton":
         spec = AttentionSpec(spec.scaling)
-    out, scores = run(IMPLEMENTATIONS[name], batch, spec)
-    expected, relevance = exact(batch, spec)
+    out, scores = run(IMPLEMENTATIONS[name], batch, spec, mean)
+    expected, relevance = exact(batch, spec, mean)
     assert out.shape == batch[0].shape
     assert_close(out.double(), expected, rtol=1e-4, atol=2e-5)
     assert_close(scores.double(), relevance, rtol=1e-4, atol=1e-5)

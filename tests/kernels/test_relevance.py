@@ -20,9 +20,10 @@ from helpers.reference import random_tensor, seen_by, weights64
     group=st.sampled_from([1, 3, 4]),
     scaling=st.floats(0.05, 4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    mean=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype, seed):
+def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype, mean, seed):
     generator = torch.Generator().manual_seed(seed)
     query = random_tensor(generator, rows, kv_heads * group, 16).to(dtype)
     keys = random_tensor(generator, context, kv_heads, 16).to(dtype)
@@ -33,13 +34,13 @@ def test_relevance_equals_float64(rows, context, kv_heads, group, scaling, dtype
         [attention_weights(*head, mask, AttentionSpec(scaling), dtype) for head in zip(queries, columns, strict=True)]
     )
     values = random_tensor(generator, len(keys), kv_heads, 16).to(dtype)
-    found = sum(relevance(weights[head].clone(), rows, values[:, head]) for head in range(kv_heads))
+    found = sum(relevance(weights[head].clone(), rows, values[:, head], mean) for head in range(kv_heads))
     exact = weights64(query, keys, seen_by(kv_lens, len(keys), None), AttentionSpec(scaling))
     grouped = exact.unflatten(1, (kv_heads, group)).movedim(1, 0).flatten(1, 2)
     assert weights.dtype == found.dtype == torch.float32
     assert_close(weights.double(), grouped, rtol=1e-4, atol=1e-5)
     sizes = values.double().norm(dim=-1).repeat_interleave(group, 1)
-    expected = (exact.pow(2).mean(0).sqrt() * sizes.T).sum(0)
+    expected = exact.mean(0).sum(0) if mean else (exact.pow(2).mean(0).sqrt() * sizes.T).sum(0)
     assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 

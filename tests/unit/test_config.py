@@ -79,7 +79,7 @@ def test_server_refusals_name_the_option(monkeypatch, option, text):
 
 def test_server_selector_refusal_lists_the_choices(monkeypatch):
     monkeypatch.setenv("A3_SELECTOR", "best")
-    with pytest.raises(ValueError, match="probe, a3, cacheblend, epic, random, reuse, full"):
+    with pytest.raises(ValueError, match="probe, a3, cacheblend, epic, prophetkv, qcfuse, random, reuse, full"):
         ServerOptions.from_environment()
 
 
@@ -89,9 +89,9 @@ def test_only_rules_that_measure_attention_support_auto(monkeypatch):
     assert ServerOptions.from_environment().recompute_ratio == "auto"
     for selector in ("epic", "cacheblend", "random", "reuse", "full"):
         monkeypatch.setenv("A3_SELECTOR", selector)
-        with pytest.raises(ValueError, match=r"^--a3-selector: .*\(probe, a3\)"):
+        with pytest.raises(ValueError, match=r"^--a3-selector: .*\(probe, a3, prophetkv, qcfuse\)"):
             ServerOptions.from_environment()
-        with pytest.raises(ValueError, match=r"^custom_params\.a3\.selector: .*\(probe, a3\)"):
+        with pytest.raises(ValueError, match=r"^custom_params\.a3\.selector: .*\(probe, a3, prophetkv, qcfuse\)"):
             resolve(ServerOptions(selector=selector), {"a3": {"ratio": "auto"}})
         with pytest.raises(ValueError, match=r"^custom_params\.a3\.selector: "):
             resolve(ServerOptions(recompute_ratio="auto"), {"a3": {"selector": selector}})

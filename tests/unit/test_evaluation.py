@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from a3_sglang.cli.evaluate import parse_variants
 from a3_sglang.evaluation import metrics
+from a3_sglang.evaluation.layouts import load
 from a3_sglang.evaluation.prompts import Writer
-from a3_sglang.evaluation.questions import TASKS, load, make
+from a3_sglang.evaluation.questions import TASKS, make
 from a3_sglang.evaluation.runner import NOISE
 
 
@@ -74,19 +75,20 @@ def test_tasks_hold_their_answers_and_repeat_with_their_seed(task: str):
     ("content", "message"),
     [
         ("[]", "no questions"),
-        ("{", "the file"),
-        ('[{"ctxs": [], "question": "q", "answers": ["a"]}]', "0.ctxs"),
-        ('[{"ctxs": [{"text": "t"}], "question": "q"}]', "0.answers"),
+        ("{", "question 0: "),
+        ('[{"ctxs"', "question 0: "),
+        ('[{"ctxs": [], "question": "q", "answers": ["a"]}]', "question 0: ctxs: "),
+        ('[{"ctxs": [{"text": "t"}], "question": "q"}]', "question 0: answers: "),
     ],
 )
 def test_bad_data_is_named(tmp_path, content: str, message: str):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        load(path)
+        load(path, str.splitlines)
     assert str(path) in str(error.value)
     with pytest.raises(ValueError, match="No such file"):
-        load(tmp_path / "none.json")
+        load(tmp_path / "none.json", str.splitlines)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from a3_sglang.attention.relevance import relevance
 from a3_sglang.selectors import (
     Budget,
     DenseLayer,
@@ -30,6 +31,8 @@ from a3_sglang.selectors.cacheblend import CacheBlend
 from a3_sglang.selectors.epic import Epic
 from a3_sglang.selectors.full import Full
 from a3_sglang.selectors.probe import Probe
+from a3_sglang.selectors.prophetkv import ProphetKV
+from a3_sglang.selectors.qcfuse import QCFuse
 from a3_sglang.selectors.random_rows import Random
 from a3_sglang.selectors.reuse import Reuse
 
@@ -54,6 +57,8 @@ def test_selectors_by_name():
         "a3": A3,
         "cacheblend": CacheBlend,
         "epic": Epic,
+        "prophetkv": ProphetKV,
+        "qcfuse": QCFuse,
         "random": Random,
         "reuse": Reuse,
         "full": Full,
@@ -175,8 +180,48 @@ def test_probe_band_of_known_models():
 
 
 @given(st.integers(1, 200))
-def test_only_the_probe_needs_a_probe(depth: int):
-    assert [name for name in selector_names() if len(probe_layers(make_selector(name), [None] * depth))] == ["probe"]
+def test_probes_of_published_rules(depth: int):
+    measuring = {name: probe_layers(make_selector(name), [None] * depth) for name in ("prophetkv", "qcfuse")}
+    assert measuring["prophetkv"] == tuple(range(depth))
+    assert measuring["qcfuse"] == tuple(range(depth // 2, min(depth // 2 + 3, depth)))
+    others = {name for name in selector_names() if probe_layers(make_selector(name), [None] * depth)} - measuring.keys()
+    assert others == {"probe"}
+
+
+@pytest.mark.parametrize("selector", [ProphetKV(), QCFuse()])
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.floats(0, 1),
+    st.integers(0, 2**31),
+)
+def test_published_probes_take_the_rows_with_the_most_attention(
+    selector: Selector, lengths: list[int], asked: int, kv_heads: int, group: int, ratio: float, seed: int
+):
+    """Row by row from the definition: the mean over the question's rows, summed over heads and layers."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = list(accumulate(lengths))
+    rows = ReusedRows.of(list(zip([0, *ends], ends, strict=False)), "cpu")
+    signal, expected = torch.zeros(ends[-1]), torch.zeros(ends[-1], dtype=torch.float64)
+    for _ in range(3):
+        logits = torch.randn(kv_heads, asked * group, ends[-1] + asked, generator=generator, dtype=torch.float64)
+        weights = torch.softmax(logits * 3, -1)
+        values = torch.randn(kv_heads, ends[-1] + asked, 8, generator=generator)
+        for head in range(kv_heads):
+            signal += relevance(weights[head].float(), asked, values[head], mean=True)[: ends[-1]]
+            expected += sum(weights[head][i] for i in range(asked * group))[: ends[-1]] / asked
+    assert_close(signal.double(), expected, rtol=1e-4, atol=1e-6)
+    count = math.ceil(ratio * ends[-1])
+    picked = picked_by(selector, signal, rows, count)
+    least = expected[picked].min() if count else math.inf
+    kept = torch.ones(ends[-1], dtype=torch.bool)
+    kept[picked] = False
+    assert len(picked) == count
+    assert bool((expected[kept] <= least + 1e-6).all())
+    assert not selector.corrects_drift
 
 
 @given(st.data())
