@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from a3_sglang.config import DONOR_MODES
-from a3_sglang.drift.model import KEYS, VALUES
+from a3_sglang.drift.model import DEFAULT
 from a3_sglang.evaluation.prompts import Case, Writer
 from a3_sglang.evaluation.questions import load
 from a3_sglang.matching.index import AnyPositionIndex
@@ -27,7 +27,7 @@ from a3_sglang.matching.search import find_spans
 
 OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-KINDS = {"keys": KEYS, "values": VALUES}
+KINDS = {"keys": DEFAULT.keys, "values": DEFAULT.values}
 
 
 def projected(model: PreTrainedModel, prompt: list[int]) -> dict[str, torch.Tensor]:

@@ -38,6 +38,9 @@ class Covariance:
             decays: its covariance is ``shared_sill * exp(-distance / shared_range)``.
         local_sill, local_range: the same of a part that close neighbours share; multiplied by the :meth:`scale` of
             both rows.
+        start_variance: variance at offset 0.
+        variance_decay: the power of ``1 + offset`` by which the variance falls.
+        min_local_variance: lower bound of the squared :meth:`scale`.
         damping: share of a prediction that is applied. That answers are better with less than 1 is measured, not
             derived: not all that a recompute shows is drift, as the recomputed rows attend to stale ones.
     """
@@ -46,12 +49,15 @@ class Covariance:
     shared_range: float
     local_sill: float
     local_range: float
+    start_variance: float
+    variance_decay: float
+    min_local_variance: float
     damping: float
 
     def scale(self, offset: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the non-shared part at ``offset``, relative to its value well inside a span."""
-        variance = VARIANCE_AT_START * (1 + offset.float()) ** -VARIANCE_DECAY
-        return ((variance - self.shared_sill) / (1 - self.shared_sill)).clamp(min=MIN_LOCAL_VARIANCE).sqrt()
+        variance = self.start_variance * (1 + offset.float()) ** -self.variance_decay
+        return ((variance - self.shared_sill) / (1 - self.shared_sill)).clamp(min=self.min_local_variance).sqrt()
 
     def nugget(self, offset: torch.Tensor) -> torch.Tensor:
         """Variance of the part that a row shares with no other row."""
@@ -69,12 +75,43 @@ class Covariance:
         return shared + local_sill * (-distance / self.local_range).exp()
 
 
-VARIANCE_AT_START, VARIANCE_DECAY, MIN_LOCAL_VARIANCE = 6.5, 0.38, 0.5
-"""Variance of the drift at offset 0, the power of ``1 + offset`` by which it falls, and the lower bound of the squared
-:meth:`Covariance.scale`."""
-KEYS = Covariance(shared_sill=0.36, shared_range=300, local_sill=0.27, local_range=5, damping=0.85)
-VALUES = Covariance(shared_sill=0.28, shared_range=220, local_sill=0.22, local_range=4, damping=0.5)
-"""Fitted to harvested and compiled donors alike; ``benchmarks/drift.py`` prints the measured values beside them."""
+@dataclass(frozen=True)
+class DriftModel:
+    """How the drift of one language model's copied KV varies; the same in all its layers.
+
+    Attributes:
+        keys: covariance of the drift of keys as they were before RoPE.
+        values: that of values.
+    """
+
+    keys: Covariance
+    values: Covariance
+
+
+DEFAULT = DriftModel(
+    keys=Covariance(
+        shared_sill=0.36,
+        shared_range=300,
+        local_sill=0.27,
+        local_range=5,
+        start_variance=6.5,
+        variance_decay=0.38,
+        min_local_variance=0.5,
+        damping=0.85,
+    ),
+    values=Covariance(
+        shared_sill=0.28,
+        shared_range=220,
+        local_sill=0.22,
+        local_range=4,
+        start_variance=6.5,
+        variance_decay=0.38,
+        min_local_variance=0.5,
+        damping=0.5,
+    ),
+)
+"""Fitted to SmolLM2-135M, to harvested and compiled donors alike; ``benchmarks/drift.py`` prints the measured values
+beside it."""
 
 
 class PaddedBlocks:
