@@ -15,14 +15,27 @@ The same model says which rows to recompute (``drift/selection.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 
 MAX_BLOCK = 512
 """Longest run of a span's rows that are predicted together; it bounds the linear systems to solve."""
+
+
+MIN_NUGGET = 0.01
+"""Least share of the variance that a row shares with no other row; it keeps matrices positive definite in float32."""
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("shared_sill", "local_sill", "damping"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("shared_range", "local_range", "start_variance"), lambda value: 0 < value < math.inf, "positive and finite"),
+    (("variance_decay",), lambda value: 0 <= value < math.inf, "finite and not negative"),
+    (("min_local_variance",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+)
+"""Fields of a :class:`Covariance`, and which values they may have; NaN never."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,24 @@ class Covariance:
     variance_decay: float
     min_local_variance: float
     damping: float
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: a field is out of its range; the message begins with its name.
+        """
+        for names, is_valid, range_ in _RANGES:
+            for name in names:
+                if not is_valid(value := getattr(self, name)):
+                    raise ValueError(f"{name} must be {range_}, not {value}")
+        if not self.shared_sill + self.local_sill <= 1 - MIN_NUGGET:
+            raise ValueError(
+                f"shared_sill + local_sill must be at most {1 - MIN_NUGGET}, as the rest is the nugget, "
+                f"not {self.shared_sill + self.local_sill}"
+            )
 
     def scale(self, offset: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the non-shared part at ``offset``, relative to its value well inside a span."""
@@ -110,8 +141,8 @@ DEFAULT = DriftModel(
         damping=0.5,
     ),
 )
-"""Fitted to SmolLM2-135M, to harvested and compiled donors alike; ``benchmarks/drift.py`` prints the measured values
-beside it."""
+"""Fitted to SmolLM2-135M, to harvested and compiled donors alike; ``a3-sglang calibrate --print`` prints the measured
+values beside it."""
 
 
 class PaddedBlocks:
