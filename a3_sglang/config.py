@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from a3_sglang.attention.registry import ROW_ATTENTION_NAMES
+from a3_sglang.drift.file import AUTO_NAME
 from a3_sglang.selectors import Ratio, make_selector, selector_names
 
 ENV_PREFIX = "A3_"
@@ -116,6 +117,11 @@ class ServerOptions(BaseModel):
         AUTO,
         description="Attention of recomputed tokens on a GPU; auto tries flashinfer and triton at start and keeps the "
         "fastest one that is correct.",
+    )
+    drift: str = Field(
+        AUTO_NAME,
+        description="Model of the drift of reused KV: auto takes what a3-sglang calibrate has fitted to this language "
+        "model, if it was run, else the default; default; or a file that it has written.",
     )
     allow: Annotated[tuple[str, ...], BeforeValidator(_read_names)] = Field(
         (),

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
 from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
-from a3_sglang.drift.model import PaddedBlocks
+from a3_sglang.drift.model import DEFAULT, PaddedBlocks
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.rope import RopeTable
 
@@ -68,7 +68,7 @@ def launch(dtype: torch.dtype) -> None:
 
     blocks = PaddedBlocks([context], "cpu")
     correction = DriftCorrection(
-        DriftPredictor(observed, blocks, context),
+        DriftPredictor(DEFAULT, observed, blocks, context),
         torch.arange(rows),
         slots[observed],
         observed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from a3_sglang.cli import analyze, bench, doctor, evaluate, explain, verify, warm
+from a3_sglang.cli import analyze, bench, calibrate, doctor, evaluate, explain, verify, warm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,6 +14,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
+app.command("calibrate")(calibrate.calibrate)
 app.command("explain")(explain.explain)
 app.command("analyze")(analyze.analyze_log)
 app.command("warm")(warm.warm_documents)

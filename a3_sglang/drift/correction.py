@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from a3_sglang.attention.base import KV
-from a3_sglang.drift.model import KEYS, VALUES, Covariance, PaddedBlocks, cholesky_factor, observed_first
+from a3_sglang.drift.model import Covariance, DriftModel, PaddedBlocks, cholesky_factor, observed_first
 from a3_sglang.drift.selection import candidates_per_block
 from a3_sglang.rope import RopeTable, Rotation, rotate
 
@@ -17,6 +17,7 @@ class DriftPredictor:
     """Predicts the drift of all reused rows of a request from that of the rows observed in one pass.
 
     Args:
+        drift: how the drift of the rows varies.
         observed: int64 (n,), ascending: ordinal among the reused rows of each row of the pass; for gap rows, which are
             not observed, the number of reused rows.
         blocks: of the reused rows.
@@ -31,7 +32,12 @@ class DriftPredictor:
     """
 
     def __init__(
-        self, observed: torch.Tensor, blocks: PaddedBlocks, most: int, wanted: torch.Tensor | None = None
+        self,
+        drift: DriftModel,
+        observed: torch.Tensor,
+        blocks: PaddedBlocks,
+        most: int,
+        wanted: torch.Tensor | None = None,
     ) -> None:
         self._cell, count = blocks.cell, len(blocks.cell)
         # One more than there are reused rows: the last entry takes the rows that are not reused.
@@ -42,7 +48,7 @@ class DriftPredictor:
         self.observed_idx = blocks.pad(order[:count], 0).gather(1, columns)
         self.reused_idx = blocks.pad(ordinals[:count], -1)
         self.key_weights, self.value_weights = (
-            _kriging_weights(kind, columns, is_observed, blocks.offsets) for kind in (KEYS, VALUES)
+            _kriging_weights(kind, columns, is_observed, blocks.offsets) for kind in (drift.keys, drift.values)
         )
         if wanted is not None:
             unwanted = ~blocks.pad(wanted, False)[..., None]
@@ -80,7 +86,7 @@ def _kriging_weights(
     observed = offsets.gather(1, columns)
     among = kind(observed, observed) * (is_observed[:, :, None] & is_observed[:, None, :])
     cross = kind(observed, offsets) * is_observed[..., None]
-    factor = cholesky_factor(among, kind.nugget(observed), is_observed)
+    factor = cholesky_factor(among, kind.observed_nugget(observed), is_observed)
     # Two batched solves: on CUDA `cholesky_solve` solves one block at a time.
     half = torch.linalg.solve_triangular(factor, cross, upper=False)
     return kind.damping * torch.linalg.solve_triangular(factor.mT, half, upper=True).transpose(1, 2)
@@ -112,6 +118,7 @@ class DriftCorrection:
     @classmethod
     def plan(
         cls,
+        drift: DriftModel,
         reused_pos: torch.Tensor,
         lengths: Sequence[int],
         slots: torch.Tensor,
@@ -124,6 +131,7 @@ class DriftCorrection:
         """Prepare the correction of one slice of a request; forces no host-device sync.
 
         Args:
+            drift: how the drift of the rows varies.
             reused_pos: int64 (reused,), ascending positions of all reused rows.
             lengths: rows of each span.
             slots: int64 (context,), slots of the request by position.
@@ -139,7 +147,7 @@ class DriftCorrection:
         wanted = (reused_pos >= begin) & (reused_pos < end)
         observed = reused_idx.where(is_reused, len(reused_pos))
         return cls(
-            DriftPredictor(observed, blocks, candidates_per_block(blocks, recomputed), wanted),
+            DriftPredictor(drift, observed, blocks, candidates_per_block(blocks, recomputed), wanted),
             torch.arange(first_row, first_row + len(observed_pos), device=reused_pos.device),
             slots[observed_pos],
             observed_pos,

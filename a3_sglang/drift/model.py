@@ -15,14 +15,27 @@ The same model says which rows to recompute (``drift/selection.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 
 MAX_BLOCK = 512
 """Longest run of a span's rows that are predicted together; it bounds the linear systems to solve."""
+
+
+MIN_NUGGET = 0.01
+"""Least share of the variance that a row shares with no other row; it keeps matrices positive definite in float32."""
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("shared_sill", "local_sill", "damping"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("shared_range", "local_range", "start_variance"), lambda value: 0 < value < math.inf, "positive and finite"),
+    (("variance_decay", "noise"), lambda value: 0 <= value < math.inf, "finite and not negative"),
+    (("min_local_variance",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+)
+"""Fields of a :class:`Covariance`, and which values they may have; NaN never."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +51,46 @@ class Covariance:
             decays: its covariance is ``shared_sill * exp(-distance / shared_range)``.
         local_sill, local_range: the same of a part that close neighbours share; multiplied by the :meth:`scale` of
             both rows.
-        damping: share of a prediction that is applied. That answers are better with less than 1 is measured, not
-            derived: not all that a recompute shows is drift, as the recomputed rows attend to stale ones.
+        start_variance: variance at offset 0.
+        variance_decay: the power of ``1 + offset`` by which the variance falls.
+        min_local_variance: lower bound of the squared :meth:`scale`.
+        noise: variance of the error with which a recompute shows a row's drift, relative to the row's
+            :meth:`variance`: not all that it shows is drift, as the recomputed rows attend to stale ones.
+        damping: share of a prediction that is applied.
     """
 
     shared_sill: float
     shared_range: float
     local_sill: float
     local_range: float
+    start_variance: float
+    variance_decay: float
+    min_local_variance: float
+    noise: float
     damping: float
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: a field is out of its range; the message begins with its name.
+        """
+        for names, is_valid, range_ in _RANGES:
+            for name in names:
+                if not is_valid(value := getattr(self, name)):
+                    raise ValueError(f"{name} must be {range_}, not {value}")
+        if not self.shared_sill + self.local_sill <= 1 - MIN_NUGGET:
+            raise ValueError(
+                f"shared_sill + local_sill must be at most {1 - MIN_NUGGET}, as the rest is the nugget, "
+                f"not {self.shared_sill + self.local_sill}"
+            )
 
     def scale(self, offset: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the non-shared part at ``offset``, relative to its value well inside a span."""
-        variance = VARIANCE_AT_START * (1 + offset.float()) ** -VARIANCE_DECAY
-        return ((variance - self.shared_sill) / (1 - self.shared_sill)).clamp(min=MIN_LOCAL_VARIANCE).sqrt()
+        variance = self.start_variance * (1 + offset.float()) ** -self.variance_decay
+        return ((variance - self.shared_sill) / (1 - self.shared_sill)).clamp(min=self.min_local_variance).sqrt()
 
     def nugget(self, offset: torch.Tensor) -> torch.Tensor:
         """Variance of the part that a row shares with no other row."""
@@ -61,6 +100,10 @@ class Covariance:
         """Variance of all parts together."""
         return self.shared_sill + (1 - self.shared_sill) * self.scale(offset).square()
 
+    def observed_nugget(self, offset: torch.Tensor) -> torch.Tensor:
+        """Variance of what a recompute shows of a row's drift and other rows do not share: nugget and noise."""
+        return self.nugget(offset) + self.noise * self.variance(offset)
+
     def __call__(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Covariance of rows at offsets (..., n) and (..., m), float32 (..., n, m), without nugget."""
         distance = (one[..., :, None] - other[..., None, :]).abs().float()
@@ -69,12 +112,45 @@ class Covariance:
         return shared + local_sill * (-distance / self.local_range).exp()
 
 
-VARIANCE_AT_START, VARIANCE_DECAY, MIN_LOCAL_VARIANCE = 6.5, 0.38, 0.5
-"""Variance of the drift at offset 0, the power of ``1 + offset`` by which it falls, and the lower bound of the squared
-:meth:`Covariance.scale`."""
-KEYS = Covariance(shared_sill=0.36, shared_range=300, local_sill=0.27, local_range=5, damping=0.85)
-VALUES = Covariance(shared_sill=0.28, shared_range=220, local_sill=0.22, local_range=4, damping=0.5)
-"""Fitted to harvested and compiled donors alike; ``benchmarks/drift.py`` prints the measured values beside them."""
+@dataclass(frozen=True)
+class DriftModel:
+    """How the drift of one language model's copied KV varies; the same in all its layers.
+
+    Attributes:
+        keys: covariance of the drift of keys as they were before RoPE.
+        values: that of values.
+    """
+
+    keys: Covariance
+    values: Covariance
+
+
+DEFAULT = DriftModel(
+    keys=Covariance(
+        shared_sill=0.36,
+        shared_range=300,
+        local_sill=0.27,
+        local_range=5,
+        start_variance=6.5,
+        variance_decay=0.38,
+        min_local_variance=0.5,
+        noise=0,
+        damping=0.85,
+    ),
+    values=Covariance(
+        shared_sill=0.28,
+        shared_range=220,
+        local_sill=0.22,
+        local_range=4,
+        start_variance=6.5,
+        variance_decay=0.38,
+        min_local_variance=0.5,
+        noise=0,
+        damping=0.5,
+    ),
+)
+"""Fitted to SmolLM2-135M, to harvested and compiled donors alike; ``a3-sglang calibrate --print`` prints the measured
+values beside it."""
 
 
 class PaddedBlocks:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from a3_sglang.drift.model import KEYS, PaddedBlocks, cholesky_factor, observed_first
+from a3_sglang.drift.model import DriftModel, PaddedBlocks, cholesky_factor, observed_first
 
 ROUNDS = 16
 """Greedy rounds. Rows picked in one round are scored independently of each other."""
@@ -19,7 +19,7 @@ def candidates_per_block(blocks: PaddedBlocks, count: int) -> int:
     return min(blocks.shape[1], math.ceil(CANDIDATE_FACTOR * count / max(1, len(blocks.cell)) * blocks.shape[1]))
 
 
-def select_a_optimal(weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> torch.Tensor:
+def select_a_optimal(drift: DriftModel, weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> torch.Tensor:
     """Pick the rows whose recompute most reduces the weighted posterior variance of the drift of keys.
 
     Greedy A-optimal design: each round picks the rows i with the largest gain
@@ -27,6 +27,7 @@ def select_a_optimal(weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> 
     predict well gain little, rows that predict many others gain more.
 
     Args:
+        drift: how the drift of the rows varies.
         weight: float32 (reused,), not negative; how much a row's drift matters.
         blocks: of the reused rows; rows of different blocks are independent.
         count: rows to pick, at most ``reused``.
@@ -35,14 +36,14 @@ def select_a_optimal(weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> 
         int64 (count,), ordinals among the reused rows, in the order in which they were picked.
     """
     weights = blocks.pad(weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny), -1)
-    prior = weights * KEYS.variance(blocks.offsets)
+    prior = weights * drift.keys.variance(blocks.offsets)
     candidates = prior.sort(dim=1, descending=True, stable=True).indices[:, : candidates_per_block(blocks, count)]
     ordinals = torch.arange(len(weight), device=weight.device)
     reused_idx = blocks.pad(ordinals, 0).gather(1, candidates).flatten()
     weights, offsets = weights.gather(1, candidates), blocks.offsets.gather(1, candidates)
     # Cells without a row have weight -1 and count as picked.
     picked, weights = (weights < 0).flatten(), weights.clamp(min=0)
-    covariance, nugget = KEYS(offsets, offsets), KEYS.nugget(offsets)
+    covariance, nugget = drift.keys(offsets, offsets), drift.keys.nugget(offsets)
     selected: list[torch.Tensor] = []
     for chunk in torch.arange(count).tensor_split(max(1, min(ROUNDS, count))):
         variance = covariance.diagonal(dim1=1, dim2=2)

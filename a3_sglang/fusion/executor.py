@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from a3_sglang.attention.base import RequestRows
+from a3_sglang.drift.model import DriftModel
 from a3_sglang.fusion.interface import Model
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.passes import DenseLayersPass, ProbePass, RecomputePass
@@ -72,7 +73,8 @@ class Executor:
             scores = [self._score(request, signal) for request, signal in zip(requests, signals, strict=True)]
         with timings.add("select"):
             for request, score in zip(requests, scores, strict=True):
-                request.relevance, request.recomputed_pos = _relevance(request, score), _select(request, score)
+                request.relevance = _relevance(request, score)
+                request.recomputed_pos = _select(request, score, self.model.drift)
 
     def recompute(self, requests: Sequence[FusionRequest], timings: Timings, room: int = 0) -> list[Slice]:
         """Recompute the selected rows and the gaps, pass by pass.
@@ -164,7 +166,7 @@ def _relevance(request: FusionRequest, score: torch.Tensor | None) -> torch.Tens
     return by_position.index_copy_(0, request.reused_rows().positions, score)
 
 
-def _select(request: FusionRequest, score: torch.Tensor | None) -> torch.Tensor:
+def _select(request: FusionRequest, score: torch.Tensor | None, drift: DriftModel) -> torch.Tensor:
     """Positions of the rows to recompute, int64, ascending; without scores, all or none."""
     rows, budget = request.reused_rows(), request.budget
     if score is None:
@@ -174,4 +176,4 @@ def _select(request: FusionRequest, score: torch.Tensor | None) -> torch.Tensor:
         score = score.nan_to_num(nan=torch.finfo(score.dtype).max)
     elif not bool(torch.isfinite(score).all()):
         raise FloatingPointError("the scores of reused rows are not finite")
-    return pick(request.selector, score, rows, budget)
+    return pick(request.selector, score, rows, budget, drift)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from a3_sglang.attention.base import AttentionSpec
+from a3_sglang.drift.model import DEFAULT, DriftModel
 from a3_sglang.rope import RopeTable
 
 
@@ -53,6 +54,7 @@ class Model(ABC):
         keys, values: the KV pool of each layer, (slots, kv_heads, head_dim).
         ropes: rotary table by layer; layers may share one.
         windows: how many positions before its own a row attends to, by layer; None: to all of them.
+        drift: how the drift of its copied KV varies.
     """
 
     depth: int
@@ -60,6 +62,7 @@ class Model(ABC):
     values: Sequence[torch.Tensor]
     ropes: Mapping[int, RopeTable]
     windows: Sequence[int | None]
+    drift: DriftModel = DEFAULT
 
     @abstractmethod
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from a3_sglang.attention.base import AttentionSpec, ProbeFn, ProbeRows, RequestRows, RowAttentionFn
 from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.drift.model import DriftModel
 from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.request import FusionRequest, Slice
@@ -172,7 +173,7 @@ class RecomputePass(AttentionHook):
         self.positions = torch.cat([none, *(part.pos for part in slices)])
         written = [part.request.slots[part.pos] for part in slices]
         self._slots = torch.cat([none, *written, none if extend_slots is None else extend_slots])
-        self._recomputed, self._corrections = _plan_slices(slices)
+        self._recomputed, self._corrections = _plan_slices(slices, model.drift)
         self._extend, self._first_row = extend, len(self.positions)
         self._run: RowAttentionFn | None = None
 
@@ -209,7 +210,7 @@ class RecomputePass(AttentionHook):
         return self._ops.row_attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
-def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[DriftCorrection]]:
+def _plan_slices(slices: Sequence[Slice], drift: DriftModel) -> tuple[list[RequestRows], list[DriftCorrection]]:
     """How the rows of slices attend, and how they correct drift, by their rows in one pass."""
     groups, corrections, row = [], [], 0
     for part in slices:
@@ -221,6 +222,7 @@ def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[Drift
             reused = request.reused_rows()
             corrections.append(
                 DriftCorrection.plan(
+                    drift,
                     reused.positions,
                     reused.lengths,
                     request.slots,

@@ -47,16 +47,21 @@ def dump_kv(cache: Any, batch: Any, folder: Path) -> None:
     """Save ``{"k", "v"}`` of every request of an extend batch, each (layers, tokens, kv_heads, head_dim).
 
     ``"recomputed"`` beside them has the positions of the reused tokens that were recomputed, or None if nothing was
-    fused. A file is complete when it appears.
+    fused; ``"ropes"`` has the ``(cos_sin, neox)`` of each layer's :class:`~a3_sglang.rope.RopeTable` up to the last
+    token. A file is complete when it appears.
     """
     model = cache.prefill.executor.model
+    ropes = [model.ropes[layer] for layer in range(model.depth)]
     for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
         slots = compat.slot_row(cache, req)[: prefix + length].to(torch.int64)
         admission = req.a3.admission
+        # Layers share tables, which are saved once.
+        tables = {id(rope): rope.cos_sin[: len(slots)].cpu().clone() for rope in ropes}
         kv = {
             "k": torch.stack([keys.index_select(0, slots) for keys in model.keys]).cpu(),
             "v": torch.stack([values.index_select(0, slots) for values in model.values]).cpu(),
             "recomputed": admission.recomputed_pos if admission is not None else None,
+            "ropes": [(tables[id(rope)], rope.neox) for rope in ropes],
         }
         _save(kv, folder / f"{req.rid}.pt")
 

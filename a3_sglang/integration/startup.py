@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from a3_sglang.config import ServerOptions
+from a3_sglang.drift.file import find_drift
 from a3_sglang.fusion.executor import SLICE_ROWS, Executor
 from a3_sglang.fusion.interface import UnsupportedModelError
 from a3_sglang.fusion.ops import Ops, create_ops
@@ -41,6 +42,8 @@ def create_cache(context: Any) -> Any:
     if options.mode == "observe":
         return _create_observing(context, options)
     model, ops = _load_model(context, options)
+    given = context.server_args
+    model.drift, drift_source = find_drift(options.drift, given.model_path, given.revision)
     executor = Executor(model, ops, _slice_rows(context.server_args))
     overhead = _warm_up(executor, model, options)
     cache = compat.create_tree(context, A3RadixCache)
@@ -54,14 +57,15 @@ def create_cache(context: Any) -> Any:
         line_ends=line_ends(context.tp_worker.tokenizer),
     )
     logger.info(
-        "a3: ready. %s, %d layers, KV in %s, RoPE checked; selector %s at ratio %s, donors %s; row attention by %s; a "
-        "fusion costs as much as %d rows besides its own",
+        "a3: ready. %s, %d layers, KV in %s, RoPE checked; selector %s at ratio %s, donors %s; drift model %s; row "
+        "attention by %s; a fusion costs as much as %d rows besides its own",
         type(context.tp_worker.model_runner.model).__name__,
         model.depth,
         str(model.keys[0].dtype).removeprefix("torch."),
         options.selector,
         options.recompute_ratio,
         options.donors,
+        drift_source,
         type(ops.row_attention).__name__,
         overhead,
     )

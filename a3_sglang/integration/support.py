@@ -6,6 +6,7 @@ import reprlib
 from typing import Any
 
 from a3_sglang.config import AUTO, BACKEND, ServerOptions
+from a3_sglang.drift.file import find_drift
 from a3_sglang.integration import compat
 from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED
 from a3_sglang.integration.refused_args import REFUSED
@@ -71,6 +72,7 @@ def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str 
         wrong
         or _wrong_kv_dtype(server_args, model_config)
         or _depends_on_traffic(server_args, options)
+        or _unusable_drift(server_args, options)
         or model_refusal(model_config)
         or _unknown(server_args, options)
     )
@@ -134,6 +136,15 @@ def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
             f"{_flag(name)}: row attention chosen by timing may differ from start to start; add "
             "--a3-row-attention flashinfer or triton"
         )
+    return None
+
+
+def _unusable_drift(server_args: Any, options: ServerOptions) -> str | None:
+    """Refuse a model of drift that cannot be read or was fitted to another language model."""
+    try:
+        find_drift(options.drift, server_args.model_path, server_args.revision)
+    except ValueError as error:
+        return f"--a3-drift: {error}"
     return None
 
 

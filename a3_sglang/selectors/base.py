@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from a3_sglang.drift.model import DriftModel
+
 
 @dataclass(frozen=True, slots=True)
 class ReusedRows:
@@ -134,13 +136,14 @@ class Selector(ABC):
             float32 (reused,), not negative if :attr:`supports_auto` is set.
         """
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int) -> torch.Tensor:
+    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
         """Which rows to recompute: those with the highest scores; of equal ones, the earlier.
 
         Args:
             score: what :meth:`score` returned.
             rows: the reused rows.
             count: how many to choose.
+            drift: how the drift of the rows varies.
 
         Returns:
             int64 (count,), distinct indices into ``rows``, in any order.

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from a3_sglang.drift.model import DEFAULT, DriftModel
 from a3_sglang.selectors.base import ReusedRows, Selector
 
 Ratio = float | Literal["auto"]
@@ -78,7 +79,9 @@ class Budget:
         return min(max(tempered, self.least), self.most)
 
 
-def pick(selector: Selector, score: torch.Tensor, rows: ReusedRows, budget: Budget) -> torch.Tensor:
+def pick(
+    selector: Selector, score: torch.Tensor, rows: ReusedRows, budget: Budget, drift: DriftModel = DEFAULT
+) -> torch.Tensor:
     """Prompt positions of the rows to recompute, int64, ascending.
 
     Args:
@@ -86,5 +89,6 @@ def pick(selector: Selector, score: torch.Tensor, rows: ReusedRows, budget: Budg
         score: float32 (reused,), by the selector.
         rows: the reused rows.
         budget: how many.
+        drift: how the drift of the rows varies.
     """
-    return rows.positions[selector.select(score, rows, budget.count(score))].sort().values
+    return rows.positions[selector.select(score, rows, budget.count(score), drift)].sort().values

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift.model import PaddedBlocks
+from a3_sglang.drift.model import DriftModel, PaddedBlocks
 from a3_sglang.drift.selection import select_a_optimal
 from a3_sglang.selectors.base import Need, ProbeLayers, ReusedRows, Selector
 
@@ -38,5 +38,5 @@ class Probe(Selector):
     def score(self, signal: torch.Tensor, rows: ReusedRows) -> torch.Tensor:
         return signal[rows.positions]
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int) -> torch.Tensor:
-        return select_a_optimal(score.float(), PaddedBlocks(rows.lengths, score.device), count)
+    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
+        return select_a_optimal(drift, score.float(), PaddedBlocks(rows.lengths, score.device), count)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from a3_sglang.drift.correction import DriftCorrection
+from a3_sglang.drift.model import DEFAULT
 from a3_sglang.rope import RopeTable, Rotation
 from gpu_suite.card import DEVICE, DTYPE
 
@@ -47,7 +48,7 @@ class Case:
         context, count = len(self.slots), len(self.rows)
         lengths = [min(1000, context - begin) for begin in range(0, context, 1000)]
         positions = torch.arange(context, device=DEVICE)
-        return DriftCorrection.plan(positions, lengths, self.slots, self.rows, 0, count, 0, context)
+        return DriftCorrection.plan(DEFAULT, positions, lengths, self.slots, self.rows, 0, count, 0, context)
 
 
 def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang.attention.base import RequestRows
-from a3_sglang.drift import model as drift
+from a3_sglang.drift import model as drift_model
+from a3_sglang.drift.model import DriftModel
 from a3_sglang.fusion.interface import AttentionHook
 from a3_sglang.fusion.passes import RecomputePass
 from a3_sglang.fusion.request import Slice
@@ -22,7 +23,7 @@ from a3_sglang.selectors import ReusedRows
 from a3_sglang.selectors.probe import Probe
 from a3_sglang.selectors.reuse import Reuse
 from a3_sglang.timing import Timings
-from helpers.drift import drift_correction64
+from helpers.drift import drawn_model, drift_correction64
 from helpers.fusion import (
     LAST_LAYERS,
     TOLERANCE,
@@ -81,10 +82,11 @@ class CorrectingProbe(RecordingProbe):
 @settings(max_examples=10, deadline=None)
 @given(seeds, prefixes, pieces, st.integers(MIN_TAIL, 60), st.floats(0.05, 0.95), st.booleans())
 def test_drift_is_corrected_by_the_definition(seed, prefix, parts, tail, ratio, short_blocks):
-    block = 7 if short_blocks else drift.MAX_BLOCK
+    block = 7 if short_blocks else drift_model.MAX_BLOCK
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "MAX_BLOCK", block)
+        patch.setattr(drift_model, "MAX_BLOCK", block)
         scenario = Scenario(seed)
+        scenario.model.drift = drawn_model(seed)
         executor = executor_for(scenario)
         request = scenario.request(scenario.prompt(prefix, parts, tail), prefix, CorrectingProbe(), ratio, executor)
         copied = kv(scenario.model, request)
@@ -222,7 +224,7 @@ def test_each_slice_corrects_the_drift_of_its_range(slice_rows):
         later = rows[rows > part[-1]]
         end = int(later[0]) if len(later) else plan.end
         chosen = request.recomputed_pos[torch.isin(request.recomputed_pos, part)]
-        correct = drift_correction64(scenario.model, plan, chosen, drift.MAX_BLOCK, (begin, end))
+        correct = drift_correction64(scenario.model, plan, chosen, drift_model.MAX_BLOCK, (begin, end))
         keys, values = scenario.model.rows64(request.tokens, part, keys, values, correct)[:2]
         begin = end
     for expected, found in zip((keys, values), kv(scenario.model, request), strict=True):
@@ -245,7 +247,7 @@ class FailingProbe(Llama):
 class FailingSelect(RecordingProbe):
     """Fails after the probe has run."""
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int) -> torch.Tensor:
+    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
         raise IndexError("the rule failed")
 
 

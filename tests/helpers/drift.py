@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 
 import torch
 
-from a3_sglang.drift.model import KEYS, MIN_LOCAL_VARIANCE, VALUES, VARIANCE_AT_START, VARIANCE_DECAY, Covariance
+from a3_sglang.drift.model import Covariance, DriftModel
 from a3_sglang.matching.plan import Plan
 from helpers.reference import Llama, backwards, rope64
+
+
+def drawn_model(seed: int) -> DriftModel:
+    """A random model of drift; at least a tenth of the variance is nugget."""
+    chooser = random.Random(seed)
+
+    def covariance() -> Covariance:
+        shared = chooser.uniform(0.1, 0.5)
+        return Covariance(
+            shared_sill=shared,
+            shared_range=chooser.uniform(50, 500),
+            local_sill=chooser.uniform(0.1, 0.9 - shared),
+            local_range=chooser.uniform(2, 12),
+            start_variance=chooser.uniform(2, 12),
+            variance_decay=chooser.uniform(0.1, 0.6),
+            min_local_variance=chooser.uniform(0.2, 0.8),
+            noise=chooser.choice([0, 0.7]),
+            damping=chooser.uniform(0.3, 1),
+        )
+
+    return DriftModel(covariance(), covariance())
 
 
 def drift_correction64(
@@ -32,8 +54,8 @@ def drift_correction64(
     begins = {p: span.start for span in plan.spans for p in range(span.start, span.end)}
 
     def scale(kind: Covariance, p: int) -> float:
-        variance = VARIANCE_AT_START / (1 + p - begins[p]) ** VARIANCE_DECAY
-        return math.sqrt(max(MIN_LOCAL_VARIANCE, (variance - kind.shared_sill) / (1 - kind.shared_sill)))
+        variance = kind.start_variance / (1 + p - begins[p]) ** kind.variance_decay
+        return math.sqrt(max(kind.min_local_variance, (variance - kind.shared_sill) / (1 - kind.shared_sill)))
 
     def covariance(kind: Covariance, a: int, b: int) -> float:
         d = abs(a - b)
@@ -48,12 +70,12 @@ def drift_correction64(
                 yield [p for p in rows if p in recomputed], others
 
     def weights(kind: Covariance, observed: list[int], others: list[int]) -> torch.Tensor:
-        among = [[covariance(kind, a, b) for b in observed] for a in observed]
+        among = [[covariance(kind, a, b) * (1 + kind.noise * (a == b)) for b in observed] for a in observed]
         cross = [[covariance(kind, p, a) for a in observed] for p in others]
         return kind.damping * torch.tensor(cross, dtype=torch.float64) @ torch.linalg.inv(torch.tensor(among).double())
 
     plans = [
-        (observed, others, *(weights(kind, observed, others) for kind in (KEYS, VALUES)))
+        (observed, others, *(weights(kind, observed, others) for kind in (model.drift.keys, model.drift.values)))
         for observed, others in blocks()
         if observed and others
     ]

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from a3_sglang.drift.model import DriftModel
 from a3_sglang.fusion.executor import Executor
 from a3_sglang.fusion.request import FusionRequest
 from a3_sglang.matching.plan import MIN_TAIL, Plan
@@ -44,8 +45,8 @@ class RecordingProbe(Probe):
         self.signals.append(signal.clone())
         return super().score(signal, rows)
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int) -> torch.Tensor:
-        return Selector.select(self, score, rows, count)
+    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
+        return Selector.select(self, score, rows, count, drift)
 
 
 def run(executor: Executor, *requests: FusionRequest, timings: Timings | None = None) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
-from a3_sglang.drift.model import MAX_BLOCK, PaddedBlocks
+from a3_sglang.drift.model import DEFAULT, MAX_BLOCK, PaddedBlocks
 from a3_sglang.fusion.ops import TorchOps, TritonOps
 from a3_sglang.rope import RopeTable
 from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
@@ -50,7 +50,7 @@ def test_reused_rows_are_corrected(name, seed, heads, dims, lengths, share, gap,
 
     blocks = PaddedBlocks(lengths, DEVICE)
     observed = torch.cat([torch.arange(count)[recomputed], torch.full((gap,), count)])
-    predictor = DriftPredictor(observed.to(DEVICE), blocks, blocks.shape[1], wanted.to(DEVICE))
+    predictor = DriftPredictor(DEFAULT, observed.to(DEVICE), blocks, blocks.shape[1], wanted.to(DEVICE))
     is_reused = torch.arange(len(observed_pos)) < len(observed_pos) - gap
     tensors = (rows, observed_slots, observed_pos, is_reused, reused_slots, reused_pos)
     correction = DriftCorrection(predictor, *(x.to(DEVICE) for x in tensors))

@@ -26,7 +26,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_server_defaults():
     expected = {"recompute_ratio": 0.15, "selector": "probe", "min_span": 32, "min_saving": 1 / 3, "donors": "harvest"}
     expected |= {"mode": "fuse", "overhead": "auto", "row_attention": "auto", "allow": (), "report": "rounded"}
-    expected |= {"explain": "off"}
+    expected |= {"explain": "off", "drift": "auto"}
     assert ServerOptions.from_environment().model_dump() == expected
 
 
@@ -46,6 +46,8 @@ def test_server_defaults():
         ("donors", "harvest", "harvest"),
         ("donors", "compiled", "compiled"),
         ("explain", "on", "on"),
+        ("drift", "default", "default"),
+        ("drift", "fitted.json", "fitted.json"),
         ("row_attention", "triton", "triton"),
     ],
 )

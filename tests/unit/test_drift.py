@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang.drift import model, selection
-from a3_sglang.drift.model import KEYS, MAX_BLOCK, PaddedBlocks
+from a3_sglang.drift.model import DEFAULT, MAX_BLOCK, Covariance, PaddedBlocks
 from a3_sglang.drift.selection import select_a_optimal
+from helpers.drift import drawn_model
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
 
@@ -24,11 +25,11 @@ def drawn_weights(seed: int, count: int) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
 
 
-def covariance64(offsets: torch.Tensor, block: int) -> torch.Tensor:
+def covariance64(offsets: torch.Tensor, block: int, keys: Covariance = DEFAULT.keys) -> torch.Tensor:
     """Covariance of the key drift of all rows, nugget included."""
     block_of = (offsets % block == 0).cumsum(0)
     same_block = block_of[:, None] == block_of
-    return KEYS(offsets, offsets).double() * same_block + KEYS.nugget(offsets).double().diag()
+    return keys(offsets, offsets).double() * same_block + keys.nugget(offsets).double().diag()
 
 
 def posterior(covariance: torch.Tensor, weight: torch.Tensor, observed: torch.Tensor) -> float:
@@ -58,15 +59,15 @@ def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), lengths, st.floats(0.02, 1), st.sampled_from([7, MAX_BLOCK]))
 def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: float, block: int):
-    offsets = offsets_of(spans)
+    offsets, drift = offsets_of(spans), drawn_model(seed)
     weight, count = drawn_weights(seed, len(offsets)), max(1, int(share * len(offsets)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "MAX_BLOCK", block)
         patch.setattr(selection, "CANDIDATE_FACTOR", float("1e9"))
-        chosen = select_a_optimal(weight, PaddedBlocks(spans, "cpu"), count)
+        chosen = select_a_optimal(drift, weight, PaddedBlocks(spans, "cpu"), count)
     assert chosen.dtype == torch.int64
     assert len(chosen) == len(set(chosen.tolist())) == count
-    covariance = covariance64(offsets, block)
+    covariance = covariance64(offsets, block, drift.keys)
     expected = greedy64(covariance, weight, count)
     # Rows of nearly the same gain may be swapped.
     assert posterior(covariance, weight, chosen) <= posterior(covariance, weight, torch.tensor(expected)) + 0.005
@@ -78,7 +79,7 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
 def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
     offsets = offsets_of(spans)
     count = round(share * len(offsets))
-    chosen = select_a_optimal(drawn_weights(seed, len(offsets)), PaddedBlocks(spans, "cpu"), count)
+    chosen = select_a_optimal(DEFAULT, drawn_weights(seed, len(offsets)), PaddedBlocks(spans, "cpu"), count)
     assert len(chosen) == count
     assert len(set(chosen.tolist())) == count
     assert set(chosen.tolist()) <= set(range(len(offsets)))
@@ -95,7 +96,7 @@ def test_less_variance_remains_than_after_picking_the_heaviest_rows():
         noise = torch.randn(1, len(offsets), generator=torch.Generator().manual_seed(seed))
         weight = (4 * torch.nn.functional.avg_pool1d(noise, 5, 1, 2)[0]).exp()
         chosen, heaviest = (
-            select_a_optimal(weight, PaddedBlocks(spans, "cpu"), 140),
+            select_a_optimal(DEFAULT, weight, PaddedBlocks(spans, "cpu"), 140),
             weight.argsort(descending=True)[:140],
         )
         less.append(posterior(covariance, weight, heaviest) - posterior(covariance, weight, chosen))
@@ -108,25 +109,25 @@ def test_a_row_beside_an_observed_one_gains_little():
     weight[[600, 601, 700]] = torch.tensor([1.0, 0.95, 0.9])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "ROUNDS", 2)
-        assert sorted(select_a_optimal(weight, PaddedBlocks([800], "cpu"), 2).tolist()) == [600, 700]
+        assert sorted(select_a_optimal(DEFAULT, weight, PaddedBlocks([800], "cpu"), 2).tolist()) == [600, 700]
 
 
 def test_of_rows_with_equal_weight_those_at_the_beginning_of_a_span_come_first():
     weight = torch.zeros(500)
     weight[[0, 150, 499]] = 1.0
-    assert select_a_optimal(weight, PaddedBlocks([500], "cpu"), 3)[0] == 0
-    assert KEYS.variance(torch.arange(500)).diff().max() <= 0
+    assert select_a_optimal(DEFAULT, weight, PaddedBlocks([500], "cpu"), 3)[0] == 0
+    assert DEFAULT.keys.variance(torch.arange(500)).diff().max() <= 0
 
 
 def test_the_largest_numbers_do_not_overflow():
     weight = torch.ones(50)
     weight[7] = torch.finfo(torch.float32).max
-    chosen = select_a_optimal(weight, PaddedBlocks([50], "cpu"), 8)
+    chosen = select_a_optimal(DEFAULT, weight, PaddedBlocks([50], "cpu"), 8)
     assert chosen[0] == 7
     assert len(set(chosen.tolist())) == 8
 
 
 def test_weights_that_are_all_zero_still_give_rows():
-    chosen = select_a_optimal(torch.zeros(50), PaddedBlocks([50], "cpu"), 8)
+    chosen = select_a_optimal(DEFAULT, torch.zeros(50), PaddedBlocks([50], "cpu"), 8)
     assert_close(chosen.sort().values.unique(), chosen.sort().values)
     assert len(chosen) == 8
