@@ -50,8 +50,7 @@ def test_probe_scores_equal_float64(seed, prefix, parts, tail, ratio):
         sizes = copied[1][layer].nan_to_num().norm(dim=-1).repeat_interleave(group, 1)
         score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, : request.plan.end]).sum(0)
     assert len(selector.signals) == 1
-    # Capped logits make the weights of all positions comparable, and so the rounding of each of them visible.
-    assert_close(selector.signals[0].double(), score, rtol=1e-3, atol=1e-5)
+    assert_close(selector.signals[0].double(), score, rtol=1e-4, atol=1e-5)
     # The rows that rank highest are the ones recomputed.
     threshold = score[reused(request.plan)].sort(descending=True).values[count - 1]
     assert len(request.recomputed_pos) == count

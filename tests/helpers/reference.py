@@ -291,9 +291,9 @@ class Llama(Model):
             queries.append(q)
             # A position without KV is absent: it counts neither as key nor as value.
             absent = keys[layer].isnan().flatten(1).any(1) | values[layer].isnan().flatten(1).any(1)
-            window = self.windows[layer]
-            near = column_pos >= row_pos[:, None] - (len(tokens) if window is None else window)
-            seen = (torch.arange(len(tokens)) <= rows[:, None]) & ~absent & near
+            seen, window = (torch.arange(len(tokens)) <= rows[:, None]) & ~absent, self.windows[layer]
+            if window is not None:
+                seen &= column_pos >= row_pos[:, None] - window
             attention.append(weights64(q, keys[layer], seen, self.specs[layer]))
             group = shape.heads // shape.kv_heads
             out = torch.einsum("rhn,nhd->rhd", attention[-1], values[layer].nan_to_num().repeat_interleave(group, 1))

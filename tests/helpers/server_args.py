@@ -30,7 +30,6 @@ UNDECIDED = frozenset(
         "disable_chunked_prefix_cache",
         "disable_fast_image_processor",
         "disable_flashinfer_cutlass_moe_fp4_allgather",
-        "disable_hybrid_swa_memory",
         "disable_shared_experts_fusion",
         "dsa_decode_backend",
         "dsa_paged_mqa_logits_backend",

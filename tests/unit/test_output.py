@@ -130,11 +130,11 @@ def test_doctor_says_what_will_be_refused(model: str, tmp_path: Path) -> None:
     assert [name for name, check in checks.items() if not check["ok"]] == ["server options"]
     assert "--enable-lora" in checks["server options"]["found"]
     assert "22.5 KiB per token" in checks["KV"]["found"]
-    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = run("doctor", "--model", str(tmp_path))
     assert done.returncode == 1
-    assert "sliding" in done.stdout
+    assert "RoPE of type 'dynamic'" in done.stdout
 
 
 def test_a_failed_start_shows_why(tmp_path: Path) -> None:
