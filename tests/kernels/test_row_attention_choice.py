@@ -178,7 +178,7 @@ def test_a_model_with_one_layer_that_rotates_otherwise_is_refused():
 def test_a_warm_up_hides_nothing():
     scenario = Scenario(torch.seed() % 2**31)
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("no kernel image for this device")
 
     executor = executor_for(scenario)

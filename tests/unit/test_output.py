@@ -130,7 +130,8 @@ def test_doctor_says_what_will_be_refused(model: str, tmp_path: Path) -> None:
     assert [name for name, check in checks.items() if not check["ok"]] == ["server options"]
     assert "--enable-lora" in checks["server options"]["found"]
     assert "22.5 KiB per token" in checks["KV"]["found"]
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": rope}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = run("doctor", "--model", str(tmp_path))
     assert done.returncode == 1
