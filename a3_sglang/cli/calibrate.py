@@ -112,7 +112,7 @@ def _worth(found: list[MeasuredSpan], fitted: dict[str, Covariance]) -> list[dic
 
 def _print_worth(rows: list[dict[str, Any]]) -> None:
     columns = ("default", "other_half", "all")
-    for suffix, title in (("", "as fused prefills show it"), ("_true", "known exactly, of random rows")):
+    for suffix, title in (("", "as fused prefills show it, damped"), ("_true", "known exactly, of random rows")):
         print_table(
             f"share of drift that is left, predicted from 15% of the rows: their drift {title}",
             ("", "questions", "default", "fit to the other half", "fit to all"),

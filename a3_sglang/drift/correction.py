@@ -86,7 +86,7 @@ def _kriging_weights(
     observed = offsets.gather(1, columns)
     among = kind(observed, observed) * (is_observed[:, :, None] & is_observed[:, None, :])
     cross = kind(observed, offsets) * is_observed[..., None]
-    factor = cholesky_factor(among, kind.observed_nugget(observed), is_observed)
+    factor = cholesky_factor(among, kind.nugget(observed), is_observed)
     # Two batched solves: on CUDA `cholesky_solve` solves one block at a time.
     half = torch.linalg.solve_triangular(factor, cross, upper=False)
     return kind.damping * torch.linalg.solve_triangular(factor.mT, half, upper=True).transpose(1, 2)

@@ -15,8 +15,6 @@ _EDGES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192
 """First offset, or distance, of each bin; the last is the end."""
 _INSIDE = 64, 256
 """Offsets that are well inside a span, first and end."""
-_NOISES = (0.0, *(2 ** (exponent / 2) for exponent in range(-8, 5)))
-"""Values of :attr:`~a3_sglang.drift.model.Covariance.noise` that are tried, from 1/16 to 4."""
 _PRIOR = 1e-4
 """Weight of the squared change of a parameter from :data:`~a3_sglang.drift.model.DEFAULT`, beside the mean squared
 error of the covariances: enough to keep parameters that the data do not determine."""
@@ -88,7 +86,7 @@ class SpanDrift:
 
 def _weights(covariance: Covariance, observed: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """How much of each observed row's drift goes into the prediction of each other row, (others, observed)."""
-    among = covariance(observed, observed) + covariance.observed_nugget(observed).diag()
+    among = covariance(observed, observed) + covariance.nugget(observed).diag()
     return torch.linalg.solve(among.double(), covariance(observed, others).double()).T.float()
 
 
@@ -147,7 +145,7 @@ def fit(spans: Sequence[SpanDrift]) -> Covariance:
     Its shape is a weighted least-squares fit of the variance by offset and the covariance by offset and distance
     (Cressie, "Fitting variogram models by weighted least squares", 1985): covariances are compared as correlations,
     and bins, whose width grows with offset and distance, count the same. Parameters that the data do not determine stay
-    near those of :data:`~a3_sglang.drift.model.DEFAULT`. Its noise and damping are :func:`fit_observation`.
+    near those of :data:`~a3_sglang.drift.model.DEFAULT`. Its damping is :func:`fit_damping`.
 
     Args:
         spans: of keys or of values, at least one with 128 rows or more.
@@ -157,28 +155,24 @@ def fit(spans: Sequence[SpanDrift]) -> Covariance:
     """
     if not any(len(span.drift) >= 128 for span in spans):
         raise ValueError("drift cannot be fitted: no reused span has 128 tokens or more")
-    return fit_observation(spans, fit_shape(Moments.of(spans)))
+    covariance = fit_shape(Moments.of(spans))
+    return replace(covariance, damping=fit_damping(spans, covariance))
 
 
-def fit_observation(spans: Sequence[SpanDrift], covariance: Covariance) -> Covariance:
-    """With the noise and damping that leave least drift when what recomputed rows showed predicts the other rows.
+def fit_damping(spans: Sequence[SpanDrift], covariance: Covariance) -> float:
+    """The damping that leaves least drift when the drift that recomputed rows showed predicts that of the others.
 
     Raises:
         ValueError: no recomputed row predicts anything.
     """
-    fits = []
-    for noise in _NOISES:
-        noisy = replace(covariance, noise=noise)
-        gain, square = map(math.fsum, zip(*(span.explained(noisy) for span in spans), strict=True))
-        if not square > 0:
-            raise ValueError("drift cannot be fitted: no row that was recomputed drifts")
-        damping = min(max(gain / square, 0.0), 1.0)
-        fits.append((damping**2 * square - 2 * damping * gain, replace(noisy, damping=damping)))
-    return min(fits, key=lambda fitted: fitted[0])[1]
+    gain, square = map(math.fsum, zip(*(span.explained(covariance) for span in spans), strict=True))
+    if not square > 0:
+        raise ValueError("drift cannot be fitted: no row that was recomputed drifts")
+    return min(max(gain / square, 0.0), 1.0)
 
 
 def fit_shape(moments: Moments) -> Covariance:
-    """A covariance by weighted least squares, see :func:`fit`; its noise and damping are those of ``DEFAULT``."""
+    """A covariance by weighted least squares, see :func:`fit`; its damping is that of ``DEFAULT``."""
     variances = moments.variance(moments.offset), moments.variance(moments.offset + moments.distance)
     scale = (variances[0] * variances[1]).sqrt()
     if not bool((scale > 0).all()):
@@ -209,7 +203,7 @@ def modelled(covariance: Covariance, moments: Moments) -> torch.Tensor:
 
 
 def _parameters(covariance: Covariance) -> torch.Tensor:
-    """Unbounded parameters of a covariance without noise and damping, float32 (8,)."""
+    """Unbounded parameters of a covariance without its damping, float32 (8,)."""
     shared, local = (sill / (1 - MIN_NUGGET) for sill in (covariance.shared_sill, covariance.local_sill))
     sills, ranges = (shared, local, 1 - shared - local), (covariance.shared_range, covariance.local_range)
     positive = (*sills, *ranges, covariance.start_variance, covariance.variance_decay)
@@ -229,7 +223,6 @@ def _covariance(parameters: torch.Tensor) -> Covariance:
         "start_variance": start,
         "variance_decay": decay,
         "min_local_variance": parameters[7].sigmoid(),
-        "noise": DEFAULT.keys.noise,
         "damping": DEFAULT.keys.damping,
     }
     return Covariance(**fields)

@@ -32,7 +32,7 @@ MIN_NUGGET = 0.01
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("shared_sill", "local_sill", "damping"), lambda value: 0 <= value <= 1, "from 0 to 1"),
     (("shared_range", "local_range", "start_variance"), lambda value: 0 < value < math.inf, "positive and finite"),
-    (("variance_decay", "noise"), lambda value: 0 <= value < math.inf, "finite and not negative"),
+    (("variance_decay",), lambda value: 0 <= value < math.inf, "finite and not negative"),
     (("min_local_variance",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
 )
 """Fields of a :class:`Covariance`, and which values they may have; NaN never."""
@@ -54,9 +54,8 @@ class Covariance:
         start_variance: variance at offset 0.
         variance_decay: the power of ``1 + offset`` by which the variance falls.
         min_local_variance: lower bound of the squared :meth:`scale`.
-        noise: variance of the error with which a recompute shows a row's drift, relative to the row's
-            :meth:`variance`: not all that it shows is drift, as the recomputed rows attend to stale ones.
-        damping: share of a prediction that is applied.
+        damping: share of a prediction that is applied. That answers are better with less than 1 is measured, not
+            derived: not all that a recompute shows is drift, as the recomputed rows attend to stale ones.
     """
 
     shared_sill: float
@@ -66,7 +65,6 @@ class Covariance:
     start_variance: float
     variance_decay: float
     min_local_variance: float
-    noise: float
     damping: float
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -100,10 +98,6 @@ class Covariance:
         """Variance of all parts together."""
         return self.shared_sill + (1 - self.shared_sill) * self.scale(offset).square()
 
-    def observed_nugget(self, offset: torch.Tensor) -> torch.Tensor:
-        """Variance of what a recompute shows of a row's drift and other rows do not share: nugget and noise."""
-        return self.nugget(offset) + self.noise * self.variance(offset)
-
     def __call__(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Covariance of rows at offsets (..., n) and (..., m), float32 (..., n, m), without nugget."""
         distance = (one[..., :, None] - other[..., None, :]).abs().float()
@@ -134,7 +128,6 @@ DEFAULT = DriftModel(
         start_variance=6.5,
         variance_decay=0.38,
         min_local_variance=0.5,
-        noise=0,
         damping=0.85,
     ),
     values=Covariance(
@@ -145,7 +138,6 @@ DEFAULT = DriftModel(
         start_variance=6.5,
         variance_decay=0.38,
         min_local_variance=0.5,
-        noise=0,
         damping=0.5,
     ),
 )

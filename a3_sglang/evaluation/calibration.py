@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,11 @@ def left(spans: Sequence[SpanDrift], covariance: Covariance, seed: int | None = 
     Args:
         spans: the drift.
         covariance: predicts.
-        seed: of a random draw of the observed rows, whose true drift is known, without damping; None: as in a fused
-            prefill, from the drift that the recomputed rows showed, with noise and damping.
+        seed: of a random draw of the observed rows, whose true drift predicts without damping; None: as in a fused
+            prefill, from the drift that the recomputed rows showed, with damping.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     damping = covariance.damping if generator is None else 1.0
-    covariance = covariance if generator is None else replace(covariance, noise=0)
     error, total = [], []
     for span in spans:
         rows = len(span.drift)

@@ -27,7 +27,6 @@ def drawn_model(seed: int) -> DriftModel:
             start_variance=chooser.uniform(2, 12),
             variance_decay=chooser.uniform(0.1, 0.6),
             min_local_variance=chooser.uniform(0.2, 0.8),
-            noise=chooser.choice([0, 0.7]),
             damping=chooser.uniform(0.3, 1),
         )
 
@@ -70,7 +69,7 @@ def drift_correction64(
                 yield [p for p in rows if p in recomputed], others
 
     def weights(kind: Covariance, observed: list[int], others: list[int]) -> torch.Tensor:
-        among = [[covariance(kind, a, b) * (1 + kind.noise * (a == b)) for b in observed] for a in observed]
+        among = [[covariance(kind, a, b) for b in observed] for a in observed]
         cross = [[covariance(kind, p, a) for a in observed] for p in others]
         return kind.damping * torch.tensor(cross, dtype=torch.float64) @ torch.linalg.inv(torch.tensor(among).double())
 

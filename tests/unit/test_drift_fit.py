@@ -21,7 +21,6 @@ OTHER = Covariance(
     start_variance=3.4,
     variance_decay=0.25,
     min_local_variance=0.4,
-    noise=0.5,
     damping=0.6,
 )
 """Unlike the default in every parameter."""
@@ -43,18 +42,15 @@ def drawn(
 
 
 def spans_of(
-    covariance: Covariance, generator: torch.Generator, count: int = 24, shown: float = 1.0, noise: float = 0.0
+    covariance: Covariance, generator: torch.Generator, count: int = 24, shown: float = 1.0
 ) -> list[SpanDrift]:
-    """Spans of 150 to 420 rows, of which about 15% were recomputed and showed ``shown`` times their drift and noise."""
+    """Spans of 150 to 420 rows, of which about 15% were recomputed and showed ``shown`` times their drift."""
     spans = []
     for _ in range(count):
         rows = int(torch.randint(150, 420, (), generator=generator))
         drift = drawn(covariance, rows, generator)
         observed = torch.randperm(rows, generator=generator)[: rows * 15 // 100].sort().values
-        size = drift.square().mean((1, 2), keepdim=True).sqrt() / covariance.variance(torch.arange(rows)).mean().sqrt()
-        error = covariance.variance(observed).sqrt()[:, None] * size * noise**0.5
-        error = error * torch.randn(drift[:, observed].shape, generator=generator)
-        spans.append(SpanDrift.of(drift, observed, shown * drift[:, observed] + error))
+        spans.append(SpanDrift.of(drift, observed, shown * drift[:, observed]))
     return spans
 
 
@@ -80,16 +76,9 @@ def test_damping_undoes_what_observed_drift_exaggerates(generator: torch.Generat
     assert fit(spans_of(OTHER, generator, shown=0.5)).damping == 1
 
 
-def test_noise_of_observed_drift_is_found(generator: torch.Generator) -> None:
-    found = fit(spans_of(OTHER, generator, noise=0.5))
-    assert 0.3 < found.noise < 0.8
-    assert found.damping == pytest.approx(1, abs=0.05)
-    assert fit(spans_of(OTHER, generator, noise=0)).noise <= 2**-4
-
-
 def test_a_fit_leaves_less_drift_than_a_wrong_model(generator: torch.Generator) -> None:
     fitted, others = fit(spans_of(OTHER, generator)), spans_of(OTHER, generator, count=12)
-    best = left(others, replace(OTHER, damping=1, noise=0))
+    best = left(others, replace(OTHER, damping=1))
     assert left(others, fitted) == pytest.approx(best, rel=0.01)
     wrong = replace(DEFAULT.keys, local_range=0.5, shared_range=10)
     assert left(others, wrong) > 1.1 * best
