@@ -14,8 +14,8 @@ from a3_sglang.timing import seconds
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS = (6000, 2300)
-"""Tokens of the trial's prompts."""
+CONTEXTS = (32768, 6000, 2300)
+"""Tokens of the trial's prompts: long ones count most, as in serving."""
 SHARE = 0.15
 """Fraction of the positions that are used as queries."""
 TOLERANCE = 1e-2

@@ -9,17 +9,25 @@ from collections.abc import Sequence
 
 import torch
 
-from a3_sglang.attention.base import ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention, RowAttentionFn
+from a3_sglang.attention.base import KV, ProbeAttention, ProbeFn, ProbeRows, RequestRows, RowAttention, RowAttentionFn
 
 
 class TritonRowAttention(RowAttention):
-    """One launch per layer for the rows of all requests."""
+    """One launch per layer for the rows of all requests.
+
+    Args:
+        shape: of :class:`a3_sglang.kernels.row_attention.TileShape`; by default the one that suits the GPU.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int] | None = None) -> None:
+        self._shape = shape
 
     def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
-        from a3_sglang.kernels.row_attention import make_tiles, row_attention
+        from a3_sglang.kernels.row_attention import TileShape, default_shape, make_tiles, row_attention
 
         counts, slots = [r.end - r.begin for r in requests], [r.slots for r in requests]
-        tiles = make_tiles(counts, slots, [r.kv_lens for r in requests], heads // kv_heads)
+        shape = TileShape(*self._shape) if self._shape else default_shape()
+        tiles = make_tiles(counts, slots, [r.kv_lens for r in requests], heads // kv_heads, shape)
         return lambda query, keys, values, scaling: row_attention(query, keys, values, tiles, scaling)
 
 
@@ -28,8 +36,18 @@ class TritonProbeAttention(ProbeAttention):
 
     def plan(self, requests: Sequence[ProbeRows], heads: int, kv_heads: int) -> ProbeFn:
         from a3_sglang.kernels.probe_attention import probe_attention
-        from a3_sglang.kernels.probe_layout import make_layout
+        from a3_sglang.kernels.probe_layout import Scratch, make_layout, make_scratch
 
         counts, slots = [r.end - r.begin for r in requests], [r.context_slots for r in requests]
         layout = make_layout(counts, slots, heads, kv_heads)
-        return lambda query, own, pools, scaling, scores: probe_attention(query, *own, *pools, layout, scaling, scores)
+        scratch: Scratch | None = None
+
+        def attend(
+            query: torch.Tensor, own: KV, pools: KV, scaling: float, scores: torch.Tensor | None
+        ) -> torch.Tensor:
+            nonlocal scratch
+            if scratch is None:
+                scratch = make_scratch(layout, heads, kv_heads, query.shape[2])
+            return probe_attention(query, *own, *pools, layout, scratch, scaling, scores)
+
+        return attend

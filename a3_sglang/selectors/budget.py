@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,4 +88,13 @@ def pick(selector: Selector, score: torch.Tensor, rows: ReusedRows, budget: Budg
         rows: the reused rows.
         budget: how many.
     """
-    return rows.positions[selector.select(score, rows, budget.count(score))].sort().values
+    return pick_batch(selector, [score], [rows], [budget])[0]
+
+
+def pick_batch(
+    selector: Selector, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], budgets: Sequence[Budget]
+) -> list[torch.Tensor]:
+    """:func:`pick` for several requests with equal selectors."""
+    counts = [budget.count(score) for budget, score in zip(budgets, scores, strict=True)]
+    selected = selector.select_batch(scores, rows, counts)
+    return [request.positions[indices].sort().values for request, indices in zip(rows, selected, strict=True)]
