@@ -33,7 +33,8 @@ demo:  ## see the reuse at work: the demo on a small model, on the CPU
 
 test:  ## run all tests against the installed package
 	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && browser=$$($(ENVIRONMENT) browser) && \
-	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_BROWSER="$$browser" \
+	triton=$$($(ENVIRONMENT) triton) && \
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_BROWSER="$$browser" A3_TEST_TRITON="$$triton" \
 		"$$bin/python" $(PYTEST) --durations=15 $(PYTEST_ARGS)
 
 test-matrix:  ## run the core tests with the other supported versions of SGLang
