@@ -10,7 +10,7 @@ import torch
 from a3_sglang.attention.base import ProbeRows, RequestRows
 from a3_sglang.attention.registry import ROW_ATTENTION
 from a3_sglang.drift.model import cut_blocks
-from a3_sglang.drift.selection import select_batch
+from a3_sglang.drift.selection import select_by_kernels
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.kernels.row_attention import TileShape, make_tiles, row_attention
 from gpu_suite.card import DEVICE, DTYPE, milliseconds
@@ -51,9 +51,9 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
     # Pools are read and written; each weight costs a multiply-add per element, for keys and for values.
     moved, operations = 2 * context * row_bytes, 4 * context * observed_per_block(case) * KV_HEADS * DIM
     add("drift correction", lambda: correct(pair, case.fresh, case.rope), moved, operations)
-    add("drift weights, all layers", lambda: ops.plan_drift_correction([observed], DTYPE), 0, 0)
+    add("drift weights, once per pass", lambda: ops.plan_drift_correction([observed], DTYPE), 0, 0)
     weight = torch.rand(context, device=DEVICE)
-    add("select, all layers", lambda: select_batch([weight], [observed.lengths], [len(case.rows)]), 0, 0)
+    add("select, once per prompt", lambda: select_by_kernels([weight], [observed.lengths], [len(case.rows)]), 0, 0)
 
     operations = 4 * HEADS * DIM * int((case.rows + 1).sum())
     for name, attend in row_attentions(case):

@@ -96,3 +96,31 @@ def test_reused_rows_are_corrected(name, seed, heads, dims, lengths, share, gap,
         epsilon = torch.finfo(dtype).eps
         tolerance = 4 * max(epsilon, 1e-3 if DEVICE == "cuda" else 1e-6)
         assert_close(found[part].double().cpu(), expected, rtol=epsilon, atol=tolerance, equal_nan=True)
+
+
+def test_requests_of_a_pass_are_corrected_as_each_alone():
+    """Their positions overlap, and one slice begins in the middle of its request."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    heads, dim, parts, first_row = 2, 16, [], 0
+    free = torch.randperm(400, generator=generator)
+    for spans, begin in (([(3, 80), (90, 130)], 0), ([(0, 70)], 31)):
+        context = spans[-1][1] + 4
+        slots, free = free[:context], free[context:]
+        reused = torch.cat([torch.arange(*span) for span in spans])
+        observed = reused[torch.rand(len(reused), generator=generator) < 0.3]
+        pos = torch.cat([observed[observed >= begin], torch.arange(spans[-1][1], context)])
+        tensors = (x.to(DEVICE) for x in (reused, slots, pos))
+        parts.append(ObservedRows(spans, *tensors, first_row, len(reused), begin, context))
+        first_row += len(pos)
+    pools = tuple(random_tensor(generator, 400, heads, dim).float().to(DEVICE) for _ in "kv")
+    fresh = tuple(random_tensor(generator, first_row, heads, dim).float().to(DEVICE) for _ in "kv")
+    rope = RopeTable(cos_sin(inverse_frequencies(dim), POSITIONS).float().to(DEVICE), True)
+    together = [pool.clone() for pool in pools]
+    TritonOps().plan_drift_correction(parts, torch.float32)(tuple(together), fresh, rope)
+    for name in OPS:
+        alone = [pool.clone() for pool in pools]
+        for part in parts:
+            OPS[name]().plan_drift_correction([part], torch.float32)(tuple(alone), fresh, rope)
+        for found, expected, before in zip(together, alone, pools, strict=True):
+            assert bool((found != before).any())
+            assert_close(found, expected, rtol=1e-4, atol=1e-4 if DEVICE == "cpu" else 1e-2)
