@@ -51,6 +51,8 @@ def fastest(
     trial, times, wrong = _Trial(heads, pool, contexts), dict[str, float](), dict[str, str]()
     made: dict[str, RowAttention] = {}
     for name, make in candidates.items():
+        # A library may compile its kernels on the first start of a machine, which takes minutes.
+        logger.info("a3: trying row attention by %s", name)
         try:
             made[name] = make()
             error = trial.error(made[name])
