@@ -33,8 +33,9 @@ demo:  ## see the reuse at work: the demo on a small model, on the CPU
 
 test:  ## run all tests against the installed package
 	@bin=$$($(ENVIRONMENT) bin) && model=$$($(ENVIRONMENT) model) && gemma=$$($(ENVIRONMENT) gemma) && \
-	browser=$$($(ENVIRONMENT) browser) && \
-	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_GEMMA="$$gemma" A3_TEST_BROWSER="$$browser" \
+	triton=$$($(ENVIRONMENT) triton) && browser=$$($(ENVIRONMENT) browser) && \
+	env $(RUN_SETTINGS) A3_TEST_MODEL="$$model" A3_TEST_GEMMA="$$gemma" A3_TEST_TRITON="$$triton" \
+		A3_TEST_BROWSER="$$browser" \
 		"$$bin/python" $(PYTEST) --durations=15 $(PYTEST_ARGS)
 
 test-matrix:  ## run the core tests with the other supported versions of SGLang

@@ -7,7 +7,8 @@ small sizes under compute-sanitizer, if it is installed. ``tests``: the project'
 ``kernels``: each kernel's time against what the card can do at best (bytes over the measured copy bandwidth,
 operations over the measured rate of a matrix product), at the sizes of one layer of Llama-3.1-8B; FlashInfer's ways to
 compute the same rows; and other tile shapes of our row attention. ``engines``: time to first token with dummy weights
-in the shapes of Llama-3.1-8B and Qwen3-14B, stock SGLang against a3. ``--small`` runs everything with tiny sizes; on a
+in the shapes of Llama-3.1-8B and Qwen3-14B, SGLang as it is (with the attention backend that it chooses) against a3.
+``--small`` runs everything with tiny sizes; on a
 CPU all but the engines also run in Triton's interpreter (``TRITON_INTERPRET=1``), but times mean nothing there.
 """
 
@@ -111,7 +112,7 @@ def engines(args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[str]:
             figures["first_tokens"].append(row)
             parts = " ".join(f"{part} {row[part + '_ms']:.1f}" for part in Timings.PARTS)
             yield (
-                f"{row['model']:13s} {row['context']:6d} x{row['batch']:<3d} {row['ratio']:.2f}  "
+                f"{row['model']:13s} {row['attention']} {row['context']:6d} x{row['batch']:<3d} {row['ratio']:.2f}  "
                 f"full {row['full_ms']:8.1f}  a3 {row['a3_ms']:8.1f}  {parts}  {row['speedup']:.2f}x"
             )
 

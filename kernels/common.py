@@ -26,9 +26,9 @@ def tile_width(dim: int) -> int:
 
 
 @triton.jit
-def query_lanes(first_row, row_count, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_lanes(first_row, row_count, kv_head, first_lane, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Row and head of each lane, and whether there is such a row; the heads of a GQA group are adjacent lanes."""
-    lane = tl.arange(0, BLOCK_M)
+    lane = first_lane + tl.arange(0, BLOCK_M)
     return (first_row + lane // GROUP).to(tl.int64), kv_head * GROUP + lane % GROUP, lane // GROUP < row_count
 
 

@@ -6,14 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import INTERPRETED, rotary_columns, tile_width
+from a3_sglang.kernels.common import INTERPRETED, product_dtype, rotary_columns, tile_width
+from a3_sglang.kernels.drift_weights import COLUMNS, WIDTH_UNIT, Blocks, observed_range
 from a3_sglang.rope import Rotation
 
 OBSERVED_PER_PROGRAM = 16
 """Rows of the pass whose drift one program computes, of one head."""
 CORRECTED_PER_PROGRAM = 64
 """Reused rows that one program corrects, of one head."""
-OBSERVED_PER_STEP = 32
+OBSERVED_PER_STEP = WIDTH_UNIT
 """Observed rows that a correcting program reads per step."""
 
 
@@ -25,7 +26,6 @@ def _observe_drift_kernel(
     fresh_values,
     rows,
     slots,
-    is_reused,
     cos,
     sin,
     key_drift,
@@ -46,51 +46,49 @@ def _observe_drift_kernel(
     NEOX: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Drift of the pass's rows, for one head: fresh minus copied KV, keys rotated to position 0; zero if not reused.
+    """Drift of the pass's rows, for one head: fresh minus copied KV, keys rotated to position 0.
 
-    Grid: (blocks of rows, heads).
+    Rows of gaps have none: nothing was copied to their slots, and nothing reads what is written for them here. Grid:
+    (blocks of rows, heads).
     """
     head = tl.program_id(1)
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_m = offs_m < count
     row = tl.load(rows + offs_m, mask=mask_m, other=0)
     slot = tl.load(slots + offs_m, mask=mask_m, other=0)
-    # Slots of gap rows may hold NaN, so they are not read.
-    mask_reused = mask_m & (tl.load(is_reused + offs_m, mask=mask_m, other=0) != 0)
 
     # Values.
     offs_out = (offs_m * tl.num_programs(1) + head)[:, None] * DIM
     offs_d, pair = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_R)[None, :]
     copied = values + slot[:, None] * stride_vn + head * stride_vh
     fresh = fresh_values + row[:, None] * stride_fvm + head * stride_fvh
-    mask_md = mask_reused[:, None] & (offs_d < DIM)
+    mask_md = mask_m[:, None] & (offs_d < DIM)
     drift = tl.load(fresh + offs_d, mask=mask_md, other=0.0).to(tl.float32)
     drift -= tl.load(copied + offs_d, mask=mask_md, other=0.0).to(tl.float32)
-    tl.store(value_drift + offs_out + offs_d, drift, mask=mask_m[:, None] & (offs_d < DIM))
+    tl.store(value_drift + offs_out + offs_d, drift.to(value_drift.dtype.element_ty), mask=mask_md)
 
     # Rotary dimensions of the keys.
     copied = keys + slot[:, None] * stride_kn + head * stride_kh
     fresh = fresh_keys + row[:, None] * stride_fkm + head * stride_fkh
     first, second = rotary_columns(pair, HALF, NEOX)
-    mask_mr = mask_reused[:, None] & (pair < HALF)
+    mask_mr = mask_m[:, None] & (pair < HALF)
     a = tl.load(fresh + first, mask=mask_mr, other=0.0).to(tl.float32)
     a -= tl.load(copied + first, mask=mask_mr, other=0.0).to(tl.float32)
     b = tl.load(fresh + second, mask=mask_mr, other=0.0).to(tl.float32)
     b -= tl.load(copied + second, mask=mask_mr, other=0.0).to(tl.float32)
     c = tl.load(cos + offs_m[:, None] * HALF + pair, mask=mask_mr, other=0.0)
     s = tl.load(sin + offs_m[:, None] * HALF + pair, mask=mask_mr, other=0.0)
-    mask_stored = mask_m[:, None] & (pair < HALF)
-    tl.store(key_drift + offs_out + first, a * c - b * s, mask=mask_stored)
-    tl.store(key_drift + offs_out + second, b * c + a * s, mask=mask_stored)
+    tl.store(key_drift + offs_out + first, (a * c - b * s).to(key_drift.dtype.element_ty), mask=mask_mr)
+    tl.store(key_drift + offs_out + second, (b * c + a * s).to(key_drift.dtype.element_ty), mask=mask_mr)
     # Their other dimensions.
     if 2 * HALF < DIM:
-        mask_unrotated = (offs_d >= 2 * HALF) & (offs_d < DIM)
-        drift = tl.load(fresh + offs_d, mask=mask_reused[:, None] & mask_unrotated, other=0.0).to(tl.float32)
-        drift -= tl.load(copied + offs_d, mask=mask_reused[:, None] & mask_unrotated, other=0.0).to(tl.float32)
-        tl.store(key_drift + offs_out + offs_d, drift, mask=mask_m[:, None] & mask_unrotated)
+        mask_md = mask_m[:, None] & ((offs_d >= 2 * HALF) & (offs_d < DIM))
+        drift = tl.load(fresh + offs_d, mask=mask_md, other=0.0).to(tl.float32)
+        drift -= tl.load(copied + offs_d, mask=mask_md, other=0.0).to(tl.float32)
+        tl.store(key_drift + offs_out + offs_d, drift.to(key_drift.dtype.element_ty), mask=mask_md)
 
 
-@triton.jit(do_not_specialize=["size", "width"])
+@triton.jit(do_not_specialize=["size"])
 def _correct_drift_kernel(
     keys,
     values,
@@ -98,8 +96,8 @@ def _correct_drift_kernel(
     value_drift,
     key_weights,
     value_weights,
-    observed_idx,
-    reused_idx,
+    table,
+    bounds,
     slots,
     cos,
     sin,
@@ -116,6 +114,7 @@ def _correct_drift_kernel(
     NEOX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of a block's rows plus the weighted drift of the block's observed rows, for one head.
@@ -123,12 +122,14 @@ def _correct_drift_kernel(
     Grid: (tiles of a block, blocks, heads).
     """
     block, head = tl.program_id(1), tl.program_id(2)
+    entry = table + COLUMNS * block
+    first_observed, count = observed_range(bounds, block, tl.num_programs(1), width)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_block = offs_m < size
+    # Without an observed row there is nothing to correct.
+    mask_m = offs_m < tl.where(count > 0, tl.load(entry + 1), 0)
+    slot = tl.load(slots + tl.load(entry) + offs_m, mask=mask_m, other=0)
+    row = (tl.load(entry + 3) + offs_m).to(tl.int64)
     cell = (block * size + offs_m).to(tl.int64)
-    row = tl.load(reused_idx + cell, mask=in_block, other=-1)
-    mask_m = row >= 0
-    slot = tl.load(slots + row, mask=mask_m, other=0)
 
     offs_d, pair = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_R)[None, :]
     mask_d, mask_r = offs_d < DIM, pair < HALF
@@ -139,24 +140,22 @@ def _correct_drift_kernel(
     acc_b = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc_unrotated = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     mask_unrotated = (offs_d >= 2 * HALF) & mask_d
-    # Predict: weights (BLOCK_M, BLOCK_N) times drift (BLOCK_N, dimensions).
-    for begin in range(0, width, BLOCK_N):
+    # Predict: weights (BLOCK_M, BLOCK_N) times drift (BLOCK_N, dimensions). Weights are padded with zeros.
+    for begin in range(0, count, BLOCK_N):
         offs_n = begin + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < width
-        observed = tl.load(observed_idx + block * width + offs_n, mask=mask_n, other=0)
-        offs_drift = (observed * tl.num_programs(2) + head)[:, None] * DIM
+        mask_n = (offs_n < count)[:, None]
+        offs_drift = ((first_observed + offs_n) * tl.num_programs(2) + head)[:, None] * DIM
         offs_weight = cell[:, None] * width + offs_n[None, :]
-        mask_mn = mask_m[:, None] & mask_n[None, :]
-        w = tl.load(value_weights + offs_weight, mask=mask_mn, other=0.0)
-        drift = tl.load(value_drift + offs_drift + offs_d, mask=mask_n[:, None] & mask_d, other=0.0)
+        w = tl.load(value_weights + offs_weight, mask=mask_m[:, None], other=0.0).to(DTYPE)
+        drift = tl.load(value_drift + offs_drift + offs_d, mask=mask_n & mask_d, other=0.0).to(DTYPE)
         acc_v += tl.dot(w, drift, input_precision=PRECISION)
-        w = tl.load(key_weights + offs_weight, mask=mask_mn, other=0.0)
-        drift = tl.load(key_drift + offs_drift + first, mask=mask_n[:, None] & mask_r, other=0.0)
+        w = tl.load(key_weights + offs_weight, mask=mask_m[:, None], other=0.0).to(DTYPE)
+        drift = tl.load(key_drift + offs_drift + first, mask=mask_n & mask_r, other=0.0).to(DTYPE)
         acc_a += tl.dot(w, drift, input_precision=PRECISION)
-        drift = tl.load(key_drift + offs_drift + second, mask=mask_n[:, None] & mask_r, other=0.0)
+        drift = tl.load(key_drift + offs_drift + second, mask=mask_n & mask_r, other=0.0).to(DTYPE)
         acc_b += tl.dot(w, drift, input_precision=PRECISION)
         if 2 * HALF < DIM:
-            drift = tl.load(key_drift + offs_drift + offs_d, mask=mask_n[:, None] & mask_unrotated, other=0.0)
+            drift = tl.load(key_drift + offs_drift + offs_d, mask=mask_n & mask_unrotated, other=0.0).to(DTYPE)
             acc_unrotated += tl.dot(w, drift, input_precision=PRECISION)
 
     # Add to the values.
@@ -186,22 +185,19 @@ def correct_drift(
     fresh_keys: torch.Tensor,
     fresh_values: torch.Tensor,
     *,
+    blocks: Blocks,
     observed_rows: torch.Tensor,
     observed_slots: torch.Tensor,
-    is_reused: torch.Tensor,
-    reused_slots: torch.Tensor,
+    slots: torch.Tensor,
     key_weights: torch.Tensor,
     value_weights: torch.Tensor,
-    observed_idx: torch.Tensor,
-    reused_idx: torch.Tensor,
     to_zero: Rotation,
     from_zero: Rotation,
     neox: bool,
 ) -> None:
     """Correct one layer's reused rows in place by the drift of the pass's rows.
 
-    Sums are in float32, on a GPU of factors rounded to TF32. The tensors are those of
-    :class:`a3_sglang.drift.correction.DriftCorrection` and its predictor.
+    Drift is rounded to the dtype of the pools, like the weights; sums are in float32.
 
     Args:
         keys: of the layer, (slots, heads, head_dim), fp16, bf16 or fp32; the last dimension is contiguous, here and
@@ -209,25 +205,21 @@ def correct_drift(
         values: like ``keys``.
         fresh_keys: of the pass, (rows, heads, head_dim), after RoPE.
         fresh_values: like ``fresh_keys``.
-        observed_rows: int64 (n,), rows of the pass that belong to the request.
-        observed_slots: int64 (n,), their slots.
-        is_reused: bool (n,), whether they are reused rows; the others have no drift.
-        reused_slots: int64 (reused,), slots of all reused rows.
-        key_weights: float32 (blocks, size, width), contiguous: how much of each of its block's observed rows goes into
-            the prediction of each row.
+        blocks: the blocks of all requests, and which rows are observed in them.
+        observed_rows: int64 (n,), rows of the pass that ``blocks.observed_pos`` gives the positions of.
+        observed_slots: int64 (n,), their slots, which still hold the copied KV.
+        slots: int64, slot of each position, request after request.
+        key_weights: see :func:`a3_sglang.kernels.drift_weights.kriging_weights`.
         value_weights: like ``key_weights``.
-        observed_idx: int64 (blocks, width), which of the n rows are observed in a block.
-        reused_idx: int64 (blocks, size), which of the reused rows is in each cell, -1 in padding.
         to_zero: rotation of the n rows to position 0.
         from_zero: rotation of the reused rows from position 0 to their positions.
         neox: pairing of the rotary dimensions, see :class:`a3_sglang.rope.RopeTable`.
     """
     heads, dim = keys.shape[1:]
     count, half = to_zero.cos.shape
-    blocks, size, width = key_weights.shape
-    if not count * blocks * size * width:
+    if not count * len(blocks.table):
         return
-    key_drift, value_drift = (torch.empty((count, heads, dim), device=keys.device) for _ in "kv")
+    key_drift, value_drift = (torch.empty((count, heads, dim), dtype=keys.dtype, device=keys.device) for _ in "kv")
     shape = {
         "DIM": dim,
         "BLOCK_D": tile_width(dim),
@@ -242,7 +234,6 @@ def correct_drift(
         fresh_values,
         observed_rows,
         observed_slots,
-        is_reused,
         to_zero.cos,
         to_zero.sin,
         key_drift,
@@ -256,24 +247,25 @@ def correct_drift(
         num_warps=4,
         **shape,
     )
-    _correct_drift_kernel[(triton.cdiv(size, CORRECTED_PER_PROGRAM), blocks, heads)](
+    _correct_drift_kernel[(triton.cdiv(blocks.size, CORRECTED_PER_PROGRAM), len(blocks.table), heads)](
         keys,
         values,
         key_drift,
         value_drift,
         key_weights,
         value_weights,
-        observed_idx,
-        reused_idx,
-        reused_slots,
+        blocks.table,
+        blocks.bounds,
+        slots,
         from_zero.cos,
         from_zero.sin,
-        size,
-        width,
+        blocks.size,
+        blocks.width,
         *keys.stride()[:2],
         *values.stride()[:2],
         BLOCK_M=CORRECTED_PER_PROGRAM,
         BLOCK_N=OBSERVED_PER_STEP,
+        DTYPE=product_dtype(keys),
         PRECISION="ieee" if INTERPRETED else "tf32",
         num_warps=8,
         **shape,

@@ -3,7 +3,9 @@
 Two passes over the keys. The first one attends: each program takes a piece of one request's context and writes its
 partial output, maximum and sum; a small kernel attends over the probe's own rows and merges the pieces (split softmax
 as in FlashDecoding). The second pass reads the keys again with each row's log-sum-exp, and computes relevance without
-ever writing the attention matrix. There are no atomic additions, so results do not depend on the order of programs.
+ever writing the attention matrix: a context's keys of one layer are small and mostly still in the L2 cache, the matrix
+would have rows x heads x context floats. There are no atomic additions, so results do not depend on the order of
+programs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from a3_sglang.kernels.common import (
     softmax_step,
     tile_width,
 )
-from a3_sglang.kernels.probe_layout import LANES, MAX_ROWS, POSITIONS, Layout
+from a3_sglang.kernels.probe_layout import LANES, MAX_ROWS, POSITIONS, Layout, Scratch
+from a3_sglang.kernels.probe_relevance import add_relevance
+
+MERGED_LANES = 32
+"""Lanes of a tile that one program merges; so few, because a probe has only a tile or two per KV head."""
 
 
 @triton.jit(do_not_specialize=["contexts"])
@@ -62,7 +68,7 @@ def _probe_split_kernel(
     length = tl.load(pieces + 4 * piece + 3)
 
     # Load the queries.
-    row, head, mask_m = query_lanes(first_row, row_count, kv_head, GROUP, BLOCK_M)
+    row, head, mask_m = query_lanes(first_row, row_count, kv_head, 0, GROUP, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < DIM
     q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
@@ -116,13 +122,14 @@ def _probe_merge_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """A tile of a probe over its request's own rows, causally, merged with its pieces; and the log-sum-exp of each row.
+    """Lanes of a tile over the request's own rows, causally, merged with the tile's pieces; log-sum-exp of each row.
 
-    Grid: (tiles, kv_heads).
+    Grid: (tiles, kv_heads, LANES / BLOCK_M).
     """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(tiles + 6 * tile)
@@ -133,8 +140,10 @@ def _probe_merge_kernel(
     piece_step = tl.load(tiles + 6 * tile + 5)
 
     # Load the queries and the request's own keys and values.
-    row, head, mask_m = query_lanes(first_row, row_count, kv_head, GROUP, BLOCK_M)
-    lane, offs_d, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    first_lane = tl.program_id(2) * BLOCK_M
+    row, head, mask_m = query_lanes(first_row, row_count, kv_head, first_lane, GROUP, BLOCK_M)
+    lane = first_lane + tl.arange(0, BLOCK_M)
+    offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     mask_d = offs_d < DIM
     q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
     # No row of the tile attends to rows after the tile's last.
@@ -152,7 +161,7 @@ def _probe_merge_kernel(
 
     # Merge the pieces of the context.
     for i in range(0, piece_count):
-        offs_state = ((first_piece + i * piece_step).to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + lane
+        offs_state = ((first_piece + i * piece_step).to(tl.int64) * tl.num_programs(1) + kv_head) * LANES + lane
         m_piece = tl.load(m_in + offs_state)
         m_new = tl.maximum(m_i, m_piece)
         rescale, rescale_piece = tl.exp2(m_i - m_new), tl.exp2(m_piece - m_new)
@@ -170,74 +179,6 @@ def _probe_merge_kernel(
     tl.store(lse + head.to(tl.int64) * rows + row, m_i + tl.log2(l_i), mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["contexts", "rows"])
-def _probe_relevance_kernel(
-    query,
-    keys,
-    blocks,
-    slots,
-    lse,
-    value_norms,
-    relevance,
-    scaling,
-    contexts,
-    rows,
-    stride_qm,
-    stride_qh,
-    stride_kn,
-    stride_kh,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DTYPE: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """Relevance of a block of context to its request's probe, for the heads of one GQA group. Grid: (blocks, kv_heads).
-
-    Keys are read and multiplied again: keeping the attention of all rows would take rows x context x heads floats.
-    """
-    block, kv_head = tl.program_id(0), tl.program_id(1)
-    first_position = tl.load(blocks + 4 * block)
-    length = tl.load(blocks + 4 * block + 1)
-    first_row = tl.load(blocks + 4 * block + 2)
-    row_count = tl.load(blocks + 4 * block + 3)
-
-    # Load the keys.
-    offs_n, offs_m, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    mask_n, mask_m, mask_d = offs_n < length, offs_m < row_count, offs_d < DIM
-    slot = tl.load(slots + first_position + offs_n, mask=mask_n, other=0)
-    row = (first_row + offs_m).to(tl.int64)
-    k = tl.load(
-        keys + slot[:, None] * stride_kn + kv_head * stride_kh + offs_d[None, :],
-        mask=mask_n[:, None] & mask_d[None, :],
-        other=0.0,
-    ).to(DTYPE)
-
-    # Mean or root mean square of the attention over the probe's rows, summed over the heads of the group.
-    attention = tl.zeros((BLOCK_N,), tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        q = tl.load(
-            query + row[:, None] * stride_qm + head * stride_qh + offs_d[None, :],
-            mask=mask_m[:, None] & mask_d[None, :],
-            other=0.0,
-        ).to(DTYPE)
-        row_lse = tl.load(lse + head * rows + row, mask=mask_m, other=float("inf"))
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling - row_lse[:, None])
-        if MEAN:
-            attention += tl.sum(p, 0) / row_count
-        else:
-            attention += tl.sqrt(tl.sum(p * p, 0) / row_count)
-
-    # Multiply by the norm of the value and store.
-    offs_out = kv_head.to(tl.int64) * contexts + first_position + offs_n
-    if not MEAN:
-        attention *= tl.load(value_norms + offs_out, mask=mask_n, other=0.0)
-    tl.store(relevance + offs_out, attention, mask=mask_n)
-
-
 def probe_attention(
     query: torch.Tensor,
     own_keys: torch.Tensor,
@@ -245,6 +186,7 @@ def probe_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     layout: Layout,
+    scratch: Scratch,
     scaling: float,
     scores: torch.Tensor | None = None,
     mean: bool = False,
@@ -258,6 +200,7 @@ def probe_attention(
         keys: (slots, kv_heads, head_dim), the dtype of ``query`` or fp8.
         values: like ``keys``.
         layout: see :func:`a3_sglang.kernels.probe_layout.make_layout`.
+        scratch: see :func:`a3_sglang.kernels.probe_layout.make_scratch`; is overwritten.
         scaling: factor of the logits.
         scores: float32 (sum of contexts,), to which the relevance of each position is added: over heads, the root mean
             square of the rows' attention to it times the norm of its value
@@ -269,14 +212,8 @@ def probe_attention(
     """
     heads, dim = query.shape[1:]
     kv_heads, contexts = keys.shape[1], len(layout.slots)
-    block_d = tile_width(dim)
-    states, device = (len(layout.pieces), kv_heads, LANES), query.device
-    out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    acc = torch.empty((*states, block_d), device=device)
-    m_i, l_i = torch.empty(states, device=device), torch.empty(states, device=device)
-    value_norms, relevance = (torch.empty((kv_heads, contexts), device=device) for _ in range(2))
-    lse = torch.empty((heads, layout.rows), device=device)
-    shape = {"GROUP": heads // kv_heads, "DIM": dim, "BLOCK_D": block_d, "DTYPE": product_dtype(query)}
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    shape = {"GROUP": heads // kv_heads, "DIM": dim, "BLOCK_D": tile_width(dim), "DTYPE": product_dtype(query)}
     if contexts:
         _probe_split_kernel[(len(layout.pieces), kv_heads)](
             query,
@@ -284,10 +221,10 @@ def probe_attention(
             values,
             layout.pieces,
             layout.slots,
-            acc,
-            m_i,
-            l_i,
-            value_norms,
+            scratch.acc,
+            scratch.m_i,
+            scratch.l_i,
+            scratch.value_norms,
             scaling * LOG2E,
             contexts,
             *query.stride()[:2],
@@ -297,50 +234,32 @@ def probe_attention(
             BLOCK_N=POSITIONS if has_wide_products() else POSITIONS // 2,
             WRITE_NORMS=scores is not None and not mean,
             num_warps=8,
-            num_stages=3,
+            # See TileShape in kernels/row_attention.py.
+            num_stages=5,
             **shape,
         )
-    _probe_merge_kernel[(len(layout.tiles), kv_heads)](
+    _probe_merge_kernel[(len(layout.tiles), kv_heads, LANES // MERGED_LANES)](
         query,
         own_keys,
         own_values,
-        acc,
-        m_i,
-        l_i,
+        scratch.acc,
+        scratch.m_i,
+        scratch.l_i,
         layout.tiles,
         out,
-        lse,
+        scratch.lse,
         scaling * LOG2E,
         layout.rows,
         *query.stride()[:2],
         *own_keys.stride()[:2],
         *own_values.stride()[:2],
         *out.stride()[:2],
-        BLOCK_M=LANES,
+        LANES=LANES,
+        BLOCK_M=MERGED_LANES,
         BLOCK_N=MAX_ROWS,
-        num_warps=8,
+        num_warps=4,
         **shape,
     )
     if scores is not None and contexts:
-        _probe_relevance_kernel[(len(layout.blocks), kv_heads)](
-            query,
-            keys,
-            layout.blocks,
-            layout.slots,
-            lse,
-            value_norms,
-            relevance,
-            scaling * LOG2E,
-            contexts,
-            layout.rows,
-            *query.stride()[:2],
-            *keys.stride()[:2],
-            BLOCK_M=MAX_ROWS,
-            BLOCK_N=POSITIONS,
-            MEAN=mean,
-            num_warps=4,
-            num_stages=2,
-            **shape,
-        )
-        scores += relevance.sum(0)
+        add_relevance(query, keys, layout, scratch, scaling, scores, mean)
     return out

@@ -27,15 +27,17 @@ class Layout:
             of the same positions are adjacent, so that these are read from memory once.
         tiles: int32 (tiles, 6): first row, number of rows, the request's first row, then first, number and distance of
             the tile's pieces.
-        blocks: int32 (blocks, 4): first position in ``slots``, number of positions, the request's first row and
-            number of rows.
+        requests: int32 (requests, 5): a request's first block of :data:`POSITIONS` context positions, its first
+            position in ``slots``, number of positions, first row and number of rows.
+        blocks: of all requests.
         slots: int64 (sum of contexts,): the requests' context slots, concatenated.
         rows: of all requests.
     """
 
     pieces: torch.Tensor
     tiles: torch.Tensor
-    blocks: torch.Tensor
+    requests: torch.Tensor
+    blocks: int
     slots: torch.Tensor
     rows: int
 
@@ -54,8 +56,8 @@ def make_layout(counts: Sequence[int], slots: Sequence[torch.Tensor], heads: int
     size = max(4 * POSITIONS, work // PROGRAMS // POSITIONS * POSITIONS)
     pieces: list[tuple[int, ...]] = []
     tiles: list[tuple[int, ...]] = []
-    blocks: list[tuple[int, ...]] = []
-    row = begin = 0
+    requests: list[tuple[int, ...]] = []
+    row = begin = block = 0
     for count, context in zip(counts, slots, strict=True):
         length = len(context)
         row_cuts, context_cuts = range(0, count, step), range(0, length, size)
@@ -66,10 +68,40 @@ def make_layout(counts: Sequence[int], slots: Sequence[torch.Tensor], heads: int
         pieces += [
             (row + r, min(step, count - r), begin + c, min(size, length - c)) for c in context_cuts for r in row_cuts
         ]
-        blocks += [(begin + c, min(POSITIONS, length - c), row, count) for c in range(0, length, POSITIONS)]
-        row, begin = row + count, begin + length
+        requests.append((block, begin, length, row, count))
+        row, begin, block = row + count, begin + length, block + -(-length // POSITIONS)
 
     def table(entries: list[tuple[int, ...]], width: int) -> torch.Tensor:
         return torch.tensor(entries, dtype=torch.int32).view(-1, width).to(slots[0].device, non_blocking=True)
 
-    return Layout(table(pieces, 4), table(tiles, 6), table(blocks, 4), torch.cat(list(slots)), row)
+    return Layout(table(pieces, 4), table(tiles, 6), table(requests, 5), block, torch.cat(list(slots)), row)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """What the kernels of one layer hand to each other; made once and used by all layers.
+
+    Attributes:
+        acc: float32 (pieces, kv_heads, LANES, tile width of head_dim), partial outputs.
+        m_i, l_i: float32 (pieces, kv_heads, LANES), their maxima and sums.
+        value_norms: float32 (kv_heads, sum of contexts).
+        lse: float32 (heads, rows), log2 of each row's sum of exponentials.
+    """
+
+    acc: torch.Tensor
+    m_i: torch.Tensor
+    l_i: torch.Tensor
+    value_norms: torch.Tensor
+    lse: torch.Tensor
+
+
+def make_scratch(layout: Layout, heads: int, kv_heads: int, dim: int) -> Scratch:
+    """Memory for :func:`a3_sglang.kernels.probe_attention.probe_attention` with this layout, for equal layers."""
+    states, device = (len(layout.pieces), kv_heads, LANES), layout.slots.device
+    return Scratch(
+        torch.empty((*states, max(16, 1 << (dim - 1).bit_length())), device=device),
+        torch.empty(states, device=device),
+        torch.empty(states, device=device),
+        torch.empty((kv_heads, len(layout.slots)), device=device),
+        torch.empty((heads, layout.rows), device=device),
+    )

@@ -27,7 +27,10 @@ class TileShape:
     Attributes:
         block_m: query rows times heads per KV head that one program computes.
         block_n: context positions that a program reads per step.
-        num_warps, num_stages: of a program; stages of Triton's software pipeline.
+        num_warps: of a program.
+        num_stages: of Triton's software pipeline. Its stages are divided between the loads of slots and those of the KV
+            that they address, so with five of them two blocks of KV are on their way while one is multiplied; with
+            three or four the loop waits for the block that it has just asked for.
     """
 
     block_m: int
@@ -36,8 +39,8 @@ class TileShape:
     num_stages: int
 
 
-WIDE = TileShape(block_m=128, block_n=64, num_warps=8, num_stages=3)
-NARROW = TileShape(block_m=128, block_n=32, num_warps=8, num_stages=3)
+WIDE = TileShape(block_m=128, block_n=64, num_warps=8, num_stages=5)
+NARROW = TileShape(block_m=128, block_n=32, num_warps=8, num_stages=5)
 """See :func:`a3_sglang.kernels.common.has_wide_products`."""
 
 
@@ -60,12 +63,17 @@ class Tiles:
     kv_lens: torch.Tensor
 
 
+def default_shape() -> TileShape:
+    """The shape that suits the GPU."""
+    return WIDE if has_wide_products() else NARROW
+
+
 def make_tiles(
     counts: Sequence[int],
     slots: Sequence[torch.Tensor],
     kv_lens: Sequence[torch.Tensor],
     group: int,
-    shape: TileShape | None = None,
+    shape: TileShape,
 ) -> Tiles:
     """Cut the rows of several requests into tiles; forces no host-device sync.
 
@@ -74,10 +82,8 @@ def make_tiles(
         slots: int64 (context,) of each request.
         kv_lens: int64 (rows,) of each request, ascending.
         group: query heads per KV head, at most ``shape.block_m``.
-        shape: of the tiles; by default the one that suits the GPU.
+        shape: of the tiles.
     """
-    if shape is None:
-        shape = WIDE if has_wide_products() else NARROW
     step = shape.block_m // group
     table, row, begin = [], 0, 0
     for count, context in zip(counts, slots, strict=True):
@@ -97,10 +103,12 @@ def _row_attention_kernel(
     keys,
     values,
     out,
+    lse,
     table,
     slots,
     kv_lens,
     scaling,
+    lse_unit,
     stride_qm,
     stride_qh,
     stride_kn,
@@ -109,45 +117,59 @@ def _row_attention_kernel(
     stride_vh,
     stride_om,
     stride_oh,
+    stride_lm,
+    stride_lh,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    STARTED: tl.constexpr,
 ):
-    """One tile of rows over its request's context, for one KV head. Grid: (tiles, kv_heads)."""
+    """One tile of rows over its request's context, for one KV head. Grid: (tiles, kv_heads).
+
+    ``STARTED``: ``out`` and ``lse`` already are the attention of all rows over what the tile's first row attends to;
+    only the rest is read, and ``out`` is overwritten.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(table + 3 * tile)
     row_count = tl.load(table + 3 * tile + 1)
     slots += tl.load(table + 3 * tile + 2)
 
     # Load the queries, and how far each row attends.
-    row, head, mask_m = query_lanes(first_row, row_count, kv_head, GROUP, BLOCK_M)
+    row, head, mask_m = query_lanes(first_row, row_count, kv_head, 0, GROUP, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < DIM
     q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
     # Lanes without a row attend to one position, so that their softmax stays finite; they are not stored.
     kv_len = tl.load(kv_lens + row, mask=mask_m, other=1)
     longest = tl.max(kv_len, 0)
-    # Blocks that all rows attend to in full need no mask. Rows of a tile are close to each other in the prompt, so that
-    # is most of the context.
-    unmasked = tl.min(tl.where(mask_m, kv_len, longest), 0) // BLOCK_N * BLOCK_N
-
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    shortest = tl.min(tl.where(mask_m, kv_len, longest), 0)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_out = row[:, None] * stride_om + head[:, None] * stride_oh + offs_d[None, :]
+    mask_out = mask_m[:, None] & mask_d[None, :]
     keys += kv_head * stride_kh + offs_d[None, :]
     values += kv_head * stride_vh + offs_d[None, :]
-    offs_n = tl.arange(0, BLOCK_N)
-    # Context that all rows attend to.
-    for begin in range(0, unmasked, BLOCK_N):
-        slot = tl.load(slots + begin + offs_n)
-        k = tl.load(keys + slot[:, None] * stride_kn, mask=mask_d[None, :], other=0.0)
-        v = tl.load(values + slot[:, None] * stride_vn, mask=mask_d[None, :], other=0.0)
-        m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), True, scaling, m_i, l_i, acc, MASKED=False)
+    if STARTED:
+        seen = shortest
+        m_i = tl.load(lse + row * stride_lm + head * stride_lh, mask=mask_m, other=0.0) * lse_unit
+        l_i = tl.full((BLOCK_M,), 1.0, tl.float32)
+        acc = tl.load(out + offs_out, mask=mask_out, other=0.0).to(tl.float32)
+    else:
+        # Blocks that all rows attend to in full need no mask. Rows of a tile are close to each other in the prompt, so
+        # that is most of the context.
+        seen = shortest // BLOCK_N * BLOCK_N
+        m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for begin in range(0, seen, BLOCK_N):
+            slot = tl.load(slots + begin + offs_n)
+            k = tl.load(keys + slot[:, None] * stride_kn, mask=mask_d[None, :], other=0.0)
+            v = tl.load(values + slot[:, None] * stride_vn, mask=mask_d[None, :], other=0.0)
+            m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), True, scaling, m_i, l_i, acc, MASKED=False)
     # The rest, up to the longest row.
-    for begin in range(unmasked, longest, BLOCK_N):
+    for begin in range(seen, longest, BLOCK_N):
         position = begin + offs_n
         slot = tl.load(slots + position, mask=position < longest, other=0)
         mask_nd = (position < longest)[:, None] & mask_d[None, :]
@@ -157,15 +179,32 @@ def _row_attention_kernel(
         m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), visible, scaling, m_i, l_i, acc, MASKED=True)
 
     # Normalize and store.
-    tl.store(
-        out + row[:, None] * stride_om + head[:, None] * stride_oh + offs_d[None, :],
-        (acc / l_i[:, None]).to(out.dtype.element_ty),
-        mask=mask_m[:, None] & mask_d[None, :],
-    )
+    tl.store(out + offs_out, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Attention of all rows over as much context as the first row of their tile attends to.
+
+    Attributes:
+        out: (rows, heads, head_dim), dtype of the query.
+        lse: float32 (rows, heads), logarithm of each row's sum of exponentials; any strides.
+        unit: what ``lse`` is multiplied by to get a logarithm to base 2: :data:`~a3_sglang.kernels.common.LOG2E` if it
+            is a natural one.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    unit: float
 
 
 def row_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tiles: Tiles,
+    scaling: float,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each row over the first ``kv_lens`` slots of its request; softmax in float32.
 
@@ -177,32 +216,42 @@ def row_attention(
         values: like ``keys``.
         tiles: see :func:`make_tiles`.
         scaling: factor of the logits.
+        start: what is left out here because it is computed already, by tiles of the same size; ``start.out`` is
+            overwritten.
 
     Returns:
         (rows, heads, head_dim), dtype of ``query``.
     """
     rows, heads, dim = query.shape
     kv_heads, shape = keys.shape[1], tiles.shape
-    out = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device)
+    if start is None:
+        # Without a start, the last two of these are not read.
+        out, lse, unit = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device), query, 1.0
+    else:
+        out, lse, unit = start.out, start.lse, start.unit
     _row_attention_kernel[(len(tiles.table), kv_heads)](
         query,
         keys,
         values,
         out,
+        lse,
         tiles.table,
         tiles.slots,
         tiles.kv_lens,
         scaling * LOG2E,
+        unit,
         *query.stride()[:2],
         *keys.stride()[:2],
         *values.stride()[:2],
         *out.stride()[:2],
+        *lse.stride()[:2],
         GROUP=heads // kv_heads,
         DIM=dim,
         BLOCK_D=tile_width(dim),
         BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n,
         DTYPE=product_dtype(query),
+        STARTED=start is not None,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )

@@ -14,8 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-KERNELS = ("copy_rotated", "drift_correction", "probe_attention", "row_attention")
-"""Modules that have Triton kernels."""
+from helpers.kernels import KERNELS
 
 # TorchInductor's on-disk cache ignores ATEN_CPU_CAPABILITY: code compiled for AVX-512 and loaded by a process that
 # runs with AVX2, or the reverse, corrupts that process's memory. So each capability gets a cache directory.

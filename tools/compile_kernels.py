@@ -2,8 +2,10 @@
 
     python tools/compile_kernels.py 90
 
-prints as JSON, for each kernel: registers per thread, bytes spilled, bytes of shared memory per program, and numbers of
-instructions: matrix products of two kinds, accesses to global memory of 16 bytes and of less than 4.
+prints as JSON the version of Triton and, for each kernel: registers per thread, bytes spilled, bytes of shared memory
+per program; numbers of instructions: matrix products of two kinds, accesses to global memory of 16 bytes and of less
+than 4, asynchronous copies of 16 bytes and of less; and how many of the asynchronous copies that a loop has asked for
+are still on their way when it waits. Another Triton is used if a folder with it is first on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
 from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
-from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
-from a3_sglang.drift.model import DEFAULT, PaddedBlocks
+from a3_sglang.drift.correction import ObservedRows
+from a3_sglang.drift.model import DEFAULT
+from a3_sglang.drift.tables import covariance_table
 from a3_sglang.fusion.ops import TritonOps
+from a3_sglang.kernels.common import LOG2E
+from a3_sglang.kernels.drift_selection import BlockTable, select_rows
+from a3_sglang.kernels.row_attention import Start, default_shape, make_tiles, row_attention
 from a3_sglang.rope import RopeTable
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -65,23 +71,24 @@ def launch(dtype: torch.dtype) -> None:
 
     attend = ops.row_attention.plan([RequestRows(0, rows, slots, observed, False)], HEADS, KV_HEADS, dtype)
     attend(query, keys, values, AttentionSpec(1.0))
+    # After paged attention by a library, see a3_sglang/attention/paged.py.
+    start = Start(torch.zeros_like(query), torch.zeros(HEADS, rows).T, LOG2E)
+    tiles = make_tiles([rows], [slots], [observed], HEADS // KV_HEADS, default_shape())
+    row_attention(query, keys, values, tiles, 1.0, start)
 
-    blocks = PaddedBlocks([context], "cpu")
-    correction = DriftCorrection(
-        DriftPredictor(DEFAULT, observed, blocks, context),
-        torch.arange(rows),
-        slots[observed],
-        observed,
-        torch.ones(rows, dtype=torch.bool),
-        slots,
-        slots,
-    )
-    ops.correct_drift((keys, values), fresh, correction, rope)
+    observed_rows = ObservedRows([(0, context)], slots, slots, observed, 0, rows, 0, context)
+    ops.plan_drift_correction(DEFAULT, [observed_rows], dtype)((keys, values), fresh, rope)
+
+    # As many candidates as 15% of the rows have.
+    blocks = BlockTable([(0, context, begin, 512, begin, 192) for begin in range(0, context, 512)], [2])
+    select_rows(torch.zeros(context), blocks, [[10] * 16], covariance_table(DEFAULT.keys, context, slots.device))
 
 
 def needs(kernel: Any, arch: int) -> dict[str, int]:
     """Resources and instructions of a compiled kernel, from the assembler and the PTX."""
     ptx = kernel.asm["ptx"]
+    copies = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], (0x[0-9a-f]+|\d+)", ptx)]
+    waits = re.findall(r"ttg\.async_wait.*\{num = (\d+)", kernel.asm["ttgir"])
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
@@ -96,6 +103,9 @@ def needs(kernel: Any, arch: int) -> dict[str, int]:
         "mma": len(re.findall(r"mma\.sync", ptx)),
         "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*\.b(?:8|16)\b", ptx)),
+        "async_wide": copies.count(16),
+        "async_narrow": len(copies) - copies.count(16),
+        "on_their_way": max((int(count) for count in waits), default=0),
     }
 
 
@@ -106,13 +116,15 @@ def main(arch: int) -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled[f"{self.__name__} {dtype}".replace("torch.", "")] = kernel
+        variant = "".join(f" {flag.lower()}" for flag in ("FIRST", "STARTED") if kwargs.get(flag))
+        compiled[f"{self.__name__}{variant} {dtype}".replace("torch.", "")] = kernel
         return kernel
 
     JITFunction.run = compile_only
     for dtype in (torch.bfloat16, torch.float16):
         launch(dtype)
-    print(json.dumps({name: needs(kernel, arch) for name, kernel in compiled.items()}, indent=1))
+    found = {name: needs(kernel, arch) for name, kernel in compiled.items()}
+    print(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ Standard library only, so that a bare Python 3.11 with pip is enough::
     python3 tools/environment.py bin [--sglang VERSION]   # the folder with the environment's python
     python3 tools/environment.py model                    # the folder of the test model
     python3 tools/environment.py gemma                    # the folder of the second one, under Gemma's terms of use
+    python3 tools/environment.py triton                   # a folder with the Triton that SGLang has on a GPU
     python3 tools/environment.py browser                  # the Chromium of the browser tests
     python3 tools/environment.py plan                     # what `make demo` will do, and how long that takes
     python3 tools/environment.py clean                    # removes what the others have made
 
-``bin``, ``model``, ``gemma`` and ``browser`` make what is missing and print one line on stdout, its path; everything
-else goes to stderr. Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and
-shared by clones with the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
+All but the last two make what is missing and print one line on stdout, its path; everything else goes to stderr.
+Environments and models are in ``${XDG_CACHE_HOME:-~/.cache}/a3-sglang``, outside the clone, and shared by clones with
+the same locks. The browser is the system's: on Debian and Ubuntu, root installs it with apt.
 """
 
 from __future__ import annotations
@@ -312,6 +313,19 @@ def provide_gemma() -> Path:
     return model
 
 
+def provide_triton() -> Path:
+    (line,) = read_lock(LOCKS / "triton-cuda.txt").values()
+    folder = cache_folder() / line
+    python = python_of(provide_environment(DEFAULT_SGLANG, with_project=False))
+    with locked(cache_folder() / f"{line}.lock", "this Triton"):
+        if not (folder / MARKER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            say(f"installing {line} in {folder}")
+            run([*pip_install(python), "--target", folder, line], f"installing {line}")
+            (folder / MARKER).touch()
+    return folder
+
+
 def provide_browser() -> Path:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
@@ -346,7 +360,7 @@ def plan() -> str:
 def clean() -> None:
     """Remove only what this tool has made, by name."""
     cache = cache_folder()
-    for path in [*cache.glob("env-*"), *cache.glob("models")]:
+    for path in [*cache.glob("env-*"), *cache.glob("models"), *cache.glob("triton==*")]:
         say(f"removing {path}")
         if path.is_dir():
             shutil.rmtree(path)
@@ -363,6 +377,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for_bin.add_argument("--sglang", choices=[*MATRIX_SGLANG, DEFAULT_SGLANG], default=DEFAULT_SGLANG)
     commands.add_parser("model", help="print the folder of the test model")
     commands.add_parser("gemma", help="print the folder of the second test model, under Gemma's terms of use")
+    commands.add_parser("triton", help="print a folder with the Triton that SGLang has on a GPU")
     commands.add_parser("browser", help="print the path of the browser tests' Chromium")
     commands.add_parser("plan", help="say what `make demo` will do and how long it takes")
     commands.add_parser("clean", help="remove the environments and the test model")
@@ -381,6 +396,8 @@ def main(arguments: list[str]) -> int:
             print(provide_model())
         elif options.command == "gemma":
             print(provide_gemma())
+        elif options.command == "triton":
+            print(provide_triton())
         elif options.command == "browser":
             print(provide_browser())
         elif options.command == "plan":

@@ -14,8 +14,8 @@ from a3_sglang.timing import seconds
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS = (6000, 2300)
-"""Tokens of the trial's prompts."""
+CONTEXTS = (32768, 6000, 2300)
+"""Tokens of the trial's prompts: long ones count most, as in serving."""
 SHARE = 0.15
 """Fraction of the positions that are used as queries."""
 TOLERANCE = 1e-2
@@ -51,6 +51,8 @@ def fastest(
     trial, times, wrong = _Trial(heads, pool, contexts), dict[str, float](), dict[str, str]()
     made: dict[str, RowAttention] = {}
     for name, make in candidates.items():
+        # A library may compile its kernels on the first start of a machine, which takes minutes.
+        logger.info("a3: trying row attention by %s", name)
         try:
             made[name] = make()
             error = trial.error(made[name])

@@ -2,139 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from a3_sglang.attention.base import AttentionSpec, RequestRows, RowAttention, RowAttentionFn
-from a3_sglang.attention.triton import TritonRowAttention
+from a3_sglang.attention.base import AttentionSpec
+from a3_sglang.attention.paged import PagedFn, PagedRowAttention, Sequences
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_PAIRS = 1 << 31
-"""Rows x positions per request: above it FlashInfer's int32 count of mask bits overflows, and the mask has 256 MiB."""
-WORKSPACE = 384 << 20
-"""Bytes for partial results over long contexts, as much as SGLang gives its own FlashInfer backend."""
+WORKSPACE = 32 << 20
+"""Bytes of FlashInfer's workspace for partial results. Contexts are not split, so there are none; FlashInfer wants a
+workspace all the same."""
 
 
-@dataclass(frozen=True, slots=True)
-class PagedRows:
-    """Rows of several requests as FlashInfer takes them: a request is a sequence, a slot is a page.
+class FlashInferRowAttention(PagedRowAttention):
+    """FlashInfer's paged prefill for the unmasked part.
 
-    FlashInfer's causal mask assumes consecutive query positions. Ours have gaps, so each (row, position) pair gets a
-    bit of an explicit mask. Contexts are padded to a multiple of 8 positions, so that rows begin at whole bytes.
-
-    Attributes:
-        row_ends: int32 (requests + 1,), on the host; the bounds of each request's rows.
-        slot_ends: like ``row_ends``, in ``slots``.
-        byte_ends: like ``row_ends``, in ``mask``.
-        slots: int32 (sum of padded contexts,).
-        mask: uint8 (sum of rows x padded context / 8,), the first position in the lowest bit.
-    """
-
-    row_ends: torch.Tensor
-    slot_ends: torch.Tensor
-    byte_ends: torch.Tensor
-    slots: torch.Tensor
-    mask: torch.Tensor
-
-    @classmethod
-    def of(cls, requests: Sequence[RequestRows]) -> PagedRows:
-        """Lay out the rows of a pass; forces no host-device sync."""
-        rows = [len(request.kv_lens) for request in requests]
-        contexts = [len(request.slots) + -len(request.slots) % 8 for request in requests]
-        return cls(
-            _ends(rows),
-            _ends(contexts),
-            _ends([count * context // 8 for count, context in zip(rows, contexts, strict=True)]),
-            torch.cat([_padded_slots(request, n) for request, n in zip(requests, contexts, strict=True)]).int(),
-            torch.cat([_mask_bytes(request, n).flatten() for request, n in zip(requests, contexts, strict=True)]),
-        )
-
-
-def _ends(counts: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def _padded_slots(request: RequestRows, context: int) -> torch.Tensor:
-    """Slots of the context; those that no row attends to are the first slot.
-
-    FlashInfer reads masked positions too, and NaN survives the mask.
-    """
-    first = request.slots[:1]
-    padded = torch.cat([request.slots, first.expand(context - len(request.slots))])
-    return padded.where(torch.arange(context, device=first.device) < request.kv_lens[-1], first)
-
-
-def _mask_bytes(request: RequestRows, context: int) -> torch.Tensor:
-    """uint8 (rows, context / 8)."""
-    byte_begins = torch.arange(0, context, 8, dtype=torch.int32, device=request.kv_lens.device)
-    bits = (request.kv_lens.int()[:, None] - byte_begins).clamp_(0, 8)
-    return ((1 << bits) - 1).to(torch.uint8)
-
-
-class FlashInferRowAttention(RowAttention):
-    """One launch per layer for the rows of all requests, planned once per pass; passes must not overlap.
-
-    FlashInfer could skip the context that no row attends to if the positions were known on the host; reading them would
-    force a host-device sync. So every row goes over its whole context.
+    A plan is made on the host, before the lengths of the sequences are known there: for whole contexts. FlashInfer's
+    kernel takes lengths from the device when it runs, as for CUDA graphs, and these are the true ones.
 
     Args:
         device: of the KV pool.
+        wrapper: replaces ``flashinfer.BatchPrefillWithPagedKVCacheWrapper``.
+
+    Raises:
+        ImportError: this machine has no FlashInfer.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device, wrapper: Callable[..., Any] | None = None) -> None:
+        if wrapper is None:
+            from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+            wrapper = BatchPrefillWithPagedKVCacheWrapper
+        self._make_wrapper, self._device = wrapper, device
         self._workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
-        self._planned: list[tuple[Any, torch.cuda.Event]] = []
+        self._planned: list[tuple[Any, Any]] = []
 
-    def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
-        if any(len(request.kv_lens) * len(request.slots) >= MAX_PAIRS for request in requests):
-            return TritonRowAttention().plan(requests, heads, kv_heads, dtype)
-        paged, wrapper = PagedRows.of(requests), None
+    def plan_paged(self, sequences: Sequences, heads: int, kv_heads: int, dtype: torch.dtype) -> PagedFn:
+        from a3_sglang.kernels.row_attention import Start
 
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-            nonlocal wrapper
-            spec.check_plain("FlashInfer's prefill over rows with gaps")
-            if wrapper is None:
-                wrapper = self._wrapper(paged, heads, kv_heads, query.shape[2], dtype)
+        planned = None
+
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> Any:
+            nonlocal planned
+            if planned is None:
+                planned = self._plan(sequences, heads, kv_heads, query.shape[2], dtype)
             # The scaling is not known when the plan is made. Scaling the keys has the same effect on the logits.
-            return wrapper.run(query, (keys.unsqueeze(1), values.unsqueeze(1)), k_scale=spec.scaling)
+            pools = keys.unsqueeze(1), values.unsqueeze(1)
+            out, lse = planned.run(query, pools, k_scale=spec.scaling, return_lse=True)
+            # Logarithms to base 2, (rows, heads).
+            return Start(out, lse, 1.0)
 
         return attend
 
-    def _wrapper(self, paged: PagedRows, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Any:
+    def _plan(self, sequences: Sequences, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Any:
         if dim not in HEAD_DIMS or dtype not in DTYPES:
             raise ValueError(f"FlashInfer has no prefill for heads of {dim} dimensions in {dtype}")
-        wrapper = self._idle_wrapper()
+        # Pages of a sequence are consecutive, so every tile has its request's slots for itself.
+        contexts = torch.tensor([len(sequences.slots[owner]) for owner in sequences.requests], dtype=torch.int32)
+        page_ends = torch.cat([contexts.new_zeros(1), contexts.cumsum(0, dtype=torch.int32)])
+        tiles_of = torch.bincount(torch.tensor(sequences.requests), minlength=len(sequences.slots)).tolist()
+        pages = torch.cat(
+            [s.int().expand(count, -1).flatten() for s, count in zip(sequences.slots, tiles_of, strict=True)]
+        )
+        tiles, device = len(sequences.requests), self._device
+        last_pages = torch.ones(tiles, dtype=torch.int32, device=device)
+        ends, indices = (torch.empty(tiles + 1, dtype=torch.int32, device=device) for _ in range(2))
+        wrapper = self._make_wrapper(
+            self._workspace,
+            "NHD",
+            use_cuda_graph=True,
+            qo_indptr_buf=ends,
+            paged_kv_indptr_buf=indices,
+            paged_kv_indices_buf=pages,
+            paged_kv_last_page_len_buf=last_pages,
+            backend="fa2",
+        )
         wrapper.plan(
-            paged.row_ends,
-            paged.slot_ends,
-            paged.slots,
-            torch.ones(len(paged.slot_ends) - 1, dtype=torch.int32),
+            sequences.row_ends,
+            page_ends,
+            pages,
+            torch.ones(tiles, dtype=torch.int32),
             heads,
             kv_heads,
             dim,
             1,
-            packed_custom_mask=paged.mask,
+            causal=False,
             sm_scale=1.0,
             q_data_type=dtype,
             kv_data_type=dtype,
+            disable_split_kv=True,
         )
-        # FlashInfer 0.6 and 0.7 compute the offsets of a packed mask in bits, as for an unpacked one, but read them as
-        # bytes.
-        wrapper._mask_indptr_buf = paged.byte_ends.to(paged.mask.device, non_blocking=True)
-        planned = torch.cuda.Event()
-        planned.record()
-        self._planned.append((wrapper, planned))
+        # A sequence has (pages - 1) * page size + last page positions. Pages have one position, so with this "last
+        # page", which is negative, it has as many as its tile attends to.
+        last_pages.copy_(sequences.lengths - contexts.to(device, non_blocking=True) + 1)
+        self._keep(wrapper)
         return wrapper
 
-    def _idle_wrapper(self) -> Any:
-        """A wrapper whose last plan has been copied to the device; until then a new plan would overwrite it."""
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-        for i, (_, planned) in enumerate(self._planned):
-            if planned.query():
-                return self._planned.pop(i)[0]
-        return BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+    def _keep(self, wrapper: Any) -> None:
+        """Keep the wrapper, whose page-locked memory FlashInfer copies from, until the device has read it."""
+        self._planned = [(kept, read) for kept, read in self._planned if not read.query()]
+        if self._device.type == "cuda":
+            read = torch.cuda.Event()
+            read.record()
+            self._planned.append((wrapper, read))

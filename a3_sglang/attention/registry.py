@@ -7,14 +7,21 @@ from collections.abc import Callable
 import torch
 
 from a3_sglang.attention.base import RowAttention
+from a3_sglang.attention.flash_attention import FlashAttention3RowAttention
 from a3_sglang.attention.flashinfer import FlashInferRowAttention
 from a3_sglang.attention.triton import TritonRowAttention
 
 ROW_ATTENTION: dict[str, Callable[[torch.device], RowAttention]] = {
+    "fa3": FlashAttention3RowAttention,
     "flashinfer": FlashInferRowAttention,
     "triton": lambda _device: TritonRowAttention(),
 }
-"""Constructors by name, called with the device. Neither FlashInfer nor Triton is imported before a pass is planned."""
+"""Constructors by name, called with the device. No library is imported before one is constructed or plans a pass."""
+
+VARIANTS: dict[str, Callable[[torch.device], RowAttention]] = {
+    "triton 64 x 64": lambda _device: TritonRowAttention((64, 64, 4, 3)),
+}
+"""Further ones that the choice at start tries, beside those that can be asked for."""
 
 ROW_ATTENTION_NAMES = tuple(ROW_ATTENTION)
 """Values of ``--a3-row-attention``, besides "auto"."""

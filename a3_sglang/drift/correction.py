@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,43 @@ from a3_sglang.attention.base import KV
 from a3_sglang.drift.model import Covariance, DriftModel, PaddedBlocks, cholesky_factor, observed_first
 from a3_sglang.drift.selection import candidates_per_block
 from a3_sglang.rope import RopeTable, Rotation, rotate
+
+DriftCorrectionFn = Callable[[KV, KV, RopeTable], None]
+"""Corrects one layer's reused rows in place: ``(pools, fresh, rope)``.
+
+``pools`` are those of the layer, each (slots, kv_heads, head_dim); ``fresh`` is the KV of the pass's rows, each (rows,
+kv_heads, head_dim), keys after RoPE. The pass's own rows are corrected, too; they are overwritten afterwards.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedRows:
+    """The rows of one request in a pass, whose drift is observed there, and which reused rows it corrects.
+
+    Attributes:
+        spans: first position of each span and position after its last, ascending.
+        reused_pos: int64 (reused,), positions of all reused rows.
+        slots: int64 (context,), slots of the request by position.
+        pos: int64 (n,), ascending positions of the request's rows in the pass, gaps included.
+        first_row: the first of them in the pass.
+        recomputed: how many reused rows the request recomputes in all.
+        begin: first position that is corrected; may be known on the device only.
+        end: position after the last, like ``begin``.
+    """
+
+    spans: Sequence[tuple[int, int]]
+    reused_pos: torch.Tensor
+    slots: torch.Tensor
+    pos: torch.Tensor
+    first_row: int
+    recomputed: int
+    begin: int | torch.Tensor
+    end: int | torch.Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each span."""
+        return [end - start for start, end in self.spans]
 
 
 class DriftPredictor:
@@ -116,43 +153,21 @@ class DriftCorrection:
     _rotations: dict[int, tuple[Rotation, Rotation]] = field(default_factory=dict)
 
     @classmethod
-    def plan(
-        cls,
-        drift: DriftModel,
-        reused_pos: torch.Tensor,
-        lengths: Sequence[int],
-        slots: torch.Tensor,
-        observed_pos: torch.Tensor,
-        first_row: int,
-        recomputed: int,
-        begin: int | torch.Tensor,
-        end: int | torch.Tensor,
-    ) -> DriftCorrection:
-        """Prepare the correction of one slice of a request; forces no host-device sync.
-
-        Args:
-            drift: how the drift of the rows varies.
-            reused_pos: int64 (reused,), ascending positions of all reused rows.
-            lengths: rows of each span.
-            slots: int64 (context,), slots of the request by position.
-            observed_pos: int64 (n,), ascending positions of the slice's rows, gaps included.
-            first_row: the slice's first row in the pass.
-            recomputed: how many reused rows the request recomputes in all.
-            begin: first position of the slice; may be known on the device only.
-            end: position after its last, like ``begin``; the slice corrects the rows in between.
-        """
-        blocks = PaddedBlocks(lengths, reused_pos.device)
-        reused_idx = torch.searchsorted(reused_pos, observed_pos)
-        is_reused = reused_pos[reused_idx.clamp(max=len(reused_pos) - 1)] == observed_pos
-        wanted = (reused_pos >= begin) & (reused_pos < end)
-        observed = reused_idx.where(is_reused, len(reused_pos))
+    def plan(cls, drift: DriftModel, observed: ObservedRows) -> DriftCorrection:
+        """Prepare the correction of one request in a pass; forces no host-device sync."""
+        pos, reused_pos = observed.pos, observed.reused_pos
+        blocks = PaddedBlocks(observed.lengths, pos.device)
+        reused_idx = torch.searchsorted(reused_pos, pos)
+        is_reused = reused_pos[reused_idx.clamp(max=len(reused_pos) - 1)] == pos
+        wanted = (reused_pos >= observed.begin) & (reused_pos < observed.end)
+        ordinals = reused_idx.where(is_reused, len(reused_pos))
         return cls(
-            DriftPredictor(drift, observed, blocks, candidates_per_block(blocks, recomputed), wanted),
-            torch.arange(first_row, first_row + len(observed_pos), device=reused_pos.device),
-            slots[observed_pos],
-            observed_pos,
+            DriftPredictor(drift, ordinals, blocks, candidates_per_block(blocks, observed.recomputed), wanted),
+            torch.arange(observed.first_row, observed.first_row + len(pos), device=pos.device),
+            observed.slots[pos],
+            pos,
             is_reused,
-            slots[reused_pos],
+            observed.slots[reused_pos],
             reused_pos,
         )
 

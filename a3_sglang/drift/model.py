@@ -145,6 +145,15 @@ DEFAULT = DriftModel(
 values beside it."""
 
 
+def cut_blocks(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """First offset and number of rows of each block, span after span.
+
+    Args:
+        lengths: rows of each span.
+    """
+    return [(begin, min(MAX_BLOCK, length - begin)) for length in lengths for begin in range(0, length, MAX_BLOCK)]
+
+
 class PaddedBlocks:
     """The reused rows of a request in blocks of at most :data:`MAX_BLOCK`, padded to the length of the longest.
 
@@ -161,7 +170,7 @@ class PaddedBlocks:
     """
 
     def __init__(self, lengths: Sequence[int], device: Any) -> None:
-        cuts = [(begin, min(MAX_BLOCK, length - begin)) for length in lengths for begin in range(0, length, MAX_BLOCK)]
+        cuts = cut_blocks(lengths)
         size = max((count for _, count in cuts), default=0)
         self.shape = len(cuts), size
         # Only this small table is copied from the host, without a sync; large tensors are made on the device.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-from a3_sglang.drift.model import DriftModel, PaddedBlocks, cholesky_factor, observed_first
+from a3_sglang.drift.model import DriftModel, PaddedBlocks, cholesky_factor, cut_blocks, observed_first
+from a3_sglang.drift.tables import covariance_table
 
 ROUNDS = 16
 """Greedy rounds. Rows picked in one round are scored independently of each other."""
@@ -16,7 +18,65 @@ CANDIDATE_FACTOR = 2.5
 
 def candidates_per_block(blocks: PaddedBlocks, count: int) -> int:
     """Upper bound of the rows per block that :func:`select_a_optimal` picks if it picks ``count`` in all."""
-    return min(blocks.shape[1], math.ceil(CANDIDATE_FACTOR * count / max(1, len(blocks.cell)) * blocks.shape[1]))
+    return _most_candidates(blocks.shape[1], len(blocks.cell), count)
+
+
+def most_candidates(lengths: Sequence[int], count: int) -> int:
+    """:func:`candidates_per_block` of spans with this many rows each."""
+    return _most_candidates(max((rows for _, rows in cut_blocks(lengths)), default=0), sum(lengths), count)
+
+
+def _most_candidates(size: int, rows: int, count: int) -> int:
+    return min(size, math.ceil(CANDIDATE_FACTOR * count / max(1, rows) * size))
+
+
+def rows_per_round(count: int) -> list[int]:
+    """How many rows each round picks if there are ``count`` to pick."""
+    rounds = max(1, min(ROUNDS, count))
+    return [count // rounds + (i < count % rounds) for i in range(rounds)]
+
+
+def select_batch(
+    drift: DriftModel, weights: Sequence[torch.Tensor], lengths: Sequence[Sequence[int]], counts: Sequence[int]
+) -> list[torch.Tensor]:
+    """:func:`select_a_optimal` for several requests; on a GPU in as many launches as for one of them.
+
+    Args:
+        drift: how the drift of rows varies.
+        weights: of each request.
+        lengths: of each request, rows of its spans.
+        counts: rows to pick, of each request.
+
+    Returns:
+        Of each request, int64 (count,), ordinals among its reused rows, in any order.
+    """
+    if weights[0].is_cpu:
+        each = zip(weights, lengths, counts, strict=True)
+        return [
+            select_a_optimal(drift, weight, PaddedBlocks(spans, weight.device), count) for weight, spans, count in each
+        ]
+    return select_by_kernels(drift, weights, lengths, counts)
+
+
+def select_by_kernels(
+    drift: DriftModel, weights: Sequence[torch.Tensor], lengths: Sequence[Sequence[int]], counts: Sequence[int]
+) -> list[torch.Tensor]:
+    """:func:`select_batch` by the kernels in ``kernels/``; forces no host-device sync."""
+    if not sum(counts):
+        return [torch.empty(0, dtype=torch.int64, device=weight.device) for weight in weights]
+    from a3_sglang.kernels.drift_selection import BlockTable, select_rows
+
+    entries, first, row = [], [], 0
+    for spans, count in zip(lengths, counts, strict=True):
+        first.append(row)
+        rows, most = sum(spans), most_candidates(spans, count)
+        for offset, size in cut_blocks(spans):
+            entries.append((first[-1], rows, row, size, offset, most))
+            row += size
+    table = BlockTable(entries, [len(cut_blocks(spans)) for spans in lengths])
+    covariance = covariance_table(drift.keys, max(map(max, lengths)), weights[0].device)
+    selected = select_rows(torch.cat(list(weights)), table, [rows_per_round(count) for count in counts], covariance)
+    return [part - begin for part, begin in zip(selected.split(list(counts)), first, strict=True)]
 
 
 def select_a_optimal(drift: DriftModel, weight: torch.Tensor, blocks: PaddedBlocks, count: int) -> torch.Tensor:
@@ -45,19 +105,19 @@ def select_a_optimal(drift: DriftModel, weight: torch.Tensor, blocks: PaddedBloc
     picked, weights = (weights < 0).flatten(), weights.clamp(min=0)
     covariance, nugget = drift.keys(offsets, offsets), drift.keys.nugget(offsets)
     selected: list[torch.Tensor] = []
-    for chunk in torch.arange(count).tensor_split(max(1, min(ROUNDS, count))):
+    for turn in rows_per_round(count):
         variance = covariance.diagonal(dim1=1, dim2=2)
         # (variance + nugget)**2 of the row itself, of which the sum over all rows has only variance**2.
         own = nugget * (nugget + 2 * variance) * weights
         explained = (covariance.square() @ weights[..., None]).squeeze(-1) + own
         gain = (explained / (variance + nugget)).flatten().masked_fill(picked, -1)
-        best = gain.sort(descending=True, stable=True).indices[: len(chunk)]
+        best = gain.sort(descending=True, stable=True).indices[:turn]
         selected.append(reused_idx[best])
         # An observed row has no variance left, so its weight gains nothing.
         picked.index_fill_(0, best, True)
         weights.view(-1).index_fill_(0, best, 0)
         observed = torch.zeros_like(picked).index_fill_(0, best, True).view(candidates.shape)
-        _condition(covariance, nugget, *observed_first(observed, len(chunk)))
+        _condition(covariance, nugget, *observed_first(observed, turn))
     return torch.cat(selected)
 
 

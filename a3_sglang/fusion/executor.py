@@ -13,7 +13,7 @@ from a3_sglang.fusion.interface import Model
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.passes import DenseLayersPass, ProbePass, RecomputePass
 from a3_sglang.fusion.request import FusionRequest, Slice
-from a3_sglang.selectors import DenseLayer, DenseLayers, ProbeLayers, pick
+from a3_sglang.selectors import DenseLayer, DenseLayers, ProbeLayers, Selector, pick_batch
 from a3_sglang.timing import Timings
 
 SLICE_ROWS = 8192
@@ -74,7 +74,7 @@ class Executor:
         with timings.add("select"):
             for request, score in zip(requests, scores, strict=True):
                 request.relevance = _relevance(request, score)
-                request.recomputed_pos = _select(request, score, self.model.drift)
+            _select(requests, scores, self.model.drift)
 
     def recompute(self, requests: Sequence[FusionRequest], timings: Timings, room: int = 0) -> list[Slice]:
         """Recompute the selected rows and the gaps, pass by pass.
@@ -166,14 +166,26 @@ def _relevance(request: FusionRequest, score: torch.Tensor | None) -> torch.Tens
     return by_position.index_copy_(0, request.reused_rows().positions, score)
 
 
-def _select(request: FusionRequest, score: torch.Tensor | None, drift: DriftModel) -> torch.Tensor:
-    """Positions of the rows to recompute, int64, ascending; without scores, all or none."""
-    rows, budget = request.reused_rows(), request.budget
-    if score is None:
-        return rows.positions[: budget.least]
+def _select(requests: Sequence[FusionRequest], scores: Sequence[torch.Tensor | None], drift: DriftModel) -> None:
+    """Set the positions of the rows to recompute, int64, ascending; without scores, all or none."""
+    scored: dict[Selector, list[tuple[FusionRequest, torch.Tensor]]] = {}
+    for request, score in zip(requests, scores, strict=True):
+        if score is None:
+            request.recomputed_pos = request.reused_rows().positions[: request.budget.least]
+        else:
+            scored.setdefault(request.selector, []).append((request, _finite(score)))
+    for selector, members in scored.items():
+        rows, budgets = [request.reused_rows() for request, _ in members], [request.budget for request, _ in members]
+        picked = pick_batch(selector, [score for _, score in members], rows, budgets, drift)
+        for (request, _), positions in zip(members, picked, strict=True):
+            request.recomputed_pos = positions
+
+
+def _finite(score: torch.Tensor) -> torch.Tensor:
+    """Scores that can be ranked."""
     if not score.is_cpu:
         # Testing for NaN would force a host-device sync, so NaN scores are ranked first: these rows are recomputed.
-        score = score.nan_to_num(nan=torch.finfo(score.dtype).max)
-    elif not bool(torch.isfinite(score).all()):
+        return score.nan_to_num(nan=torch.finfo(score.dtype).max)
+    if not bool(torch.isfinite(score).all()):
         raise FloatingPointError("the scores of reused rows are not finite")
-    return pick(request.selector, score, rows, budget, drift)
+    return score

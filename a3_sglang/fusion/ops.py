@@ -11,10 +11,12 @@ import torch
 
 from a3_sglang.attention.autotune import fastest
 from a3_sglang.attention.base import KV, ProbeAttention, RowAttention
-from a3_sglang.attention.registry import ROW_ATTENTION, ROW_ATTENTION_NAMES
+from a3_sglang.attention.registry import ROW_ATTENTION, VARIANTS
 from a3_sglang.attention.torch_cpu import TorchProbeAttention, TorchRowAttention
 from a3_sglang.attention.triton import TritonProbeAttention, TritonRowAttention
-from a3_sglang.drift.correction import DriftCorrection, correct_drift
+from a3_sglang.drift.batched import BatchedCorrection
+from a3_sglang.drift.correction import DriftCorrection, DriftCorrectionFn, ObservedRows, correct_drift
+from a3_sglang.drift.model import DriftModel
 from a3_sglang.rope import RopeTable, Rotation, copy_rotated
 
 
@@ -46,8 +48,16 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def correct_drift(self, pools: KV, fresh: KV, correction: DriftCorrection, rope: RopeTable) -> None:
-        """See :func:`a3_sglang.drift.correction.correct_drift`."""
+    def plan_drift_correction(
+        self, drift: DriftModel, observed: Sequence[ObservedRows], dtype: torch.dtype
+    ) -> DriftCorrectionFn:
+        """Plan the correction of drift in one pass, for all layers at once.
+
+        Args:
+            drift: how the drift of rows varies.
+            observed: the rows of each request whose drift is observed, at least one request.
+            dtype: of the KV pools.
+        """
 
 
 class TorchOps(Ops):
@@ -63,8 +73,16 @@ class TorchOps(Ops):
         for keys, values in pools:
             copy_rotated(keys, values, source, target, rotation, neox)
 
-    def correct_drift(self, pools: KV, fresh: KV, correction: DriftCorrection, rope: RopeTable) -> None:
-        correct_drift(pools, fresh, correction, rope)
+    def plan_drift_correction(
+        self, drift: DriftModel, observed: Sequence[ObservedRows], dtype: torch.dtype
+    ) -> DriftCorrectionFn:
+        corrections = [DriftCorrection.plan(drift, part) for part in observed]
+
+        def correct(pools: KV, fresh: KV, rope: RopeTable) -> None:
+            for correction in corrections:
+                correct_drift(pools, fresh, correction, rope)
+
+        return correct
 
 
 class TritonOps(Ops):
@@ -87,25 +105,10 @@ class TritonOps(Ops):
 
         copy_rotated_layers(pools, source, target, rotation, neox)
 
-    def correct_drift(self, pools: KV, fresh: KV, correction: DriftCorrection, rope: RopeTable) -> None:
-        from a3_sglang.kernels.drift_correction import correct_drift
-
-        predictor, (to_zero, from_zero) = correction.predictor, correction.rotations(rope)
-        correct_drift(
-            *pools,
-            *fresh,
-            observed_rows=correction.observed_rows,
-            observed_slots=correction.observed_slots,
-            is_reused=correction.is_reused,
-            reused_slots=correction.reused_slots,
-            key_weights=predictor.key_weights,
-            value_weights=predictor.value_weights,
-            observed_idx=predictor.observed_idx,
-            reused_idx=predictor.reused_idx,
-            to_zero=to_zero,
-            from_zero=from_zero,
-            neox=rope.neox,
-        )
+    def plan_drift_correction(
+        self, drift: DriftModel, observed: Sequence[ObservedRows], dtype: torch.dtype
+    ) -> DriftCorrectionFn:
+        return BatchedCorrection(drift, observed, dtype)
 
 
 def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) -> Ops:
@@ -115,7 +118,7 @@ def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) 
         pool: (slots, kv_heads, head_dim), a layer's keys.
         heads: query heads per layer.
         layers: of the model.
-        row_attention: a name in :data:`a3_sglang.attention.registry.ROW_ATTENTION_NAMES`, or "auto" for the fastest
+        row_attention: a name in :data:`a3_sglang.attention.registry.ROW_ATTENTION`, or "auto" for the fastest
             that is right.
 
     Raises:
@@ -125,6 +128,6 @@ def create_ops(pool: torch.Tensor, heads: int, layers: int, row_attention: str) 
         if row_attention != "auto":
             raise ValueError(f"row_attention={row_attention} needs a CUDA device; leave it at auto")
         return TorchOps()
-    names = ROW_ATTENTION_NAMES if row_attention == "auto" else (row_attention,)
-    candidates = {name: partial(ROW_ATTENTION[name], pool.device) for name in names}
+    tried = ROW_ATTENTION | VARIANTS if row_attention == "auto" else {row_attention: ROW_ATTENTION[row_attention]}
+    candidates = {name: partial(make, pool.device) for name, make in tried.items()}
     return TritonOps(fastest(candidates, heads, pool, layers))

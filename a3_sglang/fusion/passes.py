@@ -9,8 +9,7 @@ from functools import partial
 import torch
 
 from a3_sglang.attention.base import AttentionSpec, ProbeFn, ProbeRows, RequestRows, RowAttentionFn
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DriftModel
+from a3_sglang.drift.correction import ObservedRows
 from a3_sglang.fusion.interface import AttentionHook, Model, StopForward
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.request import FusionRequest, Slice
@@ -173,7 +172,9 @@ class RecomputePass(AttentionHook):
         self.positions = torch.cat([none, *(part.pos for part in slices)])
         written = [part.request.slots[part.pos] for part in slices]
         self._slots = torch.cat([none, *written, none if extend_slots is None else extend_slots])
-        self._recomputed, self._corrections = _plan_slices(slices, model.drift)
+        self._recomputed, observed = _plan_slices(slices)
+        dtype = model.keys[0].dtype
+        self._correct = ops.plan_drift_correction(model.drift, observed, dtype) if observed else None
         self._extend, self._first_row = extend, len(self.positions)
         self._run: RowAttentionFn | None = None
 
@@ -181,10 +182,9 @@ class RecomputePass(AttentionHook):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         keys, values = self._model.keys[layer], self._model.values[layer]
-        if layer:  # KV of layer 0 does not depend on the context, so it has no drift.
-            for correction in self._corrections:
-                # Observed drift is fresh minus copied KV, so this comes before the fresh KV is written.
-                self._ops.correct_drift((keys, values), (key, value), correction, self._model.ropes[layer])
+        if layer and self._correct is not None:  # KV of layer 0 does not depend on the context, so it has no drift.
+            # Observed drift is fresh minus copied KV, so this comes before the fresh KV is written.
+            self._correct((keys, values), (key, value), self._model.ropes[layer])
         keys.index_copy_(0, self._slots, key.to(keys.dtype))
         values.index_copy_(0, self._slots, value.to(values.dtype))
         if layer == self._model.depth - 1 and self._recomputed:
@@ -210,21 +210,19 @@ class RecomputePass(AttentionHook):
         return self._ops.row_attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
 
 
-def _plan_slices(slices: Sequence[Slice], drift: DriftModel) -> tuple[list[RequestRows], list[DriftCorrection]]:
-    """How the rows of slices attend, and how they correct drift, by their rows in one pass."""
-    groups, corrections, row = [], [], 0
+def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[ObservedRows]]:
+    """How the rows of slices attend, and whose drift is observed, by their rows in one pass."""
+    groups, observed, row = [], [], 0
     for part in slices:
         request, end_row = part.request, row + len(part.pos)
         # Only the first plan.end slots are visible; the prompt's length decides how PyTorch's kernel rounds.
         unseen = request.slots[:1].expand(len(request.tokens) - request.plan.end)
         groups.append(RequestRows(row, end_row, torch.cat([request.slots, unseen]), part.pos + 1, request.exact))
         if request.selector.corrects_drift and len(request.recomputed_pos) and not request.exact:
-            reused = request.reused_rows()
-            corrections.append(
-                DriftCorrection.plan(
-                    drift,
-                    reused.positions,
-                    reused.lengths,
+            observed.append(
+                ObservedRows(
+                    [(span.start, span.end) for span in request.plan.spans],
+                    request.reused_rows().positions,
                     request.slots,
                     part.pos,
                     row,
@@ -234,4 +232,4 @@ def _plan_slices(slices: Sequence[Slice], drift: DriftModel) -> tuple[list[Reque
                 )
             )
         row = end_row
-    return groups, corrections
+    return groups, observed

@@ -15,6 +15,7 @@ from a3_sglang.integration import compat
 from a3_sglang.integration.model_checks import (
     attention_by_layer,
     check_backend,
+    check_kv,
     check_rotation,
     check_stack,
     rotary_by_layer,
@@ -48,11 +49,7 @@ class SGLangModel(Model):
         self.windows = [window_of(attentions[layer]) for layer in range(self.depth)]
         self.keys = [pool.get_key_buffer(layer) for layer in range(self.depth)]
         self.values = [pool.get_value_buffer(layer) for layer in range(self.depth)]
-        dtype = self.keys[0].dtype
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UnsupportedModelError(f"KV in {dtype} is not supported (only bf16, fp16 and fp32)")
-        if dtype != runner.dtype:
-            raise UnsupportedModelError(f"KV in {dtype} of a model in {runner.dtype} is not supported")
+        check_kv(self.keys[0], runner.dtype)
         tables: dict[int, RopeTable] = {}
         for module in rotary.values():
             if id(module) not in tables:

@@ -22,6 +22,33 @@ ROTARY_CLASSES = frozenset(
 """Rotary modules whose angles depend only on the position."""
 
 
+KV_DTYPES = {"cpu": (torch.bfloat16, torch.float16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
+"""By type of device. In float32 the kernels for GPUs would keep their operands in slow memory."""
+
+
+def check_kv(keys: torch.Tensor, dtype: torch.dtype) -> None:
+    """Check that the KV pools can be read and written.
+
+    Args:
+        keys: the pool of a layer's keys.
+        dtype: of the model.
+
+    Raises:
+        UnsupportedModelError: they cannot.
+    """
+    if keys.ndim != 3:
+        raise UnsupportedModelError(
+            f"a KV pool with {keys.ndim} dimensions is not supported (only slots, heads, head_dim: "
+            "unset SGLANG_USE_HND_KVCACHE)"
+        )
+    supported = KV_DTYPES.get(keys.device.type, KV_DTYPES["cuda"])
+    if keys.dtype not in supported:
+        names = ", ".join(str(kind).removeprefix("torch.") for kind in supported)
+        raise UnsupportedModelError(f"KV in {keys.dtype} on {keys.device.type} is not supported (only {names})")
+    if keys.dtype != dtype:
+        raise UnsupportedModelError(f"KV in {keys.dtype} of a model in {dtype} is not supported")
+
+
 def attention_by_layer(model: torch.nn.Module) -> dict[int, Any]:
     """SGLang's attention module of every layer, by layer number from 0.
 

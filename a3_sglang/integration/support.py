@@ -134,7 +134,7 @@ def _depends_on_traffic(server_args: Any, options: ServerOptions) -> str | None:
     if compat.resolved_argument(server_args, "device") != "cpu" and options.row_attention == AUTO:
         return (
             f"{_flag(name)}: row attention chosen by timing may differ from start to start; add "
-            "--a3-row-attention flashinfer or triton"
+            "--a3-row-attention fa3, flashinfer or triton"
         )
     return None
 

@@ -149,3 +149,9 @@ class Selector(ABC):
             int64 (count,), distinct indices into ``rows``, in any order.
         """
         return score.sort(descending=True, stable=True).indices[:count]
+
+    def select_batch(
+        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
+    ) -> list[torch.Tensor]:
+        """:meth:`select` for several requests; a selector whose launches are many makes them for all at once."""
+        return [self.select(*request, drift) for request in zip(scores, rows, counts, strict=True)]

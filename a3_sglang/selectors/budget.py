@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,4 +92,17 @@ def pick(
         budget: how many.
         drift: how the drift of the rows varies.
     """
-    return rows.positions[selector.select(score, rows, budget.count(score), drift)].sort().values
+    return pick_batch(selector, [score], [rows], [budget], drift)[0]
+
+
+def pick_batch(
+    selector: Selector,
+    scores: Sequence[torch.Tensor],
+    rows: Sequence[ReusedRows],
+    budgets: Sequence[Budget],
+    drift: DriftModel = DEFAULT,
+) -> list[torch.Tensor]:
+    """:func:`pick` for several requests with equal selectors."""
+    counts = [budget.count(score) for budget, score in zip(budgets, scores, strict=True)]
+    selected = selector.select_batch(scores, rows, counts, drift)
+    return [request.positions[indices].sort().values for request, indices in zip(rows, selected, strict=True)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from a3_sglang.drift.model import DriftModel, PaddedBlocks
-from a3_sglang.drift.selection import select_a_optimal
+from a3_sglang.drift.model import DriftModel
+from a3_sglang.drift.selection import select_batch
 from a3_sglang.selectors.base import Need, ProbeLayers, ReusedRows, Selector
 
 MIDDLE_LAYERS = ProbeLayers(0.25, 0.8)
@@ -39,4 +40,11 @@ class Probe(Selector):
         return signal[rows.positions]
 
     def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
-        return select_a_optimal(drift, score.float(), PaddedBlocks(rows.lengths, score.device), count)
+        return select_batch(drift, [score.float()], [rows.lengths], [count])[0]
+
+    def select_batch(
+        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
+    ) -> list[torch.Tensor]:
+        if type(self).select is not Probe.select:  # A subclass with a rule of its own.
+            return super().select_batch(scores, rows, counts, drift)
+        return select_batch(drift, [score.float() for score in scores], [request.lengths for request in rows], counts)

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from a3_sglang.drift.correction import DriftCorrection
-from a3_sglang.drift.model import DEFAULT
+from a3_sglang.drift.correction import ObservedRows
 from a3_sglang.rope import RopeTable, Rotation
 from gpu_suite.card import DEVICE, DTYPE
 
@@ -18,16 +17,27 @@ TOLERANCE = 1e-2
 
 
 class Case:
-    """Random pools, a prompt in random slots, and rows of it that are recomputed."""
+    """Random pools, a prompt in random slots, and rows of it that are recomputed.
 
-    def __init__(self, context: int, share: float, layers: int = 1, seed: int = 0) -> None:
+    Args:
+        context: tokens of the prompt.
+        share: of its rows that are recomputed.
+        layers: pools.
+        seed: of everything that is random.
+        first_slot: slots before this one exist and are empty.
+    """
+
+    def __init__(self, context: int, share: float, layers: int = 1, seed: int = 0, first_slot: int = 0) -> None:
         generator = torch.Generator(DEVICE).manual_seed(seed)
         slots = 2 * context + PROBE_ROWS
-        self.keys, self.values = (
-            [torch.randn(slots, KV_HEADS, DIM, device=DEVICE, generator=generator).to(DTYPE) for _ in range(layers)]
-            for _ in "kv"
-        )
-        order = torch.randperm(slots, device=DEVICE, generator=generator)
+
+        def pool() -> torch.Tensor:
+            made = torch.empty(first_slot + slots, KV_HEADS, DIM, device=DEVICE, dtype=DTYPE)
+            made[first_slot:] = torch.randn(slots, KV_HEADS, DIM, device=DEVICE, generator=generator)
+            return made
+
+        self.keys, self.values = ([pool() for _ in range(layers)] for _ in "kv")
+        order = first_slot + torch.randperm(slots, device=DEVICE, generator=generator)
         self.slots, self.other = order[:context].contiguous(), order[context : 2 * context].contiguous()
         count = max(1, int(share * context))
         self.rows = torch.randperm(context, device=DEVICE, generator=generator)[:count].sort().values
@@ -43,12 +53,12 @@ class Case:
         self.rotation = Rotation(angle.cos(), angle.sin())
         self.rope = RopeTable(torch.cat(self.rotation, -1), True)
 
-    def correction(self) -> DriftCorrection:
+    def observed(self) -> ObservedRows:
         """The rows are observed, and all others corrected, in spans of 1,000 tokens."""
         context, count = len(self.slots), len(self.rows)
-        lengths = [min(1000, context - begin) for begin in range(0, context, 1000)]
+        spans = [(begin, min(begin + 1000, context)) for begin in range(0, context, 1000)]
         positions = torch.arange(context, device=DEVICE)
-        return DriftCorrection.plan(DEFAULT, positions, lengths, self.slots, self.rows, 0, count, 0, context)
+        return ObservedRows(spans, positions, self.slots, self.rows, 0, count, 0, context)
 
 
 def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
@@ -59,6 +69,6 @@ def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor) ->
     return logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
 
 
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative error; NaN if any element is."""
-    return float((found.double() - exact).norm() / exact.norm())
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Relative error, on the device; NaN if any element is."""
+    return (found.double() - exact).norm() / exact.norm()

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
-from a3_sglang.attention.flashinfer import FlashInferRowAttention
+from a3_sglang.attention.registry import ROW_ATTENTION
+from a3_sglang.drift.model import DEFAULT, cut_blocks
+from a3_sglang.drift.selection import select_by_kernels
 from a3_sglang.fusion.ops import TritonOps
 from a3_sglang.kernels.row_attention import TileShape, make_tiles, row_attention
 from gpu_suite.card import DEVICE, DTYPE, milliseconds
 from gpu_suite.case import DIM, HEADS, KV_HEADS, LAYERS, PROBE_ROWS, TOLERANCE, Case, relative_error
 
 TILE_SHAPES = [
-    TileShape(*shape) for shape in ((128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 8, 4), (64, 64, 4, 3), (256, 64, 8, 2))
+    TileShape(*shape) for shape in ((128, 64, 8, 3), (128, 128, 8, 5), (128, 32, 8, 5), (64, 64, 4, 3), (64, 64, 4, 5))
 ]
 """Tile shapes of row attention to compare with the default: block_m, block_n, num_warps, num_stages."""
 
@@ -44,11 +46,19 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
     ranked = context * row_bytes * 3 / 2, operations * 3 / 2
     add("probe and relevance", lambda: probe(case.probe, case.own, pair, spec, scores), *ranked)
 
-    correction = case.correction()
-    width = correction.predictor.key_weights.shape[2]
+    observed = case.observed()
+    correct = ops.plan_drift_correction(DEFAULT, [observed], DTYPE)
     # Pools are read and written; each weight costs a multiply-add per element, for keys and for values.
-    moved, operations = 2 * context * row_bytes, 4 * context * width * KV_HEADS * DIM
-    add("drift correction", lambda: ops.correct_drift(pair, case.fresh, correction, case.rope), moved, operations)
+    moved, operations = 2 * context * row_bytes, 4 * context * observed_per_block(case) * KV_HEADS * DIM
+    add("drift correction", lambda: correct(pair, case.fresh, case.rope), moved, operations)
+    add("drift weights, once per pass", lambda: ops.plan_drift_correction(DEFAULT, [observed], DTYPE), 0, 0)
+    weight = torch.rand(context, device=DEVICE)
+    add(
+        "select, once per prompt",
+        lambda: select_by_kernels(DEFAULT, [weight], [observed.lengths], [len(case.rows)]),
+        0,
+        0,
+    )
 
     operations = 4 * HEADS * DIM * int((case.rows + 1).sum())
     for name, attend in row_attentions(case):
@@ -56,8 +66,14 @@ def times(context: int, limit: dict[str, float], small: bool) -> list[dict[str, 
     return rows
 
 
+def observed_per_block(case: Case) -> float:
+    """Mean number of rows that a reused row is predicted from."""
+    cuts = cut_blocks(case.observed().lengths)
+    return len(case.rows) / len(cuts)
+
+
 def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
-    """Our kernel with several tile shapes, and FlashInfer's ways to compute the same rows on a GPU."""
+    """Our kernel with several tile shapes, and on a GPU the ways of libraries to compute the same rows."""
     count, context = len(case.rows), len(case.slots)
     request = RequestRows(0, count, case.slots, case.rows + 1, False)
     spec, pair = AttentionSpec(DIM**-0.5), (case.keys[0], case.values[0])
@@ -91,8 +107,8 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
         )
         return lambda: planned.run(case.query, pools)
 
-    def masked() -> Callable[[], Any]:
-        planned = FlashInferRowAttention(DEVICE).plan([request], HEADS, KV_HEADS, DTYPE)
+    def tiled(name: str) -> Callable[[], Any]:
+        planned = ROW_ATTENTION[name](torch.device(DEVICE)).plan([request], HEADS, KV_HEADS, DTYPE)
         return lambda: planned(case.query, *pair, spec)
 
     positions = case.rows.tolist()
@@ -100,7 +116,8 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     runs = [end - begin for begin, end in zip(starts, [*starts[1:], count], strict=True)]
     contexts = [case.slots[: positions[begin] + n] for begin, n in zip(starts, runs, strict=True)]
     candidates = {
-        "FlashInfer, explicit mask": masked,
+        "tiles by FlashAttention 3, and the rest": lambda: tiled("fa3"),
+        "tiles by FlashInfer, and the rest": lambda: tiled("flashinfer"),
         "FlashInfer, runs as sequences": lambda: wrapper(runs, contexts),
     }
     for name, make in candidates.items():

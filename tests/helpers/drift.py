@@ -1,4 +1,4 @@
-"""The correction of drift in float64, from its definition."""
+"""The correction of drift and the selection of rows in float64, from their definitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from a3_sglang.drift.model import Covariance, DriftModel
+from a3_sglang.drift import selection
+from a3_sglang.drift.model import DEFAULT, Covariance, DriftModel
 from a3_sglang.matching.plan import Plan
 from helpers.reference import Llama, backwards, rope64
 
@@ -91,3 +92,46 @@ def drift_correction64(
             values[others] += torch.einsum("wk,khd->whd", value_weights, drift)
 
     return correct
+
+
+# ---- Selection
+
+
+def offsets_of(spans: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in spans])
+
+
+def drawn_weights(seed: int, count: int) -> torch.Tensor:
+    """Log-normal weights, as uneven as attention."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
+
+
+def covariance64(offsets: torch.Tensor, block: int, keys: Covariance = DEFAULT.keys) -> torch.Tensor:
+    """Covariance of the key drift of all rows, nugget included."""
+    block_of = (offsets % block == 0).cumsum(0)
+    same_block = block_of[:, None] == block_of
+    return keys(offsets, offsets).double() * same_block + keys.nugget(offsets).double().diag()
+
+
+def posterior(covariance: torch.Tensor, weight: torch.Tensor, observed: torch.Tensor) -> float:
+    """Weighted posterior variance, as a share of the prior."""
+    cross = covariance[:, observed]
+    explained = (cross @ torch.linalg.inv(cross[observed]) * cross).sum(1)
+    return float(weight.double() @ (covariance.diagonal() - explained) / (weight.double() @ covariance.diagonal()))
+
+
+def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
+    """In rounds; each row by the variance that observing it alone would remove."""
+    chosen: list[int] = []
+    for part in torch.arange(count).tensor_split(selection.ROUNDS):
+        if chosen:
+            cross = covariance[:, chosen]
+            given_chosen = covariance - cross @ torch.linalg.inv(cross[chosen]) @ cross.T
+        else:
+            given_chosen = covariance
+        open_weight = weight.double().clone()
+        open_weight[chosen] = 0
+        gain = (given_chosen.square() @ open_weight) / given_chosen.diagonal()
+        gain[chosen] = -1
+        chosen += gain.argsort(descending=True, stable=True)[: len(part)].tolist()
+    return chosen

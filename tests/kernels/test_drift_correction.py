@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from a3_sglang.drift.correction import DriftCorrection, DriftPredictor
-from a3_sglang.drift.model import DEFAULT, MAX_BLOCK, PaddedBlocks
+from a3_sglang.drift import model
+from a3_sglang.drift.correction import DriftCorrection, ObservedRows
+from a3_sglang.drift.model import DEFAULT
 from a3_sglang.fusion.ops import TorchOps, TritonOps
 from a3_sglang.rope import RopeTable
 from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tensor, rope64
@@ -17,13 +20,20 @@ from helpers.reference import LAYOUTS, cos_sin, inverse_frequencies, random_tens
 OPS = {"torch": TorchOps, "triton": TritonOps}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIONS = 2000
+MAX_BLOCK = 60
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans have several blocks, and these are quick in the interpreter."""
+    monkeypatch.setattr(model, "MAX_BLOCK", MAX_BLOCK)
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
     seed=st.integers(0, 2**32),
-    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(1, 130), min_size=1, max_size=3),
     share=st.floats(0.02, 0.6),
     gap=st.integers(0, 5),
     **LAYOUTS,
@@ -33,29 +43,41 @@ def test_reused_rows_are_corrected(name, seed, heads, dims, lengths, share, gap,
     (dim, rotary), generator = dims, torch.Generator().manual_seed(seed)
     table = cos_sin(inverse_frequencies(rotary), POSITIONS)
     count = sum(lengths)
-    # The reused rows, then a gap: only the order of positions matters.
-    reused_pos, recomputed = torch.arange(7, 7 + count), torch.rand(count, generator=generator) < share
+    # The reused rows, then a gap; positions before them have slots, too, and are not touched.
+    begin, recomputed = 7, torch.rand(count, generator=generator) < share
     recomputed[int(torch.randint(0, count, (1,), generator=generator))] = True
-    observed_pos = torch.cat([reused_pos[recomputed], torch.arange(7 + count, 7 + count + gap)])
-    free = torch.randperm(count + gap + 9, generator=generator)
-    reused_slots, gap_slots = free[:count], free[count : count + gap]
-    observed_slots = torch.cat([reused_slots[recomputed], gap_slots])
-    rows = torch.randperm(len(observed_pos) + 4, generator=generator)[: len(observed_pos)].sort().values
+    reused_pos = torch.arange(begin, begin + count)
+    observed_pos = torch.cat([reused_pos[recomputed], torch.arange(begin + count, begin + count + gap)])
+    free = torch.randperm(begin + count + gap + 9, generator=generator)
+    slots = free[: begin + count + gap]
+    reused_slots, observed_slots, gap_slots = slots[reused_pos], slots[observed_pos], slots[begin + count :]
+    first_row = 3
+    rows = torch.arange(first_row, first_row + len(observed_pos))
     pools = [random_tensor(generator, len(free), heads, dim).to(dtype) for _ in "kv"]
     # Keys and values of a pass are adjacent in one tensor.
-    fresh = random_tensor(generator, len(observed_pos) + 4, 2, heads, dim).to(dtype).unbind(1)
+    fresh = random_tensor(generator, first_row + len(observed_pos) + 1, 2, heads, dim).to(dtype).unbind(1)
     for pool in pools:
         pool[gap_slots] = torch.nan
-    wanted = (reused_pos >= 9) & (reused_pos < 7 + count - count // 3)
+    wanted_begin, wanted_end = begin + 2, begin + count - count // 3
+    wanted = (reused_pos >= wanted_begin) & (reused_pos < wanted_end)
 
-    blocks = PaddedBlocks(lengths, DEVICE)
-    observed = torch.cat([torch.arange(count)[recomputed], torch.full((gap,), count)])
-    predictor = DriftPredictor(DEFAULT, observed.to(DEVICE), blocks, blocks.shape[1], wanted.to(DEVICE))
+    edges = [begin, *(begin + end for end in accumulate(lengths))]
+    observed = ObservedRows(
+        list(pairwise(edges)),
+        reused_pos.to(DEVICE),
+        slots.to(DEVICE),
+        observed_pos.to(DEVICE),
+        first_row,
+        count,
+        wanted_begin,
+        # Where a slice ends may be known on the device only.
+        torch.tensor(wanted_end).to(DEVICE),
+    )
+    predictor = DriftCorrection.plan(DEFAULT, observed).predictor
     is_reused = torch.arange(len(observed_pos)) < len(observed_pos) - gap
-    tensors = (rows, observed_slots, observed_pos, is_reused, reused_slots, reused_pos)
-    correction = DriftCorrection(predictor, *(x.to(DEVICE) for x in tensors))
     found, rope = [pool.to(DEVICE, copy=True) for pool in pools], RopeTable(table.float().to(DEVICE), neox)
-    OPS[name]().correct_drift(tuple(found), tuple(x.to(DEVICE) for x in fresh), correction, rope)
+    correct = OPS[name]().plan_drift_correction(DEFAULT, [observed], dtype)
+    correct(tuple(found), tuple(x.to(DEVICE) for x in fresh), rope)
 
     # Rows are predicted from their own block only, and a block may have no wanted row.
     block_of = torch.cat([i * 10 + torch.arange(length) // MAX_BLOCK for i, length in enumerate(lengths)])
@@ -75,3 +97,31 @@ def test_reused_rows_are_corrected(name, seed, heads, dims, lengths, share, gap,
         epsilon = torch.finfo(dtype).eps
         tolerance = 4 * max(epsilon, 1e-3 if DEVICE == "cuda" else 1e-6)
         assert_close(found[part].double().cpu(), expected, rtol=epsilon, atol=tolerance, equal_nan=True)
+
+
+def test_requests_of_a_pass_are_corrected_as_each_alone():
+    """Their positions overlap, and one slice begins in the middle of its request."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    heads, dim, parts, first_row = 2, 16, [], 0
+    free = torch.randperm(400, generator=generator)
+    for spans, begin in (([(3, 80), (90, 130)], 0), ([(0, 70)], 31)):
+        context = spans[-1][1] + 4
+        slots, free = free[:context], free[context:]
+        reused = torch.cat([torch.arange(*span) for span in spans])
+        observed = reused[torch.rand(len(reused), generator=generator) < 0.3]
+        pos = torch.cat([observed[observed >= begin], torch.arange(spans[-1][1], context)])
+        tensors = (x.to(DEVICE) for x in (reused, slots, pos))
+        parts.append(ObservedRows(spans, *tensors, first_row, len(reused), begin, context))
+        first_row += len(pos)
+    pools = tuple(random_tensor(generator, 400, heads, dim).float().to(DEVICE) for _ in "kv")
+    fresh = tuple(random_tensor(generator, first_row, heads, dim).float().to(DEVICE) for _ in "kv")
+    rope = RopeTable(cos_sin(inverse_frequencies(dim), POSITIONS).float().to(DEVICE), True)
+    together = [pool.clone() for pool in pools]
+    TritonOps().plan_drift_correction(DEFAULT, parts, torch.float32)(tuple(together), fresh, rope)
+    for name in OPS:
+        alone = [pool.clone() for pool in pools]
+        for part in parts:
+            OPS[name]().plan_drift_correction(DEFAULT, [part], torch.float32)(tuple(alone), fresh, rope)
+        for found, expected, before in zip(together, alone, pools, strict=True):
+            assert bool((found != before).any())
+            assert_close(found, expected, rtol=1e-4, atol=1e-4 if DEVICE == "cpu" else 1e-2)

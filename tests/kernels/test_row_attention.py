@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,10 +13,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
+from a3_sglang.attention import flashinfer
 from a3_sglang.attention.base import AttentionSpec, RequestRows
+from a3_sglang.attention.flash_attention import FlashAttention3RowAttention
+from a3_sglang.attention.flashinfer import FlashInferRowAttention
+from a3_sglang.attention.paged import Sequences
 from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.matching.plan import MIN_TAIL
+from helpers.paged import PrefillWrapper, flash_attn_with_kvcache
 from helpers.reference import attention64, random_tensor, seen_by, specs
 
 
@@ -37,8 +44,21 @@ def batches(draw: st.DrawFn):
     return random_tensor(generator, rows, kv_heads * group, dim).float(), keys, values, requests
 
 
-IMPLEMENTATIONS = {"torch": TorchRowAttention, "triton": TritonRowAttention}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMPLEMENTATIONS = {
+    "torch": TorchRowAttention,
+    "triton": TritonRowAttention,
+    # The libraries' part by references, the project's kernel for the rest.
+    "fa3": partial(FlashAttention3RowAttention, DEVICE, flash_attn_with_kvcache),
+    "flashinfer": partial(FlashInferRowAttention, DEVICE, PrefillWrapper),
+}
+
+
+@pytest.fixture(autouse=True)
+def every_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of FlashInfer has no limits."""
+    monkeypatch.setattr(flashinfer, "HEAD_DIMS", range(1, 257))
+    monkeypatch.setattr(flashinfer, "DTYPES", (torch.float32, torch.float16, torch.bfloat16))
 
 
 def run(implementation, query, keys, values, requests, spec):
@@ -53,12 +73,12 @@ def on_device(batch):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batches(), st.data())
 def test_rows_equal_float64(name, batch, data):
     query, keys, values, requests = batch
     spec = data.draw(specs(query.shape[1], st.floats(0.05, 1.5)))
-    if name == "triton":
+    if name != "torch":
         spec = AttentionSpec(spec.scaling)
     out = run(IMPLEMENTATIONS[name], *on_device(batch), spec)
     assert out.shape == query.shape
@@ -69,14 +89,15 @@ def test_rows_equal_float64(name, batch, data):
         assert_close(out[mine].double().cpu(), exact, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["triton", "fa3", "flashinfer"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(batches(), st.floats(0.05, 0.5))
-def test_triton_rows_in_half_precision(dtype, batch, scaling):
-    """Only rounding of the weights and of the result is lost: inputs are the same in both computations."""
+def test_rows_in_half_precision(name, dtype, batch, scaling):
+    """Only rounding of the weights and of results is lost: inputs are the same in both computations."""
     query, keys, values, requests = (part.to(dtype) if torch.is_tensor(part) else part for part in batch)
     spec = AttentionSpec(scaling)
-    out = run(TritonRowAttention, *on_device((query, keys, values, requests)), spec).cpu()
+    out = run(IMPLEMENTATIONS[name], *on_device((query, keys, values, requests)), spec).cpu()
     assert out.dtype == dtype
     for request in requests:
         mine = slice(request.begin, request.end)
@@ -84,8 +105,25 @@ def test_triton_rows_in_half_precision(dtype, batch, scaling):
         assert (out[mine].double() - exact).norm() <= 1e-2 * exact.norm()
 
 
+@settings(max_examples=40, deadline=None)
+@given(batches(), st.integers(1, 40))
+def test_a_tile_is_a_sequence_over_all_that_its_first_row_attends_to(batch, step):
+    requests = batch[3]
+    sequences = Sequences.of(requests, step)
+    kv_lens = torch.cat([request.kv_lens for request in requests])
+    ends = sequences.row_ends.tolist()
+    assert (ends[0], ends[-1]) == (0, len(kv_lens))
+    assert sequences.max_rows <= step
+    for i, (begin, end) in enumerate(pairwise(ends)):
+        request = requests[sequences.requests[i]]
+        assert request.begin <= begin < end <= request.end
+        assert end - begin == step or end == request.end
+        assert sequences.lengths[i] == kv_lens[begin:end].min() >= 1
+        assert sequences.slots[sequences.requests[i]] is request.slots
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(batches())
 def test_pools_are_not_written(name, batch):
     query, keys, values, requests = on_device(batch)

@@ -1,4 +1,4 @@
-"""The choice of row attention, the layout of rows for FlashInfer, and the warm-up."""
+"""The choice of row attention, and the warm-up."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from test_row_attention import batches
-from torch.testing import assert_close
 
 from a3_sglang.attention.autotune import NoUsableBackendError, fastest
-from a3_sglang.attention.base import AttentionSpec, RowAttention
-from a3_sglang.attention.flashinfer import FlashInferRowAttention, PagedRows
+from a3_sglang.attention.base import RowAttention
+from a3_sglang.attention.flashinfer import FlashInferRowAttention
+from a3_sglang.attention.registry import ROW_ATTENTION, VARIANTS
 from a3_sglang.attention.torch_cpu import TorchRowAttention
 from a3_sglang.attention.triton import TritonRowAttention
 from a3_sglang.fusion.ops import create_ops
@@ -23,7 +21,8 @@ from a3_sglang.fusion.warm_up import check_keys, warm_up
 from a3_sglang.integration.model_checks import UnsupportedModelError
 from a3_sglang.rope import RopeTable
 from a3_sglang.selectors import make_selector, selector_names
-from helpers.reference import attention64, cos_sin, inverse_frequencies
+from helpers.paged import PrefillWrapper
+from helpers.reference import cos_sin, inverse_frequencies
 from helpers.scenario import Scenario, executor_for
 
 POOL = torch.zeros(10, 2, 16)
@@ -81,39 +80,24 @@ def test_a_cpu_has_one_row_attention():
         create_ops(POOL, 4, 2, "flashinfer")
 
 
-@settings(max_examples=40, deadline=None)
-@given(batches())
-def test_flashinfer_gets_what_each_row_attends_to(batch):
-    """Read back by the rules of FlashInfer's paged prefill with pages of one slot; attention over it in float64."""
-    query, keys, values, requests = batch
-    paged = PagedRows.of(requests)
-    assert paged.row_ends.tolist() == [0, *(request.end for request in requests)]
-    assert paged.slots.dtype == torch.int32
-    for i, request in enumerate(requests):
-        rows, slots = (paged.row_ends[i : i + 2].tolist(), paged.slot_ends[i : i + 2].tolist())
-        context = slots[1] - slots[0]
-        packed = paged.mask[paged.byte_ends[i] :]
-        bits = torch.arange(len(request.kv_lens))[:, None] * context + torch.arange(context)
-        unmasked = ((packed[bits // 8] >> (bits % 8)) & 1).bool()
-        assert_close(unmasked.sum(1), request.kv_lens)
-        own = paged.slots[slots[0] : slots[1]].long()
-        # Nothing that is read may hold NaN, masked or not.
-        assert not keys[own].isnan().any()
-        assert torch.equal(unmasked, torch.arange(context) < request.kv_lens[:, None])
-        mine = slice(*rows)
-        exact = attention64(
-            query[mine], keys[request.slots], values[request.slots], request.kv_lens, AttentionSpec(0.3)
-        )
-        assert_close(attention64(query[mine], keys[own], values[own], unmasked.sum(1), AttentionSpec(0.3)), exact)
+def test_flashinfer_needs_a_head_size_that_it_has():
+    attention = FlashInferRowAttention(torch.device("cpu"), PrefillWrapper)
+    with pytest.raises(
+        NoUsableBackendError, match=r"flashinfer: ValueError: FlashInfer has no prefill for heads of 16"
+    ):
+        fastest({"flashinfer": lambda: attention}, **SMALL)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ROW_ATTENTION | VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_flashinfer_passes_the_trial(dtype, dim):
+def test_libraries_pass_the_trial(name, dtype, dim):
+    if name == "fa3" and torch.cuda.get_device_capability()[0] not in (8, 9):
+        pytest.skip("FlashAttention 3 is built for other GPUs")
+    make = (ROW_ATTENTION | VARIANTS)[name]
     pool = torch.zeros(10, 2, dim, dtype=dtype, device="cuda")
-    attention = fastest({"flashinfer": lambda: FlashInferRowAttention("cuda")}, 8, pool, 3)
-    assert isinstance(attention, FlashInferRowAttention)
+    fastest({name: lambda: make(pool.device)}, 8, pool, 3)
 
 
 @pytest.mark.parametrize("name", selector_names())

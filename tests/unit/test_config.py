@@ -69,7 +69,7 @@ def test_server_options_from_the_environment(monkeypatch, option, text, value):
         *[("selector", text) for text in ("", "Probe", "probe ", "a3\nx")],
         *[("donors", text) for text in ("", "Harvest", "nobody")],
         *[("explain", text) for text in ("", "On", "true")],
-        *[("row_attention", text) for text in ("", "Triton", "fa3")],
+        *[("row_attention", text) for text in ("", "Triton", "fa2")],
     ],
 )
 def test_server_refusals_name_the_option(monkeypatch, option, text):

@@ -9,51 +9,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from a3_sglang.drift import model, selection
-from a3_sglang.drift.model import DEFAULT, MAX_BLOCK, Covariance, PaddedBlocks
+from a3_sglang.drift.model import DEFAULT, MAX_BLOCK, PaddedBlocks
 from a3_sglang.drift.selection import select_a_optimal
-from helpers.drift import drawn_model
+from helpers.drift import covariance64, drawn_model, drawn_weights, greedy64, offsets_of, posterior
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
-
-
-def offsets_of(spans: list[int]) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in spans])
-
-
-def drawn_weights(seed: int, count: int) -> torch.Tensor:
-    """Log-normal weights, as uneven as attention."""
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
-
-
-def covariance64(offsets: torch.Tensor, block: int, keys: Covariance = DEFAULT.keys) -> torch.Tensor:
-    """Covariance of the key drift of all rows, nugget included."""
-    block_of = (offsets % block == 0).cumsum(0)
-    same_block = block_of[:, None] == block_of
-    return keys(offsets, offsets).double() * same_block + keys.nugget(offsets).double().diag()
-
-
-def posterior(covariance: torch.Tensor, weight: torch.Tensor, observed: torch.Tensor) -> float:
-    """Weighted posterior variance, as a share of the prior."""
-    cross = covariance[:, observed]
-    explained = (cross @ torch.linalg.inv(cross[observed]) * cross).sum(1)
-    return float(weight.double() @ (covariance.diagonal() - explained) / (weight.double() @ covariance.diagonal()))
-
-
-def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
-    """In rounds; each row by the variance that observing it alone would remove."""
-    chosen: list[int] = []
-    for part in torch.arange(count).tensor_split(selection.ROUNDS):
-        if chosen:
-            cross = covariance[:, chosen]
-            given_chosen = covariance - cross @ torch.linalg.inv(cross[chosen]) @ cross.T
-        else:
-            given_chosen = covariance
-        open_weight = weight.double().clone()
-        open_weight[chosen] = 0
-        gain = (given_chosen.square() @ open_weight) / given_chosen.diagonal()
-        gain[chosen] = -1
-        chosen += gain.argsort(descending=True, stable=True)[: len(part)].tolist()
-    return chosen
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 def make_extend_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
     """A ForwardBatch of one synthetic request, for rows that do not attend through SGLang's own backend.
 
+    It forces no host-device sync: nothing is copied between host and device, in either direction.
+
     Args:
         tokens: int64 (rows,).
         positions: int64 (rows,).
@@ -19,7 +22,7 @@ def make_extend_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 
     count, device = len(tokens), tokens.device
-    one = torch.tensor([count], dtype=torch.int64, device=device)
+    one = torch.full((1,), count, dtype=torch.int64, device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
@@ -31,7 +34,7 @@ def make_extend_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
         seq_lens_sum=count,
     )
     batch.positions = positions
-    batch.seq_lens_cpu = one.cpu()
+    batch.seq_lens_cpu = torch.tensor([count], dtype=torch.int64)
     batch.extend_num_tokens = count
     batch.extend_seq_lens, batch.extend_prefix_lens, batch.extend_start_loc = one, zero, zero
     batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu = [count], [0]
@@ -47,30 +50,38 @@ def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any
 
     Any further argument of attention would change its result, so it raises a TypeError.
     """
+    return _backend_class()(forward, pool, rows)
+
+
+@cache
+def _backend_class() -> Any:
+    """The class of :func:`attention_backend`, made once: its base can be imported only where SGLang is."""
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-    def call(
-        self: Any,
-        q: Any,
-        k: Any,
-        v: Any,
-        layer: Any,
-        batch: Any,
-        save_kv_cache: bool = True,
-        sinks: Any = None,
-        **unknown: Any,
-    ) -> Any:
-        given = sorted(name for name, value in unknown.items() if value is not None)
-        if given:
-            raise TypeError(f"layer {layer.layer_id} attends with {', '.join(given)}, which a3 does not know")
-        return forward(q, k, v, layer, sinks)
+    class A3Attention(AttentionBackend):
+        def __init__(self, forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> None:
+            self._forward, self.token_to_kv_pool, self.req_to_token_pool = forward, pool, rows
 
-    cls: Any = type(
-        "A3Attention", (AttentionBackend,), {"forward": call, "init_forward_metadata": lambda *_, **__: None}
-    )
-    backend = object.__new__(cls)
-    backend.token_to_kv_pool, backend.req_to_token_pool = pool, rows
-    return backend
+        def init_forward_metadata(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def forward(
+            self,
+            q: Any,
+            k: Any,
+            v: Any,
+            layer: Any,
+            batch: Any,
+            save_kv_cache: bool = True,
+            sinks: Any = None,
+            **unknown: Any,
+        ) -> Any:
+            given = sorted(name for name, value in unknown.items() if value is not None)
+            if given:
+                raise TypeError(f"layer {layer.layer_id} attends with {', '.join(given)}, which a3 does not know")
+            return self._forward(q, k, v, layer, sinks)
+
+    return A3Attention
 
 
 @contextmanager
