@@ -5,7 +5,7 @@
 ``check``: every kernel against float64 on fresh random inputs; a wrong one ends the run. ``sanitizer``: the same with
 small sizes under compute-sanitizer, if it is installed. ``tests``: the project's tests of kernels, on the GPU.
 ``kernels``: each kernel's time against what the card can do at best (bytes over the measured copy bandwidth,
-operations over the measured rate of a matrix product), at the sizes of one layer of Llama-3.1-8B; FlashInfer's ways to
+operations over the measured rate of a matrix product), at the sizes of one layer of Llama-3.1-8B; libraries' ways to
 compute the same rows; and other tile shapes of our row attention. ``engines``: time to first token with dummy weights
 in the shapes of Llama-3.1-8B and Qwen3-14B, SGLang as it is (with the attention backend that it chooses) against a3.
 ``--small`` runs everything with tiny sizes; on a
@@ -37,7 +37,15 @@ from gpu_suite.engines import MODELS, first_tokens
 from gpu_suite.kernels import times
 
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"
-TESTED = ("copy", "probe_attention", "row_attention", "row_attention_choice", "drift_correction")
+TESTED = (
+    "copy",
+    "probe_attention",
+    "row_attention",
+    "row_attention_choice",
+    "drift_selection",
+    "drift_weights",
+    "drift_correction",
+)
 
 COMMANDS = {
     "sanitizer": [
@@ -70,7 +78,7 @@ def outcome(command: list[str]) -> str:
 
 def packages() -> dict[str, str]:
     found = {}
-    for name in ("a3-sglang", "sglang", "torch", "triton", "flashinfer-python"):
+    for name in ("a3-sglang", "sglang", "torch", "triton", "sglang-kernel", "flashinfer-python"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

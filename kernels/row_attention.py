@@ -223,7 +223,7 @@ def row_attention(
         (rows, heads, head_dim), dtype of ``query``.
     """
     rows, heads, dim = query.shape
-    kv_heads, shape = keys.shape[1], tiles.shape
+    kv_heads, shape, width = keys.shape[1], tiles.shape, tile_width(dim)
     if start is None:
         # Without a start, the last two of these are not read.
         out, lse, unit = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device), query, 1.0
@@ -247,9 +247,10 @@ def row_attention(
         *lse.stride()[:2],
         GROUP=heads // kv_heads,
         DIM=dim,
-        BLOCK_D=tile_width(dim),
+        BLOCK_D=width,
         BLOCK_M=shape.block_m,
-        BLOCK_N=shape.block_n,
+        # Heads of more than 128 dimensions leave room for fewer positions.
+        BLOCK_N=min(shape.block_n, max(16, shape.block_n * 128 // width)),
         DTYPE=product_dtype(query),
         STARTED=start is not None,
         num_warps=shape.num_warps,

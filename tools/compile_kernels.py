@@ -38,7 +38,9 @@ from a3_sglang.kernels.drift_selection import BlockTable, select_rows
 from a3_sglang.kernels.row_attention import Start, default_shape, make_tiles, row_attention
 from a3_sglang.rope import RopeTable
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+SHAPES = {"": (32, 8, 128), " of 256": (16, 8, 256)}
+"""Query heads, KV heads and dimensions of a layer, by what is added to the names of its kernels: Llama-3.1-8B's layers,
+and the largest heads of today's models."""
 
 
 class Absent(CudaDriver):
@@ -54,26 +56,26 @@ class Absent(CudaDriver):
         return self.target
 
 
-def launch(dtype: torch.dtype) -> None:
+def launch(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     """Launch all kernels of a fused prefill, over zeros."""
     ops, context, rows = TritonOps(), 1024, 160
-    keys, values = (torch.zeros(2 * context, KV_HEADS, DIM, dtype=dtype) for _ in "kv")
+    keys, values = (torch.zeros(2 * context, kv_heads, dim, dtype=dtype) for _ in "kv")
     slots, observed = torch.arange(context), torch.arange(rows) * 6 + 1
-    rope = RopeTable(torch.zeros(context, DIM), True)
+    rope = RopeTable(torch.zeros(context, dim), True)
 
     ops.copy(ops.pools([keys], [values]), slots, slots + context, rope.rotation(slots, slots), True)
 
-    query, probe = (torch.zeros(n, HEADS, DIM, dtype=dtype) for n in (rows, 64))
-    fresh = tuple(torch.zeros(n, KV_HEADS, DIM, dtype=dtype) for n in (rows, rows))
+    query, probe = (torch.zeros(n, heads, dim, dtype=dtype) for n in (rows, 64))
+    fresh = tuple(torch.zeros(n, kv_heads, dim, dtype=dtype) for n in (rows, rows))
     own = tuple(part[:64] for part in fresh)
-    attend = ops.probe_attention.plan([ProbeRows.after(slots, 64)], HEADS, KV_HEADS)
+    attend = ops.probe_attention.plan([ProbeRows.after(slots, 64)], heads, kv_heads)
     attend(probe, own, (keys, values), AttentionSpec(1.0), torch.zeros(context))
 
-    attend = ops.row_attention.plan([RequestRows(0, rows, slots, observed, False)], HEADS, KV_HEADS, dtype)
+    attend = ops.row_attention.plan([RequestRows(0, rows, slots, observed, False)], heads, kv_heads, dtype)
     attend(query, keys, values, AttentionSpec(1.0))
     # After paged attention by a library, see a3_sglang/attention/paged.py.
-    start = Start(torch.zeros_like(query), torch.zeros(HEADS, rows).T, LOG2E)
-    tiles = make_tiles([rows], [slots], [observed], HEADS // KV_HEADS, default_shape())
+    start = Start(torch.zeros_like(query), torch.zeros(heads, rows).T, LOG2E)
+    tiles = make_tiles([rows], [slots], [observed], heads // kv_heads, default_shape())
     row_attention(query, keys, values, tiles, 1.0, start)
 
     observed_rows = ObservedRows([(0, context)], slots, slots, observed, 0, rows, 0, context)
@@ -112,17 +114,17 @@ def needs(kernel: Any, arch: int) -> dict[str, int]:
 def main(arch: int) -> None:
     triton.runtime.driver.set_active(Absent(GPUTarget("cuda", arch, 32)))
     compiled: dict[str, Any] = {}
-    run, dtype = JITFunction.run, torch.float32
+    run, dtype, shape = JITFunction.run, torch.float32, ""
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         variant = "".join(f" {flag.lower()}" for flag in ("FIRST", "STARTED") if kwargs.get(flag))
-        compiled[f"{self.__name__}{variant} {dtype}".replace("torch.", "")] = kernel
+        compiled[f"{self.__name__}{variant}{shape} {dtype}".replace("torch.", "")] = kernel
         return kernel
 
     JITFunction.run = compile_only
-    for dtype in (torch.bfloat16, torch.float16):
-        launch(dtype)
+    for shape, dtype in (("", torch.bfloat16), ("", torch.float16), (" of 256", torch.bfloat16)):
+        launch(dtype, *SHAPES[shape])
     found = {name: needs(kernel, arch) for name, kernel in compiled.items()}
     print(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1))
 
