@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -47,8 +48,9 @@ class ProbePass(AttentionHook):
             known_pos = torch.cat([prefix_pos, request.reused_rows().positions])
             self._known_pos.append(known_pos)
             self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos]))
-            spans = [torch.arange(s.start, s.end, needs.stride, device=device) for s in request.plan.spans]
-            self._anchored.append(ProbeRows(row, row + rows, request.slots[torch.cat([prefix_pos, *spans])]))
+            if needs.anchors < 1:
+                anchor_pos = torch.cat([prefix_pos, *self._anchors(request)])
+                self._anchored.append(ProbeRows(row, row + rows, request.slots[anchor_pos]))
             tokens += asked
             positions.append(torch.arange(end - rows, end, device=device))
             row += rows
@@ -63,7 +65,7 @@ class ProbePass(AttentionHook):
         if self._runs is None:
             plan = partial(self._ops.probe_attention.plan, heads=query.shape[1], kv_heads=key.shape[1])
             whole = plan(self._questions, mean=self._needs.mean)
-            self._runs = whole, whole if self._needs.stride == 1 else plan(self._anchored)
+            self._runs = whole, plan(self._anchored) if self._anchored else whole
         (whole, anchored), pools = self._runs, (self._model.keys[layer], self._model.values[layer])
         if layer in self._layers:
             out = whole(query, (key, value), pools, scaling, self._relevance)
@@ -72,6 +74,14 @@ class ProbePass(AttentionHook):
             if anchored is whole:
                 return out
         return anchored(query, (key, value), pools, scaling, None)
+
+    def _anchors(self, request: FusionRequest) -> Iterator[torch.Tensor]:
+        """Positions of the anchors of each span, int64."""
+        for span in request.plan.spans:
+            slots = request.slots[span.start : span.end]
+            norms = [torch.linalg.vector_norm(self._model.keys[layer][slots].float(), dim=-1) for layer in self._layers]
+            count = math.ceil(self._needs.anchors * span.length)
+            yield span.start + torch.stack(norms).mean((0, 2)).topk(count, largest=False).indices.sort().values
 
     def by_request(self) -> list[torch.Tensor]:
         """Relevance of each request's positions before its tail, float32 (plan.end,); zero in gaps."""
