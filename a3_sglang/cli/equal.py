@@ -171,4 +171,4 @@ def _print(title: str, rows: Sequence[dict[str, Any]], stock_ms: float) -> None:
             lines.append(line(f"  {DEFAULT}", row["default"]))
         else:
             lines.append((f"  {DEFAULT}", "never", "", "", "", ""))
-    print_table(title, ("rule", "ratio", "KL", "charged", "first token", "faster"), lines)
+    print_table(title, ("rule", "ratio", "KL", "charged", "first token", "speed-up"), lines)

@@ -95,7 +95,9 @@ def draw(rows: Sequence[Mapping[str, Any]], stock_ms: float, title: str, path: P
         curve = [mine[ratio] for ratio in sorted(mine)]
         axes.plot([row["ms"] for row in curve], [row["kl"] for row in curve], "D-", color="C0", label=DEFAULT)
         for row in curve:
-            axes.annotate(f"{row['ratio']:.1%}", (row["ms"], row["kl"]), (-8, -12), textcoords="offset points")
+            at, offset = (row["ms"], row["kl"]), (-8, -13)
+            axes.annotate(f"{row['ratio']:.1%}", at, offset, textcoords="offset points", fontsize=8)
+        axes.margins(y=0.12)
         axes.axvline(stock_ms, color="gray", linewidth=1, label="full prefill of stock SGLang")
         axes.set(xlim=(0, None), yscale="log", title=title)
         axes.set_xlabel("time to first token, ms")

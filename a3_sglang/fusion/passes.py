@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -49,9 +50,10 @@ class ProbePass(AttentionHook):
             known_pos = torch.cat([prefix_pos, request.reused_rows().positions])
             self._known_pos.append(known_pos)
             row_pos = torch.arange(end - rows, end, device=device)
-            spans = [torch.arange(s.start, s.end, needs.stride, device=device) for s in request.plan.spans]
-            for probes, pos in ((self._questions, known_pos), (self._anchored, torch.cat([prefix_pos, *spans]))):
-                probes.append(ProbeRows(row, row + rows, request.slots[pos], pos, row_pos))
+            self._questions.append(ProbeRows(row, row + rows, request.slots[known_pos], known_pos, row_pos))
+            if needs.anchors < 1:
+                anchor_pos = torch.cat([prefix_pos, *self._anchors(request)])
+                self._anchored.append(ProbeRows(row, row + rows, request.slots[anchor_pos], anchor_pos, row_pos))
             tokens += asked
             positions.append(row_pos)
             row += rows
@@ -66,7 +68,7 @@ class ProbePass(AttentionHook):
         if self._runs is None:
             plan = partial(self._ops.probe_attention.plan, heads=query.shape[1], kv_heads=key.shape[1])
             whole = plan(self._questions, mean=self._needs.mean)
-            self._runs = whole, whole if self._needs.stride == 1 else plan(self._anchored)
+            self._runs = whole, plan(self._anchored) if self._anchored else whole
         (whole, anchored), pools = self._runs, (self._model.keys[layer], self._model.values[layer])
         if layer in self._layers:
             out = whole(query, (key, value), pools, spec, self._relevance)
@@ -75,6 +77,14 @@ class ProbePass(AttentionHook):
             if anchored is whole:
                 return out
         return anchored(query, (key, value), pools, spec, None)
+
+    def _anchors(self, request: FusionRequest) -> Iterator[torch.Tensor]:
+        """Positions of the anchors of each span, int64."""
+        for span in request.plan.spans:
+            slots = request.slots[span.start : span.end]
+            norms = [torch.linalg.vector_norm(self._model.keys[layer][slots].float(), dim=-1) for layer in self._layers]
+            count = math.ceil(self._needs.anchors * span.length)
+            yield span.start + torch.stack(norms).mean((0, 2)).topk(count, largest=False).indices.sort().values
 
     def by_request(self) -> list[torch.Tensor]:
         """Relevance of each request's positions before its tail, float32 (plan.end,); zero in gaps."""

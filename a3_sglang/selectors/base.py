@@ -46,15 +46,16 @@ class ProbeLayers:
         first, last: the band, as shares of the model's depth.
         least: layers in the band at least, if the model has as many after its first.
         mean: relevance is the mean of the attention of the question's rows, the values left aside.
-        stride: the question's rows attend to every ``stride``-th row of each span, its anchors, and to the whole
-            prefix. Only their attention in the band is measured over all rows.
+        anchors: share of each span's rows that the question's rows attend to, those whose keys in the band have the
+            smallest norm (arXiv 2406.11430); they attend to the whole prefix, too. Only their attention in the band is
+            measured over all rows.
     """
 
     first: float
     last: float
     least: int = 1
     mean: bool = False
-    stride: int = 1
+    anchors: float = 1.0
 
     def layers(self, windows: Sequence[int | None]) -> tuple[int, ...]:
         """The layers of the band, at least one, ascending.

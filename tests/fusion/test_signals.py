@@ -71,8 +71,15 @@ def test_published_probes_equal_float64(seed, prefix, parts, tail, selector):
     tokens = torch.cat([request.tokens[: plan.end], *asked])
     rows = torch.arange(plan.end, len(tokens))
     known = [*range(prefix), *reused(plan).tolist()]
-    every = 1 if isinstance(selector, ProphetKV) else 10
-    anchors = [*range(prefix), *(p for span in plan.spans for p in range(span.start, span.end, every))]
+    band = range(model.depth) if isinstance(selector, ProphetKV) else range(model.depth // 2, model.depth)
+    anchors = list(range(prefix))
+    for span in plan.spans:
+        sizes = {
+            p: sum(float(copied[0][layer][p].norm(dim=-1).mean()) for layer in band)
+            for p in range(span.start, span.end)
+        }
+        count = len(sizes) if isinstance(selector, ProphetKV) else -(-len(sizes) // 10)
+        anchors += sorted(sizes, key=sizes.__getitem__)[:count]
 
     def seeing(positions: list[int], part: list[torch.Tensor]) -> list[torch.Tensor]:
         seen = torch.full((model.depth, len(tokens), *part[0].shape[1:]), torch.nan, dtype=torch.float64)
@@ -83,7 +90,6 @@ def test_published_probes_equal_float64(seed, prefix, parts, tail, selector):
     positions = torch.arange(total - len(rows), total)
     anchored = [seeing(anchors, part) for part in copied]
     keys, _, _, _, queries = model.rows64(tokens, rows, *anchored, positions=positions)
-    band = range(model.depth) if every == 1 else range(model.depth // 2, model.depth)
     group, score = model.shape.heads // model.shape.kv_heads, torch.zeros(len(known), dtype=torch.float64)
     for layer in band:
         for i in range(len(rows)):
