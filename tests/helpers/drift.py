@@ -1,15 +1,39 @@
-"""The correction of drift in float64, from its definition."""
+"""The selection and the correction by the model of drift in float64, from its definition."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from a3_sglang.drift.model import KEYS, MIN_LOCAL_VARIANCE, VALUES, VARIANCE_AT_START, VARIANCE_DECAY, Covariance
 from a3_sglang.matching.plan import Plan
 from helpers.reference import Llama, backwards, rope64
+
+
+def span_offsets(spans: Sequence[int]) -> torch.Tensor:
+    """Offset of every row from the beginning of its span."""
+    return torch.cat([torch.arange(length) for length in spans])
+
+
+def drawn_weights(seed: int, count: int) -> torch.Tensor:
+    """Log-normal weights, as uneven as attention."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
+
+
+def design_covariance64(offsets: torch.Tensor, block: int) -> torch.Tensor:
+    """Covariance of the key drift of all rows, nugget included."""
+    block_of = (offsets % block == 0).cumsum(0)
+    same_block = block_of[:, None] == block_of
+    return KEYS(offsets, offsets).double() * same_block + KEYS.nugget(offsets).double().diag()
+
+
+def posterior64(covariance: torch.Tensor, weight: torch.Tensor, observed: Sequence[int] | torch.Tensor) -> float:
+    """Weighted posterior variance, as a share of the prior."""
+    cross = covariance[:, observed]
+    explained = (cross @ torch.linalg.inv(cross[observed]) * cross).sum(1)
+    return float(weight.double() @ (covariance.diagonal() - explained) / (weight.double() @ covariance.diagonal()))
 
 
 def drift_correction64(

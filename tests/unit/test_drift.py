@@ -11,31 +11,9 @@ from torch.testing import assert_close
 from a3_sglang.drift import model, selection
 from a3_sglang.drift.model import KEYS, MAX_BLOCK, PaddedBlocks
 from a3_sglang.drift.selection import select_a_optimal
+from helpers.drift import design_covariance64, drawn_weights, posterior64, span_offsets
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=5)
-
-
-def offsets_of(spans: list[int]) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in spans])
-
-
-def drawn_weights(seed: int, count: int) -> torch.Tensor:
-    """Log-normal weights, as uneven as attention."""
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
-
-
-def covariance64(offsets: torch.Tensor, block: int) -> torch.Tensor:
-    """Covariance of the key drift of all rows, nugget included."""
-    block_of = (offsets % block == 0).cumsum(0)
-    same_block = block_of[:, None] == block_of
-    return KEYS(offsets, offsets).double() * same_block + KEYS.nugget(offsets).double().diag()
-
-
-def posterior(covariance: torch.Tensor, weight: torch.Tensor, observed: torch.Tensor) -> float:
-    """Weighted posterior variance, as a share of the prior."""
-    cross = covariance[:, observed]
-    explained = (cross @ torch.linalg.inv(cross[observed]) * cross).sum(1)
-    return float(weight.double() @ (covariance.diagonal() - explained) / (weight.double() @ covariance.diagonal()))
 
 
 def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
@@ -58,7 +36,7 @@ def greedy64(covariance: torch.Tensor, weight: torch.Tensor, count: int) -> list
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), lengths, st.floats(0.02, 1), st.sampled_from([7, MAX_BLOCK]))
 def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: float, block: int):
-    offsets = offsets_of(spans)
+    offsets = span_offsets(spans)
     weight, count = drawn_weights(seed, len(offsets)), max(1, int(share * len(offsets)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "MAX_BLOCK", block)
@@ -66,17 +44,17 @@ def test_rows_are_chosen_by_the_definition(seed: int, spans: list[int], share: f
         chosen = select_a_optimal(weight, PaddedBlocks(spans, "cpu"), count)
     assert chosen.dtype == torch.int64
     assert len(chosen) == len(set(chosen.tolist())) == count
-    covariance = covariance64(offsets, block)
+    covariance = design_covariance64(offsets, block)
     expected = greedy64(covariance, weight, count)
     # Rows of nearly the same gain may be swapped.
-    assert posterior(covariance, weight, chosen) <= posterior(covariance, weight, torch.tensor(expected)) + 0.005
+    assert posterior64(covariance, weight, chosen) <= posterior64(covariance, weight, torch.tensor(expected)) + 0.005
     assert len(set(chosen.tolist()) & set(expected)) >= 0.9 * count - 1
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), lengths, st.floats(0, 1))
 def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
-    offsets = offsets_of(spans)
+    offsets = span_offsets(spans)
     count = round(share * len(offsets))
     chosen = select_a_optimal(drawn_weights(seed, len(offsets)), PaddedBlocks(spans, "cpu"), count)
     assert len(chosen) == count
@@ -87,8 +65,8 @@ def test_any_number_of_distinct_rows(seed: int, spans: list[int], share: float):
 def test_less_variance_remains_than_after_picking_the_heaviest_rows():
     """Not in every case, as rows of one round are scored independently, but in total."""
     spans = [300, 40, 600]
-    offsets = offsets_of(spans)
-    covariance = covariance64(offsets, MAX_BLOCK)
+    offsets = span_offsets(spans)
+    covariance = design_covariance64(offsets, MAX_BLOCK)
     less = []
     for seed in range(20):
         # High attention comes in runs of tokens.
@@ -98,7 +76,7 @@ def test_less_variance_remains_than_after_picking_the_heaviest_rows():
             select_a_optimal(weight, PaddedBlocks(spans, "cpu"), 140),
             weight.argsort(descending=True)[:140],
         )
-        less.append(posterior(covariance, weight, heaviest) - posterior(covariance, weight, chosen))
+        less.append(posterior64(covariance, weight, heaviest) - posterior64(covariance, weight, chosen))
     assert sum(less) > 0
     assert sum(x > 0 for x in less) > 15
 
