@@ -87,10 +87,11 @@ def measure(
     arguments = {"disable_overlap_schedule": True, "chunked_prefill_size": 16384, "dtype": args.dtype}
     for donors in args.donors.split(","):
         missing = {
-            number: [(rule, args.ratio, donors) for rule in rules if (number, rule, donors) not in done]
+            number: wanted
             for number in range(args.start, args.start + args.limit)
+            if (wanted := [(rule, args.ratio, donors) for rule in rules if (number, rule, donors) not in done])
         }
-        if not any(missing.values()):
+        if not missing:
             continue
         options = {"A3_MIN_SAVING": "0", "A3_DONORS": donors, "A3_REPORT": "exact", "A3_EXPLAIN": "on"}
         with (
