@@ -74,6 +74,8 @@ def compared_prefills(
     times: list[list[float]] = [[] for _ in options]
     for i in range(repeats + 1):
         _donate(running, prompts)
+        # One prompt for all options, none of which leaves KV: another order might be the donor's.
+        targets = [prompts.shuffled() for _ in range(batch)]
         for j in range(len(options)):
             # Each round begins with the next one: a machine's speed drifts.
             k = (i + j) % len(options)
@@ -81,7 +83,7 @@ def compared_prefills(
                 times[k].append(_fresh(running, prompts, batch, False))
             else:
                 option = options[k] | {"keep": False}
-                times[k].append(_fused(running, [prompts.shuffled() for _ in range(batch)], option)[0])
+                times[k].append(_fused(running, targets, option)[0])
         step()
     return [measured[1:] for measured in times]
 
