@@ -57,10 +57,10 @@ def calibrate(
     by the model's fingerprint (--a3-drift auto) and then choose and correct rows by it. The last table says what the
     fit is worth: the share of drift that its predictions leave, also on questions that it was not fitted to.
     """
-    asked, settings = experiment(model, data, TASK, 0, limit, passages, passage_tokens, seed, "last", False, dtype)
     of = fingerprint(model)
     if of is None and not print_only:
         raise typer.BadParameter(f"the files of {model} are not on this machine", param_hint="--model")
+    asked, settings = experiment(model, data, TASK, 0, limit, passages, passage_tokens, seed, "last", False, dtype)
     found: list[MeasuredSpan] = []
     with steps("measuring", len(asked.numbers)) as step:
         write = partial(asked.writer.case, asked.questions)

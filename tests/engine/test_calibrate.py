@@ -68,8 +68,8 @@ def served(calibrated: DriftFile, cache: Path, tiny: str, engines: Engines) -> T
 
 def test_a_model_is_calibrated(calibrated: DriftFile) -> None:
     assert calibrated.measured["count"] == 2
-    # Three passages in a prompt, in two donor modes.
-    assert calibrated.measured["spans"] == 12
+    # Three passages in each of two prompts. Of compiled ones, the first is a prefix; harvested ones may be one span.
+    assert 2 * (2 + 1) <= calibrated.measured["spans"] <= 2 * (2 + 3)
     rows = calibrated.measured["left"]
     assert [(row["kind"], row["tested_on"]) for row in rows] == [
         (kind, half) for kind in ("keys", "values") for half in ("even", "odd")
