@@ -114,7 +114,7 @@ def _store_gains(gains, matrix, i, j, mask_i, open_i, weight_i, weight_j, nugget
     tl.store(gains + i, tl.where(open_i, explained / (variance + nugget_i), -1.0), mask=mask_i)
 
 
-@triton.jit(do_not_specialize=["turn"])
+@triton.jit(do_not_specialize=["round_idx"])
 def _condition_kernel(
     matrices,
     gains,
@@ -122,7 +122,7 @@ def _condition_kernel(
     cell_scales,
     cell_weights,
     picked_in,
-    turn,
+    round_idx,
     width,
     shared_sill,
     shared_rate,
@@ -133,7 +133,7 @@ def _condition_kernel(
     BLOCK_N: tl.constexpr,
     PIVOTS: tl.constexpr,
 ):
-    """Condition a block on its rows that were picked in round ``turn``; gain of the others. Grid: (blocks,).
+    """Condition a block on its rows that were picked in round ``round_idx``; gain of the others. Grid: (blocks,).
 
     ``FIRST``: nothing is picked yet, and the prior covariance is written.
     """
@@ -167,7 +167,7 @@ def _condition_kernel(
             nugget_i = nugget_sill * scale_i * scale_i
             _store_gains(gains, matrix, i, j, mask_i, open_i, weight_i, weight_j, nugget_i)
     else:
-        picked = state_j == turn
+        picked = state_j == round_idx
         place = tl.where(picked, tl.cumsum(picked.to(tl.int32), 0) - 1, -1)
         count = tl.sum(picked.to(tl.int32), 0)
         slot = tl.arange(0, PIVOTS)
@@ -204,16 +204,16 @@ def _condition_kernel(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["turn"])
-def _pick_kernel(gains, picked_in, row_of, selected, requests, turns, turn, STEP: tl.constexpr):
+@triton.jit(do_not_specialize=["round_idx"])
+def _pick_kernel(gains, picked_in, row_of, selected, requests, schedule, round_idx, STEP: tl.constexpr):
     """A request's rows with the largest gain, of equal ones the first, in ascending order. Grid: (requests,).
 
-    ``turns`` has, by round and request, where in ``selected`` the rows of the round begin, and how many they are.
+    ``schedule`` has, by round and request, where in ``selected`` the rows of the round begin, and how many they are.
     """
     request = tl.program_id(0)
     first_cell, cells = tl.load(requests + 2 * request), tl.load(requests + 2 * request + 1)
-    turns += 2 * ((turn - 1) * tl.num_programs(0) + request)
-    begin_out, count = tl.load(turns), tl.load(turns + 1)
+    schedule += 2 * ((round_idx - 1) * tl.num_programs(0) + request)
+    begin_out, count = tl.load(schedule), tl.load(schedule + 1)
     offs = tl.arange(0, STEP)
     # The threshold by bisection of its bits: the largest with at least as many gains above or at it.
     threshold, step = 0, 1 << 30
@@ -238,7 +238,7 @@ def _pick_kernel(gains, picked_in, row_of, selected, requests, turns, turn, STEP
         place = begin_out + taken_before + tl.cumsum(taken.to(tl.int32), 0) - 1
         row = tl.load(row_of + cell, mask=taken, other=0)
         tl.store(selected + place, row.to(tl.int64), mask=taken)
-        tl.store(picked_in + cell, turn, mask=taken)
+        tl.store(picked_in + cell, round_idx, mask=taken)
         free -= tl.minimum(free, tl.sum(equal.to(tl.int32), 0))
         taken_before += tl.sum(taken.to(tl.int32), 0)
 
@@ -246,7 +246,7 @@ def _pick_kernel(gains, picked_in, row_of, selected, requests, turns, turn, STEP
 def select_rows(
     weights: torch.Tensor,
     table: BlockTable,
-    turns: Sequence[Sequence[int]],
+    picks: Sequence[Sequence[int]],
     kind: CovarianceTable,
 ) -> torch.Tensor:
     """Rows of several requests whose recompute most reduces the weighted posterior variance of their drift.
@@ -254,11 +254,11 @@ def select_rows(
     Args:
         weights: float32 (rows of all requests,), not negative.
         table: the blocks of all requests.
-        turns: rows to pick of each request, by round.
+        picks: rows to pick of each request, by round.
         kind: covariance of the drift.
 
     Returns:
-        int64 (sum of turns,), row numbers, request by request and round by round.
+        int64 (sum of picks,), row numbers, request by request and round by round.
     """
     device, blocks = weights.device, len(table.entries)
     size, width = (max(entry[column] for entry in table.entries) for column in (3, 5))
@@ -267,14 +267,14 @@ def select_rows(
         return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
     cells = [blocks_of * width for blocks_of in table.blocks]
-    first_cells = [sum(cells[:request]) for request in range(len(turns))]
-    counts = [sum(turn) for turn in turns]
+    first_cells = [sum(cells[:request]) for request in range(len(picks))]
+    counts = [sum(by_round) for by_round in picks]
     rounds = [
         [
-            (sum(counts[:request]) + sum(turn[:i]), turn[i]) if i < len(turn) else (0, 0)
-            for request, turn in enumerate(turns)
+            (sum(counts[:request]) + sum(by_round[:i]), by_round[i]) if i < len(by_round) else (0, 0)
+            for request, by_round in enumerate(picks)
         ]
-        for i in range(max(map(len, turns)))
+        for i in range(max(map(len, picks)))
     ]
     entries, schedule = on_device(list(table.entries)), on_device(rounds)
     spans = on_device(list(zip(first_cells, cells, strict=True)))
@@ -298,7 +298,7 @@ def select_rows(
         STEP=CELLS_PER_STEP,
         num_warps=8,
     )
-    for turn in range(len(rounds)):
+    for round_idx in range(len(rounds)):
         _condition_kernel[(blocks,)](
             matrices,
             gains,
@@ -306,16 +306,16 @@ def select_rows(
             cell_scales,
             cell_weights,
             picked_in,
-            turn,
+            round_idx,
             width,
             *kind.sills_and_rates,
-            FIRST=not turn,
+            FIRST=not round_idx,
             BLOCK_M=ROWS_PER_STEP,
             BLOCK_N=tile_width(width),
             PIVOTS=PIVOTS,
             num_warps=8,
         )
-        _pick_kernel[(len(turns),)](
-            gains, picked_in, row_of, selected, spans, schedule, turn + 1, STEP=CELLS_PER_STEP, num_warps=8
+        _pick_kernel[(len(picks),)](
+            gains, picked_in, row_of, selected, spans, schedule, round_idx + 1, STEP=CELLS_PER_STEP, num_warps=8
         )
     return selected

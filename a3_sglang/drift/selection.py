@@ -105,19 +105,19 @@ def select_a_optimal(drift: DriftModel, weight: torch.Tensor, blocks: PaddedBloc
     picked, weights = (weights < 0).flatten(), weights.clamp(min=0)
     covariance, nugget = drift.keys(offsets, offsets), drift.keys.nugget(offsets)
     selected: list[torch.Tensor] = []
-    for turn in rows_per_round(count):
+    for most in rows_per_round(count):
         variance = covariance.diagonal(dim1=1, dim2=2)
         # (variance + nugget)**2 of the row itself, of which the sum over all rows has only variance**2.
         own = nugget * (nugget + 2 * variance) * weights
         explained = (covariance.square() @ weights[..., None]).squeeze(-1) + own
         gain = (explained / (variance + nugget)).flatten().masked_fill(picked, -1)
-        best = gain.sort(descending=True, stable=True).indices[:turn]
+        best = gain.sort(descending=True, stable=True).indices[:most]
         selected.append(reused_idx[best])
         # An observed row has no variance left, so its weight gains nothing.
         picked.index_fill_(0, best, True)
         weights.view(-1).index_fill_(0, best, 0)
         observed = torch.zeros_like(picked).index_fill_(0, best, True).view(candidates.shape)
-        _condition(covariance, nugget, *observed_first(observed, turn))
+        _condition(covariance, nugget, *observed_first(observed, most))
     return torch.cat(selected)
 
 

@@ -1,4 +1,4 @@
-"""Files of questions: this package's own layout, and those of LongBench, RULER and QCFuse, told apart by their fields.
+"""Files of questions: this package's own layout, and those of LongBench, RULER and QCFuse, recognized by their fields.
 
 | layout | passages | question | answers |
 |---|---|---|---|
