@@ -31,6 +31,10 @@ class AttentionSpec:
     logit_cap: float = 0.0
     sinks: torch.Tensor | None = None
 
+    def sinks_by_kv_head(self, kv_heads: int) -> Sequence[torch.Tensor | None]:
+        """The sinks of the heads that share each KV head, (group,) each; None if the layer has none."""
+        return [None] * kv_heads if self.sinks is None else self.sinks.view(kv_heads, -1).unbind(0)
+
     def check_plain(self, name: str) -> None:
         """Check that this is attention to all earlier positions, without caps and sinks.
 

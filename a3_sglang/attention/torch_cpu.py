@@ -43,15 +43,17 @@ class TorchRowAttention(RowAttention):
     """One block of rows at a time, each over little more context than it attends to."""
 
     def plan(self, requests: Sequence[RequestRows], heads: int, kv_heads: int, dtype: torch.dtype) -> RowAttentionFn:
-        approximate = [_approximate(request, heads, kv_heads, dtype) for request in requests]
-        exact = [_exact(request, heads, kv_heads) if request.exact else None for request in requests]
+        @cache
+        def planned(number: int, fused: bool) -> RowAttentionFn:
+            request = requests[number]
+            return _exact(request, heads, kv_heads) if fused else _approximate(request, heads, kv_heads, dtype)
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
             out = torch.empty_like(query)
             # PyTorch's fused attention has neither caps nor sinks.
             fused = not spec.logit_cap and spec.sinks is None
-            for request, general, rounding in zip(requests, approximate, exact, strict=True):
-                run = rounding if rounding is not None and fused else general
+            for number, request in enumerate(requests):
+                run = planned(number, fused and request.exact)
                 k, v = (pool.index_select(0, request.slots) for pool in (keys, values))
                 # Slots that are not written yet hold an earlier request's KV, and NaN survives a mask.
                 longest = int(request.kv_lens[-1])
@@ -78,15 +80,14 @@ def _approximate(request: RequestRows, heads: int, kv_heads: int, dtype: torch.d
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         out = torch.empty_like(query)
         out_by_kv_head = out.view(rows, kv_heads, group, -1)
-        sinks = None if spec.sinks is None else spec.sinks.view(kv_heads, group)
+        sinks = spec.sinks_by_kv_head(kv_heads)
         query, keys, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
         for (begin, end), mask in zip(blocks, masks(spec.window), strict=True):
             lanes, seen = slice(begin * group, end * group), slice(mask.first, mask.end)
             size = (end - begin) * group * (mask.end - mask.first)
             for head in range(kv_heads):
-                own_sinks = None if sinks is None else sinks[head]
                 exact = attention_weights(
-                    query[head, lanes], keys[head, :, seen], mask, spec, dtype, own_sinks, logits[:size]
+                    query[head, lanes], keys[head, :, seen], mask, spec, dtype, sinks[head], logits[:size]
                 )
                 rounded = weights[:size].view_as(exact).copy_(exact)
                 block_out = torch.mm(rounded, values[head, seen])
@@ -187,11 +188,10 @@ class _RequestProbe:
         rounded = self._buffer("weights", size * (context + rows), query.new_empty(0))[: size * total]
         out = torch.empty_like(query)
         out_by_kv_head = out.view(rows, kv_heads, -1, dim)
-        sinks = None if spec.sinks is None else spec.sinks.view(kv_heads, -1)
+        sinks = spec.sinks_by_kv_head(kv_heads)
         queries, columns, values = query_rows(query, kv_heads), key_columns(keys), values.movedim(0, 1).contiguous()
         for head in range(kv_heads):
-            own_sinks = None if sinks is None else sinks[head]
-            weights = attention_weights(queries[head], columns[head], mask, spec, query.dtype, own_sinks, logits)
+            weights = attention_weights(queries[head], columns[head], mask, spec, query.dtype, sinks[head], logits)
             head_out = torch.mm(rounded.view_as(weights).copy_(weights), values[head])
             out_by_kv_head[:, head] = head_out.view(rows, -1, dim)
             if scores is not None:

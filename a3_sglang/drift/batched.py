@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from a3_sglang.attention.base import KV
-from a3_sglang.drift.correction import ObservedRows
+from a3_sglang.drift.correction import DriftRotations, ObservedRows
 from a3_sglang.drift.model import DriftModel, cut_blocks
 from a3_sglang.drift.selection import most_candidates
 from a3_sglang.drift.tables import covariance_table
-from a3_sglang.rope import RopeTable, Rotation
+from a3_sglang.rope import RopeTable
 
 
 class BatchedCorrection:
@@ -56,23 +56,19 @@ class BatchedCorrection:
         self._observed_slots = self._slots[pos]
         rows_of = [torch.arange(p.first_row, p.first_row + len(p.pos), device=device) for p in observed]
         self._observed_rows = torch.cat(rows_of)
-        self._observed_pos = torch.cat([part.pos for part in observed])
-        self._reused_pos = torch.cat([part.reused_pos for part in observed])
+        self._rotations = DriftRotations(
+            torch.cat([part.pos for part in observed]), torch.cat([part.reused_pos for part in observed])
+        )
         longest = max(max(part.lengths) for part in observed)
         self._weights = [
             kriging_weights(self._blocks, covariance_table(kind, longest, device), dtype)
             for kind in (drift.keys, drift.values)
         ]
-        self._rotations: dict[int, tuple[Rotation, Rotation]] = {}
 
     def __call__(self, pools: KV, fresh: KV, rope: RopeTable) -> None:
         from a3_sglang.kernels.drift_correction import correct_drift
 
-        if id(rope) not in self._rotations:
-            to_zero = rope.rotation(self._observed_pos, torch.zeros_like(self._observed_pos))
-            from_zero = rope.rotation(torch.zeros_like(self._reused_pos), self._reused_pos)
-            self._rotations[id(rope)] = to_zero, from_zero
-        to_zero, from_zero = self._rotations[id(rope)]
+        to_zero, from_zero = self._rotations(rope)
         key_weights, value_weights = self._weights
         correct_drift(
             *pools,

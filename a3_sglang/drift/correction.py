@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -129,6 +129,27 @@ def _kriging_weights(
     return kind.damping * torch.linalg.solve_triangular(factor.mT, half, upper=True).transpose(1, 2)
 
 
+class DriftRotations:
+    """Rotations of keys to position 0 and back, made once per rotary table.
+
+    Args:
+        observed_pos: int64 (n,), positions of the rows whose drift is observed.
+        reused_pos: int64 (reused,), positions of the rows that are corrected.
+    """
+
+    def __init__(self, observed_pos: torch.Tensor, reused_pos: torch.Tensor) -> None:
+        self._observed_pos, self._reused_pos = observed_pos, reused_pos
+        self._made: dict[int, tuple[Rotation, Rotation]] = {}
+
+    def __call__(self, rope: RopeTable) -> tuple[Rotation, Rotation]:
+        """Rotations that take observed keys to position 0, and predicted drift from position 0 to each reused row."""
+        if id(rope) not in self._made:
+            to_zero = rope.rotation(self._observed_pos, torch.zeros_like(self._observed_pos))
+            from_zero = rope.rotation(torch.zeros_like(self._reused_pos), self._reused_pos)
+            self._made[id(rope)] = to_zero, from_zero
+        return self._made[id(rope)]
+
+
 @dataclass(frozen=True, slots=True)
 class DriftCorrection:
     """Which rows of a request are observed in one pass, and which reused rows are corrected from them.
@@ -137,20 +158,17 @@ class DriftCorrection:
         predictor: predicts all reused rows of the request from the pass's rows.
         observed_rows: int64 (n,), the request's rows in the pass.
         observed_slots: int64 (n,), their slots, which still hold the copied KV.
-        observed_pos: int64 (n,), their positions.
         is_reused: bool (n,), whether they are reused rows; the others have no drift.
         reused_slots: int64 (reused,), slots of all reused rows.
-        reused_pos: int64 (reused,), positions of all reused rows.
+        rotations: of the keys of both.
     """
 
     predictor: DriftPredictor
     observed_rows: torch.Tensor
     observed_slots: torch.Tensor
-    observed_pos: torch.Tensor
     is_reused: torch.Tensor
     reused_slots: torch.Tensor
-    reused_pos: torch.Tensor
-    _rotations: dict[int, tuple[Rotation, Rotation]] = field(default_factory=dict)
+    rotations: DriftRotations
 
     @classmethod
     def plan(cls, drift: DriftModel, observed: ObservedRows) -> DriftCorrection:
@@ -165,19 +183,10 @@ class DriftCorrection:
             DriftPredictor(drift, ordinals, blocks, candidates_per_block(blocks, observed.recomputed), wanted),
             torch.arange(observed.first_row, observed.first_row + len(pos), device=pos.device),
             observed.slots[pos],
-            pos,
             is_reused,
             observed.slots[reused_pos],
-            reused_pos,
+            DriftRotations(pos, reused_pos),
         )
-
-    def rotations(self, rope: RopeTable) -> tuple[Rotation, Rotation]:
-        """Rotations that take observed keys to position 0, and predicted drift from position 0 to each reused row."""
-        if id(rope) not in self._rotations:
-            to_zero = rope.rotation(self.observed_pos, torch.zeros_like(self.observed_pos))
-            from_zero = rope.rotation(torch.zeros_like(self.reused_pos), self.reused_pos)
-            self._rotations[id(rope)] = to_zero, from_zero
-        return self._rotations[id(rope)]
 
 
 def correct_drift(pools: KV, fresh: KV, correction: DriftCorrection, rope: RopeTable) -> None:

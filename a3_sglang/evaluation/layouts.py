@@ -67,7 +67,7 @@ class _LongBench(_Record):
     def read(self, split: Split) -> Question:
         asked = self.input or _UNASKED.get(self.dataset.removesuffix("_e"))
         if not asked:
-            raise ValueError(f"input: is empty, and the dataset {self.dataset!r} has no question of its own")
+            raise ValueError(f"input: is empty, and the dataset {self.dataset!r} has no built-in question")
         return _question(split(self.context), asked, self.answers)
 
 

@@ -14,7 +14,7 @@ as the fusion."""
 
 
 def overhead_rows(executor: Executor, selector: Selector) -> int:
-    """The time of a fusion minus that of its own and the probe's rows, in rows of a plain prefill.
+    """How much longer a fusion takes than a plain prefill of as many rows, probe included; in rows of a plain prefill.
 
     A fusion copies, probes and predicts, and its short passes make each row dearer: on a GPU a pass of few rows takes
     as long as one of many. So a prompt is fused only if it saves more rows than this.

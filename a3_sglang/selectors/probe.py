@@ -45,6 +45,6 @@ class Probe(Selector):
     def select_batch(
         self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
     ) -> list[torch.Tensor]:
-        if type(self).select is not Probe.select:  # A subclass with a rule of its own.
+        if type(self).select is not Probe.select:  # A subclass that selects differently.
             return super().select_batch(scores, rows, counts, drift)
         return select_batch(drift, [score.float() for score in scores], [request.lengths for request in rows], counts)

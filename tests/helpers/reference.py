@@ -85,7 +85,7 @@ def weights64(query: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor, spec:
 
     Args:
         query: (rows, heads, d).
-        keys: (n, kv_heads, d); NaN at what no row sees counts as zero.
+        keys: (n, kv_heads, d); keys that no row sees may be NaN.
         seen: bool (rows, n); at least one per row.
         spec: how the layer attends; its window is in ``seen``.
     """
@@ -112,7 +112,7 @@ def attention64(
 ) -> torch.Tensor:
     """Attention of (rows, heads, d) over the first ``kv_lens`` of (n, kv_heads, d), float64 in the shape of ``query``.
 
-    What no row attends to may be NaN.
+    Keys and values that no row attends to may be NaN.
     """
     weights = weights64(query, keys, seen_by(kv_lens, len(keys), spec.window), spec)
     values = values.double().nan_to_num().repeat_interleave(query.shape[1] // values.shape[1], 1)

@@ -120,7 +120,7 @@ def test_qcfuse_has_its_own_passages(tmp_path: Path):
 def test_ruler_asks_in_its_last_line(
     tmp_path: Path, text: str, prefix: str, outputs: list[str], asked: str, answers: tuple[str, ...]
 ):
-    """Some versions keep the beginning of the answer in a field of its own, others append it to the question."""
+    """Some versions keep the beginning of the answer in a separate field, others append it to the question."""
     records = [
         {"index": 0, "input": text, "outputs": outputs, "length": 90, "answer_prefix": prefix},
         {"index": 1, "input": text + prefix, "outputs": outputs, "length": 90},
