@@ -14,8 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from a3_sglang.kernels.attention_spec import AttentionSpec
+
 LOG2E = 1.4426950408889634
 """Exponentials are to base 2, so logits are multiplied with log2(e)."""
+LOG2E_CONSTANT = tl.constexpr(LOG2E)
+"""The same inside of kernels."""
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -46,12 +50,29 @@ def rotary_columns(pair, HALF: tl.constexpr, NEOX: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(q, k, v, visible, scaling, m_i, l_i, acc, MASKED: tl.constexpr):
+def attention_logits(q, k, scaling, cap, CAPPED: tl.constexpr):
+    """Logits in units of log2; see :func:`logit_arguments`."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    if CAPPED:
+        # The hyperbolic tangent: 2 sigmoid(2x) - 1.
+        logits = cap * (2 * tl.sigmoid(2 * logits) - 1)
+    return logits
+
+
+@triton.jit
+def start_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``m_i``, ``l_i`` and ``acc`` before the first step; the maximum is finite, so a step may see no key."""
+    m_i = tl.full((BLOCK_M,), -1e38, tl.float32)
+    return m_i, tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+
+@triton.jit
+def softmax_step(q, k, v, visible, scaling, cap, m_i, l_i, acc, CAPPED: tl.constexpr, MASKED: tl.constexpr):
     """One step of online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
 
     Over the keys that are ``visible``; over all of them unless ``MASKED``.
     """
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    logits = attention_logits(q, k, scaling, cap, CAPPED)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(logits, 1))
@@ -59,6 +80,35 @@ def softmax_step(q, k, v, visible, scaling, m_i, l_i, acc, MASKED: tl.constexpr)
     l_i = l_i * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return m_new, l_i, acc
+
+
+@triton.jit
+def add_sinks(sinks, head, mask_m, m_i, l_i, acc):
+    """A further logit per head, which has no value."""
+    sink = tl.load(sinks + head, mask=mask_m, other=0.0).to(tl.float32) * LOG2E_CONSTANT
+    m_new = tl.maximum(m_i, sink)
+    rescale = tl.exp2(m_i - m_new)
+    return m_new, l_i * rescale + tl.exp2(sink - m_new), acc * rescale[:, None]
+
+
+def logit_arguments(spec: AttentionSpec) -> dict[str, Any]:
+    """Arguments ``scaling``, ``cap`` and ``CAPPED`` of a kernel, for logits in units of log2."""
+    cap = spec.logit_cap
+    return {
+        "scaling": spec.scaling / cap if cap else spec.scaling * LOG2E,
+        "cap": cap * LOG2E,
+        "CAPPED": bool(cap),
+    }
+
+
+def window_arguments(spec: AttentionSpec) -> dict[str, Any]:
+    """Arguments ``window`` and ``WINDOWED`` of a kernel."""
+    return {"window": spec.window or 0, "WINDOWED": spec.window is not None}
+
+
+def sink_arguments(spec: AttentionSpec, unread: torch.Tensor) -> dict[str, Any]:
+    """Arguments ``sinks`` and ``SINKS`` of a kernel; without sinks, ``unread`` is passed in their place."""
+    return {"sinks": unread if spec.sinks is None else spec.sinks, "SINKS": spec.sinks is not None}
 
 
 INTERPRETED = not isinstance(softmax_step, triton.JITFunction)

@@ -14,14 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
+from a3_sglang.kernels.attention_spec import AttentionSpec
 from a3_sglang.kernels.common import (
-    LOG2E,
+    add_sinks,
     has_wide_products,
     load_queries,
+    logit_arguments,
     product_dtype,
     query_lanes,
+    sink_arguments,
     softmax_step,
+    start_softmax,
     tile_width,
+    window_arguments,
 )
 from a3_sglang.kernels.probe_layout import LANES, MAX_ROWS, POSITIONS, Layout, Scratch
 from a3_sglang.kernels.probe_relevance import add_relevance
@@ -37,11 +42,12 @@ def _probe_split_kernel(
     values,
     pieces,
     slots,
+    context_pos,
+    row_pos,
     acc_out,
     m_out,
     l_out,
     value_norms,
-    scaling,
     contexts,
     stride_qm,
     stride_qh,
@@ -49,12 +55,17 @@ def _probe_split_kernel(
     stride_kh,
     stride_vn,
     stride_vh,
+    scaling,
+    cap,
+    window,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     WRITE_NORMS: tl.constexpr,
 ):
     """A tile of a probe over a piece of its context: partial output and softmax state, and the norms of the values.
@@ -73,13 +84,23 @@ def _probe_split_kernel(
     mask_d = offs_d < DIM
     q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
 
+    # Find the first position that a row attends to.
+    first = 0
+    if WINDOWED:
+        seen_from = tl.load(row_pos + row, mask=mask_m, other=0) - window
+        lowest = tl.load(row_pos + first_row) - window
+        end = length
+        while first < end:
+            middle = (first + end) // 2
+            before = tl.load(context_pos + first_position + middle) < lowest
+            first = tl.where(before, middle + 1, first)
+            end = tl.where(before, end, middle)
+
     # Attend to the piece.
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m_i, l_i, acc = start_softmax(BLOCK_M, BLOCK_D)
     keys += kv_head * stride_kh + offs_d[None, :]
     values += kv_head * stride_vh + offs_d[None, :]
-    for begin in range(0, length, BLOCK_N):
+    for begin in range(first, length, BLOCK_N):
         offs_n = begin + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         mask_nd = mask_n[:, None] & mask_d[None, :]
@@ -89,7 +110,11 @@ def _probe_split_kernel(
         if WRITE_NORMS:  # All tiles of a request write the same here.
             norm = tl.sqrt(tl.sum(v.to(tl.float32) * v.to(tl.float32), 1))
             tl.store(value_norms + kv_head.to(tl.int64) * contexts + first_position + offs_n, norm, mask=mask_n)
-        m_i, l_i, acc = softmax_step(q, k, v, mask_n[None, :], scaling, m_i, l_i, acc, MASKED=True)
+        visible = mask_n[None, :]
+        if WINDOWED:
+            position = tl.load(context_pos + first_position + offs_n, mask=mask_n, other=0)
+            visible = visible & (position[None, :] >= seen_from[:, None])
+        m_i, l_i, acc = softmax_step(q, k, v, visible, scaling, cap, m_i, l_i, acc, CAPPED, MASKED=True)
 
     # Store the partial results.
     offs_state = (piece.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -107,9 +132,9 @@ def _probe_merge_kernel(
     m_in,
     l_in,
     tiles,
+    row_pos,
     out,
     lse,
-    scaling,
     rows,
     stride_qm,
     stride_qh,
@@ -119,6 +144,10 @@ def _probe_merge_kernel(
     stride_vh,
     stride_om,
     stride_oh,
+    sinks,
+    scaling,
+    cap,
+    window,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -126,6 +155,9 @@ def _probe_merge_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Lanes of a tile over the request's own rows, causally, merged with the tile's pieces; log-sum-exp of each row.
 
@@ -154,10 +186,13 @@ def _probe_merge_kernel(
 
     # Attend to them. Lanes without a row attend to the first one, so that their softmax stays finite.
     visible = offs_n[None, :] <= tl.where(mask_m, row - request_row, 0)[:, None]
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), visible, scaling, m_i, l_i, acc, MASKED=True)
+    if WINDOWED:
+        position = tl.load(row_pos + request_row + offs_n, mask=request_row + offs_n < first_row + row_count, other=0)
+        seen_from = tl.load(row_pos + row, mask=mask_m, other=0) - window
+        visible = visible & (position[None, :] >= seen_from[:, None])
+    m_i, l_i, acc = start_softmax(BLOCK_M, BLOCK_D)
+    k, v = k.to(DTYPE), v.to(DTYPE)
+    m_i, l_i, acc = softmax_step(q, k, v, visible, scaling, cap, m_i, l_i, acc, CAPPED, MASKED=True)
 
     # Merge the pieces of the context.
     for i in range(0, piece_count):
@@ -170,7 +205,9 @@ def _probe_merge_kernel(
         acc = acc * rescale[:, None] + acc_piece * rescale_piece[:, None]
         m_i = m_new
 
-    # Normalize and store.
+    # Add the sinks, normalize and store.
+    if SINKS:
+        m_i, l_i, acc = add_sinks(sinks, head, mask_m, m_i, l_i, acc)
     tl.store(
         out + row[:, None] * stride_om + head[:, None] * stride_oh + offs_d[None, :],
         (acc / l_i[:, None]).to(out.dtype.element_ty),
@@ -187,7 +224,7 @@ def probe_attention(
     values: torch.Tensor,
     layout: Layout,
     scratch: Scratch,
-    scaling: float,
+    spec: AttentionSpec,
     scores: torch.Tensor | None = None,
     mean: bool = False,
 ) -> torch.Tensor:
@@ -201,7 +238,7 @@ def probe_attention(
         values: like ``keys``.
         layout: see :func:`a3_sglang.kernels.probe_layout.make_layout`.
         scratch: see :func:`a3_sglang.kernels.probe_layout.make_scratch`; is overwritten.
-        scaling: factor of the logits.
+        spec: how the layer attends.
         scores: float32 (sum of contexts,), to which the relevance of each position is added: over heads, the root mean
             square of the rows' attention to it times the norm of its value
             (:func:`a3_sglang.attention.relevance.relevance`).
@@ -214,6 +251,7 @@ def probe_attention(
     kv_heads, contexts = keys.shape[1], len(layout.slots)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     shape = {"GROUP": heads // kv_heads, "DIM": dim, "BLOCK_D": tile_width(dim), "DTYPE": product_dtype(query)}
+    shape |= logit_arguments(spec) | window_arguments(spec)
     if contexts:
         _probe_split_kernel[(len(layout.pieces), kv_heads)](
             query,
@@ -221,11 +259,12 @@ def probe_attention(
             values,
             layout.pieces,
             layout.slots,
+            layout.context_pos,
+            layout.row_pos,
             scratch.acc,
             scratch.m_i,
             scratch.l_i,
             scratch.value_norms,
-            scaling * LOG2E,
             contexts,
             *query.stride()[:2],
             *keys.stride()[:2],
@@ -246,9 +285,9 @@ def probe_attention(
         scratch.m_i,
         scratch.l_i,
         layout.tiles,
+        layout.row_pos,
         out,
         scratch.lse,
-        scaling * LOG2E,
         layout.rows,
         *query.stride()[:2],
         *own_keys.stride()[:2],
@@ -258,8 +297,9 @@ def probe_attention(
         BLOCK_M=MERGED_LANES,
         BLOCK_N=MAX_ROWS,
         num_warps=4,
+        **sink_arguments(spec, unread=query),
         **shape,
     )
     if scores is not None and contexts:
-        add_relevance(query, keys, layout, scratch, scaling, scores, mean)
+        add_relevance(query, keys, layout, scratch, spec, scores, mean)
     return out

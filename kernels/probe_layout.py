@@ -31,7 +31,8 @@ class Layout:
             position in ``slots``, number of positions, first row and number of rows.
         blocks: of all requests.
         slots: int64 (sum of contexts,): the requests' context slots, concatenated.
-        rows: of all requests.
+        context_pos: int64 (sum of contexts,): their positions.
+        row_pos: int64 (rows,): positions of the rows.
     """
 
     pieces: torch.Tensor
@@ -39,19 +40,33 @@ class Layout:
     requests: torch.Tensor
     blocks: int
     slots: torch.Tensor
-    rows: int
+    context_pos: torch.Tensor
+    row_pos: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """Of all requests."""
+        return len(self.row_pos)
 
 
-def make_layout(counts: Sequence[int], slots: Sequence[torch.Tensor], heads: int, kv_heads: int) -> Layout:
+def make_layout(
+    slots: Sequence[torch.Tensor],
+    context_pos: Sequence[torch.Tensor],
+    row_pos: Sequence[torch.Tensor],
+    heads: int,
+    kv_heads: int,
+) -> Layout:
     """Cut the probes of several requests and their contexts; forces no host-device sync.
 
     Args:
-        counts: probe rows of each request, at most :data:`MAX_ROWS`.
-        slots: int64 (context,) of each request: the slots that all its rows attend to.
+        slots: int64 (context,) of each request: the slots that all its rows attend to, except for windows.
+        context_pos: int64 (context,) of each request: their positions, ascending.
+        row_pos: int64 (probe rows,) of each request: positions of its rows, ascending, after those of the context; at
+            most :data:`MAX_ROWS`.
         heads: query heads, at most :data:`LANES` per KV head.
         kv_heads: KV heads.
     """
-    step = LANES // (heads // kv_heads)
+    step, counts = LANES // (heads // kv_heads), [len(rows) for rows in row_pos]
     work = sum(-(-count // step) * len(context) for count, context in zip(counts, slots, strict=True)) * kv_heads
     size = max(4 * POSITIONS, work // PROGRAMS // POSITIONS * POSITIONS)
     pieces: list[tuple[int, ...]] = []
@@ -74,7 +89,8 @@ def make_layout(counts: Sequence[int], slots: Sequence[torch.Tensor], heads: int
     def table(entries: list[tuple[int, ...]], width: int) -> torch.Tensor:
         return torch.tensor(entries, dtype=torch.int32).view(-1, width).to(slots[0].device, non_blocking=True)
 
-    return Layout(table(pieces, 4), table(tiles, 6), table(requests, 5), block, torch.cat(list(slots)), row)
+    joined = (torch.cat(list(parts)) for parts in (slots, context_pos, row_pos))
+    return Layout(table(pieces, 4), table(tiles, 6), table(requests, 5), block, *joined)
 
 
 @dataclass(frozen=True, slots=True)

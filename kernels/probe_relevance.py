@@ -6,7 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_sglang.kernels.common import LOG2E, product_dtype, tile_width
+from a3_sglang.kernels.attention_spec import AttentionSpec
+from a3_sglang.kernels.common import (
+    attention_logits,
+    logit_arguments,
+    product_dtype,
+    tile_width,
+    window_arguments,
+)
 from a3_sglang.kernels.probe_layout import MAX_ROWS, POSITIONS, Layout, Scratch
 
 
@@ -16,10 +23,11 @@ def _probe_relevance_kernel(
     keys,
     requests,
     slots,
+    context_pos,
+    row_pos,
     lse,
     value_norms,
     scores,
-    scaling,
     contexts,
     rows,
     request_count,
@@ -27,6 +35,9 @@ def _probe_relevance_kernel(
     stride_qh,
     stride_kn,
     stride_kh,
+    scaling,
+    cap,
+    window,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -34,6 +45,8 @@ def _probe_relevance_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     """Add the relevance of a block of context to its request's probe, all heads. Grid: (blocks,).
@@ -53,6 +66,10 @@ def _probe_relevance_kernel(
     mask_n, mask_m, mask_d = offs_n < length, offs_m < row_count, offs_d < DIM
     slot = tl.load(slots + first_position + offs_n, mask=mask_n, other=0)
     row = (first_row + offs_m).to(tl.int64)
+    if WINDOWED:
+        position = tl.load(context_pos + first_position + offs_n, mask=mask_n, other=0)
+        seen_from = tl.load(row_pos + row, mask=mask_m, other=0) - window
+        visible = position[None, :] >= seen_from[:, None]
     total = tl.zeros((BLOCK_N,), tl.float32)
     for kv_head in range(KV_HEADS):
         k = tl.load(
@@ -70,15 +87,17 @@ def _probe_relevance_kernel(
                 other=0.0,
             ).to(DTYPE)
             row_lse = tl.load(lse + head * rows + row, mask=mask_m, other=float("inf"))
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling - row_lse[:, None])
+            p = tl.exp2(attention_logits(q, k, scaling, cap, CAPPED) - row_lse[:, None])
+            if WINDOWED:
+                p = tl.where(visible, p, 0.0)
             if MEAN:
                 attention += tl.sum(p, 0) / row_count
             else:
                 attention += tl.sqrt(tl.sum(p * p, 0) / row_count)
         if not MEAN:
-            # Times the norm of the value.
+            # Times the norm of the value, which nobody has written if no row attends to the position.
             offs_norm = kv_head * contexts.to(tl.int64) + first_position + offs_n
-            attention *= tl.load(value_norms + offs_norm, mask=mask_n, other=0.0)
+            attention *= tl.load(value_norms + offs_norm, mask=mask_n & (attention != 0.0), other=0.0)
         total += attention
     score = scores + first_position + offs_n
     tl.store(score, tl.load(score, mask=mask_n, other=0.0) + total, mask=mask_n)
@@ -89,7 +108,7 @@ def add_relevance(
     keys: torch.Tensor,
     layout: Layout,
     scratch: Scratch,
-    scaling: float,
+    spec: AttentionSpec,
     scores: torch.Tensor,
     mean: bool,
 ) -> None:
@@ -105,10 +124,11 @@ def add_relevance(
         keys,
         layout.requests,
         layout.slots,
+        layout.context_pos,
+        layout.row_pos,
         scratch.lse,
         scratch.value_norms,
         scores,
-        scaling * LOG2E,
         len(layout.slots),
         layout.rows,
         len(layout.requests),
@@ -122,6 +142,8 @@ def add_relevance(
         BLOCK_N=POSITIONS,
         DTYPE=product_dtype(query),
         MEAN=mean,
+        **logit_arguments(spec),
+        **window_arguments(spec),
         num_warps=4,
         num_stages=2,
     )

@@ -9,14 +9,19 @@ import torch
 import triton
 import triton.language as tl
 
+from a3_sglang.kernels.attention_spec import AttentionSpec
 from a3_sglang.kernels.common import (
-    LOG2E,
+    add_sinks,
     has_wide_products,
     load_queries,
+    logit_arguments,
     product_dtype,
     query_lanes,
+    sink_arguments,
     softmax_step,
+    start_softmax,
     tile_width,
+    window_arguments,
 )
 
 
@@ -107,8 +112,6 @@ def _row_attention_kernel(
     table,
     slots,
     kv_lens,
-    scaling,
-    lse_unit,
     stride_qm,
     stride_qh,
     stride_kn,
@@ -119,18 +122,26 @@ def _row_attention_kernel(
     stride_oh,
     stride_lm,
     stride_lh,
+    sinks,
+    scaling,
+    cap,
+    window,
+    lse_unit,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SINKS: tl.constexpr,
     STARTED: tl.constexpr,
 ):
     """One tile of rows over its request's context, for one KV head. Grid: (tiles, kv_heads).
 
-    ``STARTED``: ``out`` and ``lse`` already are the attention of all rows over what the tile's first row attends to;
-    only the rest is read, and ``out`` is overwritten.
+    ``STARTED``: ``out`` and ``lse`` already are the attention of all rows over what the tile's first row attends to,
+    without a window and sinks; only the rest is read, and ``out`` is overwritten.
     """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(table + 3 * tile)
@@ -142,10 +153,11 @@ def _row_attention_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < DIM
     q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
-    # Lanes without a row attend to one position, so that their softmax stays finite; they are not stored.
     kv_len = tl.load(kv_lens + row, mask=mask_m, other=1)
     longest = tl.max(kv_len, 0)
-    shortest = tl.min(tl.where(mask_m, kv_len, longest), 0)
+    # Lanes without a row attend like the last one, so that their softmax stays finite; they are not stored.
+    kv_len = tl.where(mask_m, kv_len, longest)
+    shortest = tl.min(kv_len, 0)
     offs_n = tl.arange(0, BLOCK_N)
     offs_out = row[:, None] * stride_om + head[:, None] * stride_oh + offs_d[None, :]
     mask_out = mask_m[:, None] & mask_d[None, :]
@@ -157,17 +169,21 @@ def _row_attention_kernel(
         l_i = tl.full((BLOCK_M,), 1.0, tl.float32)
         acc = tl.load(out + offs_out, mask=mask_out, other=0.0).to(tl.float32)
     else:
+        m_i, l_i, acc = start_softmax(BLOCK_M, BLOCK_D)
+        seen = shortest // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        # From the first position that a row attends to, every block needs a mask.
+        seen = tl.maximum(shortest - 1 - window, 0)
+    elif not STARTED:
         # Blocks that all rows attend to in full need no mask. Rows of a tile are close to each other in the prompt, so
         # that is most of the context.
-        seen = shortest // BLOCK_N * BLOCK_N
-        m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l_i = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for begin in range(0, seen, BLOCK_N):
             slot = tl.load(slots + begin + offs_n)
             k = tl.load(keys + slot[:, None] * stride_kn, mask=mask_d[None, :], other=0.0)
             v = tl.load(values + slot[:, None] * stride_vn, mask=mask_d[None, :], other=0.0)
-            m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), True, scaling, m_i, l_i, acc, MASKED=False)
+            m_i, l_i, acc = softmax_step(
+                q, k.to(DTYPE), v.to(DTYPE), True, scaling, cap, m_i, l_i, acc, CAPPED, MASKED=False
+            )
     # The rest, up to the longest row.
     for begin in range(seen, longest, BLOCK_N):
         position = begin + offs_n
@@ -176,9 +192,15 @@ def _row_attention_kernel(
         k = tl.load(keys + slot[:, None] * stride_kn, mask=mask_nd, other=0.0)
         v = tl.load(values + slot[:, None] * stride_vn, mask=mask_nd, other=0.0)
         visible = position[None, :] < kv_len[:, None]
-        m_i, l_i, acc = softmax_step(q, k.to(DTYPE), v.to(DTYPE), visible, scaling, m_i, l_i, acc, MASKED=True)
+        if WINDOWED:
+            visible &= position[None, :] >= kv_len[:, None] - 1 - window
+        m_i, l_i, acc = softmax_step(
+            q, k.to(DTYPE), v.to(DTYPE), visible, scaling, cap, m_i, l_i, acc, CAPPED, MASKED=True
+        )
 
-    # Normalize and store.
+    # Add the sinks, normalize and store.
+    if SINKS:
+        m_i, l_i, acc = add_sinks(sinks, head, mask_m, m_i, l_i, acc)
     tl.store(out + offs_out, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_out)
 
 
@@ -203,7 +225,7 @@ def row_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     tiles: Tiles,
-    scaling: float,
+    spec: AttentionSpec,
     start: Start | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each row over the first ``kv_lens`` slots of its request; softmax in float32.
@@ -215,9 +237,9 @@ def row_attention(
         keys: (slots, kv_heads, head_dim), dtype of ``query``.
         values: like ``keys``.
         tiles: see :func:`make_tiles`.
-        scaling: factor of the logits.
+        spec: how the layer attends.
         start: what is left out here because it is computed already, by tiles of the same size; ``start.out`` is
-            overwritten.
+            overwritten. Not for a layer with a window.
 
     Returns:
         (rows, heads, head_dim), dtype of ``query``.
@@ -238,13 +260,12 @@ def row_attention(
         tiles.table,
         tiles.slots,
         tiles.kv_lens,
-        scaling * LOG2E,
-        unit,
         *query.stride()[:2],
         *keys.stride()[:2],
         *values.stride()[:2],
         *out.stride()[:2],
         *lse.stride()[:2],
+        lse_unit=unit,
         GROUP=heads // kv_heads,
         DIM=dim,
         BLOCK_D=width,
@@ -253,6 +274,9 @@ def row_attention(
         BLOCK_N=min(shape.block_n, max(16, shape.block_n * 128 // width)),
         DTYPE=product_dtype(query),
         STARTED=start is not None,
+        **logit_arguments(spec),
+        **window_arguments(spec),
+        **sink_arguments(spec, unread=query),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )

@@ -68,15 +68,18 @@ def launch(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     query, probe = (torch.zeros(n, heads, dim, dtype=dtype) for n in (rows, 64))
     fresh = tuple(torch.zeros(n, kv_heads, dim, dtype=dtype) for n in (rows, rows))
     own = tuple(part[:64] for part in fresh)
+    specs = AttentionSpec(1.0), AttentionSpec(1.0, window=512, logit_cap=30.0, sinks=torch.zeros(heads))
     attend = ops.probe_attention.plan([ProbeRows.after(slots, 64)], heads, kv_heads)
-    attend(probe, own, (keys, values), AttentionSpec(1.0), torch.zeros(context))
+    for spec in specs:
+        attend(probe, own, (keys, values), spec, torch.zeros(context))
 
     attend = ops.row_attention.plan([RequestRows(0, rows, slots, observed, False)], heads, kv_heads, dtype)
-    attend(query, keys, values, AttentionSpec(1.0))
+    for spec in specs:
+        attend(query, keys, values, spec)
     # After paged attention by a library, see a3_sglang/attention/paged.py.
     start = Start(torch.zeros_like(query), torch.zeros(heads, rows).T, LOG2E)
     tiles = make_tiles([rows], [slots], [observed], heads // kv_heads, default_shape())
-    row_attention(query, keys, values, tiles, 1.0, start)
+    row_attention(query, keys, values, tiles, specs[0], start)
 
     observed_rows = ObservedRows([(0, context)], slots, slots, observed, 0, rows, 0, context)
     ops.plan_drift_correction(DEFAULT, [observed_rows], dtype)((keys, values), fresh, rope)
@@ -118,7 +121,7 @@ def main(arch: int) -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        variant = "".join(f" {flag.lower()}" for flag in ("FIRST", "STARTED") if kwargs.get(flag))
+        variant = "".join(f" {flag.lower()}" for flag in ("FIRST", "STARTED", "WINDOWED") if kwargs.get(flag))
         compiled[f"{self.__name__}{variant}{shape} {dtype}".replace("torch.", "")] = kernel
         return kernel
 

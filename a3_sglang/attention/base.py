@@ -11,41 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
+from a3_sglang.kernels.attention_spec import AttentionSpec
+
+__all__ = [
+    "KV",
+    "AttentionSpec",
+    "ProbeAttention",
+    "ProbeFn",
+    "ProbeRows",
+    "RequestRows",
+    "RowAttention",
+    "RowAttentionFn",
+]
+
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AttentionSpec:
-    """How a layer attends, besides being causal.
-
-    Attributes:
-        scaling: factor of the logits.
-        window: a row attends to this many positions before its own; None: to all of them.
-        logit_cap: logits become ``cap * tanh(logits / cap)``; 0: they are not capped.
-        sinks: (heads,), a logit per head that takes part in the softmax and has no value; None: there is none.
-    """
-
-    scaling: float
-    window: int | None = None
-    logit_cap: float = 0.0
-    sinks: torch.Tensor | None = None
-
-    def sinks_by_kv_head(self, kv_heads: int) -> Sequence[torch.Tensor | None]:
-        """The sinks of the heads that share each KV head, (group,) each; None if the layer has none."""
-        return [None] * kv_heads if self.sinks is None else self.sinks.view(kv_heads, -1).unbind(0)
-
-    def check_plain(self, name: str) -> None:
-        """Check that this is attention to all earlier positions, without caps and sinks.
-
-        Args:
-            name: of the implementation that knows nothing else.
-
-        Raises:
-            ValueError: it is not.
-        """
-        if self.window is not None or self.logit_cap or self.sinks is not None:
-            raise ValueError(f"{name} has no sliding windows, logit caps or attention sinks")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,7 @@ class TritonRowAttention(RowAttention):
         tiles = make_tiles(counts, slots, [r.kv_lens for r in requests], heads // kv_heads, shape)
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-            spec.check_plain("the kernel for row attention")
-            return row_attention(query, keys, values, tiles, spec.scaling)
+            return row_attention(query, keys, values, tiles, spec)
 
         return attend
 
@@ -52,17 +51,16 @@ class TritonProbeAttention(ProbeAttention):
         from a3_sglang.kernels.probe_attention import probe_attention
         from a3_sglang.kernels.probe_layout import Scratch, make_layout, make_scratch
 
-        counts, slots = [r.end - r.begin for r in requests], [r.context_slots for r in requests]
-        layout = make_layout(counts, slots, heads, kv_heads)
+        slots, context_pos = [r.context_slots for r in requests], [r.context_pos for r in requests]
+        layout = make_layout(slots, context_pos, [r.row_pos for r in requests], heads, kv_heads)
         scratch: Scratch | None = None
 
         def attend(
             query: torch.Tensor, own: KV, pools: KV, spec: AttentionSpec, scores: torch.Tensor | None
         ) -> torch.Tensor:
             nonlocal scratch
-            spec.check_plain("the kernel for the probe's attention")
             if scratch is None:
                 scratch = make_scratch(layout, heads, kv_heads, query.shape[2])
-            return probe_attention(query, *own, *pools, layout, scratch, spec.scaling, scores, mean)
+            return probe_attention(query, *own, *pools, layout, scratch, spec, scores, mean)
 
         return attend

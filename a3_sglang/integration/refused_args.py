@@ -255,3 +255,9 @@ REFUSED = (
     Feature("SGLang loads no plugins in Ray's actors", ("use_ray",)),
 )
 """What a3 is known to be wrong with; ``--a3-allow`` does not lift it."""
+
+REFUSED_VARIABLES = {
+    "SGLANG_RUST_SERVER": "SGLang's server in Rust loads no plugins, so custom_params would not be checked",
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "the KV pool would take the memory that a3's passes need",
+}
+"""Environment variables that turn on what a3 is known to be wrong with, and why."""

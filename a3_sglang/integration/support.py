@@ -9,7 +9,7 @@ from a3_sglang.config import AUTO, BACKEND, ServerOptions
 from a3_sglang.drift.file import find_drift
 from a3_sglang.integration import compat
 from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED
-from a3_sglang.integration.refused_args import REFUSED
+from a3_sglang.integration.refused_args import REFUSED, REFUSED_VARIABLES
 
 BACKEND_OPTION = f"--radix-cache-backend {BACKEND}"
 """Start of the messages that refuse a configuration."""
@@ -80,8 +80,9 @@ def refusal(server_args: Any, model_config: Any, options: ServerOptions) -> str 
 
 def _known_wrong(server_args: Any) -> str | None:
     """Refuse features that a3 cannot run with, whatever ``--a3-allow`` says."""
-    if compat.rust_server():
-        return "SGLANG_RUST_SERVER: SGLang's server in Rust loads no plugins, so custom_params would not be checked"
+    for variable, reason in REFUSED_VARIABLES.items():
+        if compat.is_set(variable):
+            return f"{variable}: {reason}"
     given, known = compat.given_arguments(server_args), compat.argument_defaults()
     for feature in REFUSED:
         for name in filter(known.__contains__, feature.switches):

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from a3_sglang.attention.base import AttentionSpec
 from a3_sglang.drift.correction import ObservedRows
 from a3_sglang.rope import RopeTable, Rotation
 from gpu_suite.card import DEVICE, DTYPE
@@ -61,12 +62,19 @@ class Case:
         return ObservedRows(spans, positions, self.slots, self.rows, 0, count, 0, context)
 
 
-def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
+def weights64(query: torch.Tensor, keys: torch.Tensor, kv_lens: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """Attention weights of rows over the first ``kv_lens`` keys, float64 (rows, heads, n)."""
     keys = keys.double().repeat_interleave(HEADS // KV_HEADS, 1)
-    logits = torch.einsum("rhd,nhd->rhn", query.double(), keys) * DIM**-0.5
-    hidden = torch.arange(len(keys), device=keys.device) >= kv_lens[:, None]
-    return logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
+    logits = torch.einsum("rhd,nhd->rhn", query.double(), keys) * spec.scaling
+    if spec.logit_cap:
+        logits = spec.logit_cap * (logits / spec.logit_cap).tanh()
+    distance = kv_lens[:, None] - 1 - torch.arange(len(keys), device=keys.device)
+    hidden = (distance < 0) | (distance > (len(keys) if spec.window is None else spec.window))
+    logits = logits.masked_fill(hidden[:, None], -math.inf)
+    if spec.sinks is None:
+        return logits.softmax(-1)
+    sinks = spec.sinks.double().view(1, -1, 1).expand(len(query), -1, 1)
+    return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

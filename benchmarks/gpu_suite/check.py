@@ -55,14 +55,14 @@ def waits(mode: str) -> Iterator[None]:
 
 def row_attention_errors(case: Case) -> dict[str, torch.Tensor]:
     """Relative error of every row attention of this device."""
-    found = {}
-    weights = weights64(case.query, case.keys[0][case.slots], case.rows + 1)
+    found, spec = {}, AttentionSpec(DIM**-0.5)
+    weights = weights64(case.query, case.keys[0][case.slots], case.rows + 1, spec)
     v64 = case.values[0][case.slots].double().repeat_interleave(HEADS // KV_HEADS, 1)
     request = RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)
     for name, make in (ROW_ATTENTION | VARIANTS).items():
         try:
             attend = make(torch.device(DEVICE)).plan([request], HEADS, KV_HEADS, DTYPE)
-            out = attend(case.query, case.keys[0], case.values[0], AttentionSpec(DIM**-0.5))
+            out = attend(case.query, case.keys[0], case.values[0], spec)
         except Exception as reason:  # That a library is absent, or does not work here, is a result, too.
             print(f"row attention by {name}: {type(reason).__name__}: {reason}")
             continue
@@ -83,17 +83,16 @@ def selection_error(context: int, seed: int) -> float:
     return max(0.0, 0.95 - len(set(found.tolist()) & set(expected.tolist())) / count)
 
 
-def errors_of(case: Case) -> dict[str, torch.Tensor]:
-    """Relative errors of the kernels, on the device."""
-    ops, context = TritonOps(), len(case.slots)
-    group, spec, found = HEADS // KV_HEADS, AttentionSpec(DIM**-0.5), {}
+def attention_errors(case: Case, spec: AttentionSpec) -> dict[str, torch.Tensor]:
+    """Relative errors of the kernels for row attention, the probe's attention and the relevance of its context."""
+    ops, context, group, found = TritonOps(), len(case.slots), HEADS // KV_HEADS, {}
     k, v = (pool[0][case.slots] for pool in (case.keys, case.values))
 
     attend = ops.row_attention.plan(
         [RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)], HEADS, KV_HEADS, DTYPE
     )
     out = attend(case.query, case.keys[0], case.values[0], spec)
-    weights = weights64(case.query, k, case.rows + 1)
+    weights = weights64(case.query, k, case.rows + 1, spec)
     v64 = v.double().repeat_interleave(group, 1)
     found["row attention"] = relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
 
@@ -101,11 +100,19 @@ def errors_of(case: Case) -> dict[str, torch.Tensor]:
     scores = torch.zeros(context, device=DEVICE)
     out = probe(case.probe, case.own, (case.keys[0], case.values[0]), spec, scores)
     all_k, all_v = (torch.cat([x, own]) for x, own in zip((k, v), case.own, strict=True))
-    weights = weights64(case.probe, all_k, torch.arange(PROBE_ROWS, device=DEVICE) + context + 1)
+    weights = weights64(case.probe, all_k, torch.arange(PROBE_ROWS, device=DEVICE) + context + 1, spec)
     v64 = all_v.double().repeat_interleave(group, 1)
     found["probe attention"] = relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
     relevance = (weights.square().mean(0).sqrt() * v64.norm(dim=-1).T).sum(0)
     found["relevance"] = relative_error(scores, relevance[:context])
+    return found
+
+
+def errors_of(case: Case) -> dict[str, torch.Tensor]:
+    """Relative errors of the kernels, on the device."""
+    ops, found = TritonOps(), attention_errors(case, AttentionSpec(DIM**-0.5))
+    special = AttentionSpec(DIM**-0.5, len(case.slots) // 3, 5.0, torch.linspace(-2, 3, HEADS, device=DEVICE))
+    found |= {f"{name}, window, cap and sinks": error for name, error in attention_errors(case, special).items()}
 
     expected = [
         (rotate(keys[case.slots].double(), *(x.double() for x in case.rotation), True), values[case.slots].double())
@@ -122,7 +129,7 @@ def errors_of(case: Case) -> dict[str, torch.Tensor]:
     ]
     found["copy"] = torch.stack(copied).max()
 
-    observed, pools = case.observed(), (case.keys[0], case.values[0])
+    context, observed, pools = len(case.slots), case.observed(), (case.keys[0], case.values[0])
     corrected, before = [pool[case.slots].float() for pool in pools], [pool[case.slots].double() for pool in pools]
     by_position = dataclasses.replace(observed, slots=torch.arange(context, device=DEVICE))
     correct_drift(tuple(corrected), case.fresh, DriftCorrection.plan(DEFAULT, by_position), case.rope)

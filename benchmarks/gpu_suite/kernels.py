@@ -82,7 +82,7 @@ def row_attentions(case: Case) -> list[tuple[str, Callable[[], Any]]]:
     for shape in TILE_SHAPES:
         tiles = make_tiles([count], [case.slots], [case.rows + 1], HEADS // KV_HEADS, shape)
         name = f"  {shape.block_m} x {shape.block_n}, warps {shape.num_warps}, stages {shape.num_stages}"
-        ways.append((name, lambda tiles=tiles: row_attention(case.query, *pair, tiles, spec.scaling)))
+        ways.append((name, lambda tiles=tiles: row_attention(case.query, *pair, tiles, spec)))
     if DEVICE == "cpu":
         return ways
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import sglang
+from sglang.srt.environ import envs
 
 from a3_sglang.config import RequestOptions, ServerOptions
 from a3_sglang.integration import compat
 from a3_sglang.integration.allowed_args import ALLOWED, ALLOWED_VALUES, CHECKED
-from a3_sglang.integration.refused_args import REFUSED
+from a3_sglang.integration.refused_args import REFUSED, REFUSED_VARIABLES
 from a3_sglang.integration.support import server_options
 from helpers.arguments import CPU, LLAMA, changed, plugins_loaded, refused, resolved, write_model
 from helpers.server_args import DECIDED, DETAILS, SWITCHES, UNDECIDED
@@ -266,9 +267,12 @@ def test_dtype_of_the_kv(plain: Any, config: Any, kept: str, right: bool):
     assert right or reason.startswith("--kv-cache-dtype: ")
 
 
-def test_the_server_in_rust_is_refused(plain: Any, config: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
-    assert (refused(plain, config) or "").startswith("SGLANG_RUST_SERVER: ")
+@pytest.mark.parametrize("variable", REFUSED_VARIABLES)
+def test_variables_that_are_refused(plain: Any, config: Any, monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.setenv(variable, "1")
+    # Older releases of SGLang do not read the newer variables.
+    expected = f"{variable}: {REFUSED_VARIABLES[variable]}" if hasattr(envs, variable) else None
+    assert refused(plain, config) == expected
 
 
 # ---- as SGLang itself resolves it

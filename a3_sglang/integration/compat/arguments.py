@@ -91,11 +91,11 @@ def resolved_argument(server_args: Any, name: str) -> Any:
     return resolution_result(server_args, name)
 
 
-def rust_server() -> bool:
-    """Whether SGLang's Rust server takes the requests; only an environment variable selects it."""
+def is_set(variable: str) -> bool:
+    """Whether SGLang reads this environment variable, and it turns something on."""
     from sglang.srt.environ import envs
 
-    return bool(envs.SGLANG_RUST_SERVER.get()) if hasattr(envs, "SGLANG_RUST_SERVER") else False
+    return hasattr(envs, variable) and bool(getattr(envs, variable).get())
 
 
 def model_config(server_args: Any) -> Any:
