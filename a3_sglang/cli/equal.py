@@ -28,6 +28,7 @@ from a3_sglang.cli.experiment import (
     LimitOption,
     StartOption,
     TaskOption,
+    drift_of,
     experiment,
 )
 from a3_sglang.cli.output import steps
@@ -82,6 +83,7 @@ def equal(
     if svg is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("drawing needs matplotlib: pip install matplotlib", param_hint="--svg")
     asked, settings = experiment(model, data, task, start, limit, chunks, context // chunks, seed, "last", False, dtype)
+    settings["drift"] = drift_of(model)
     begin = engines(model)
     quality, matched = _quality(asked, donors, ratios, begin, Cells(cells, settings))
     rules = list(dict.fromkeys([*((peer, RATIO) for peer in PEERS), *((DEFAULT, r) for r in matched.values() if r)]))

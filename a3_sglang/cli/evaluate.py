@@ -16,6 +16,7 @@ from a3_sglang.cli.experiment import (
     LimitOption,
     StartOption,
     TaskOption,
+    drift_of,
     experiment,
 )
 from a3_sglang.cli.output import steps
@@ -63,6 +64,7 @@ def evaluate(
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}", param_hint="--shape")
     asked, settings = experiment(model, data, task, start, limit, passages, passage_tokens, seed, shape, charged, dtype)
+    settings["drift"] = drift_of(model)
     done, numbers = Cells(cells, settings), asked.numbers
     before = sum((number, *variant) in done for number in numbers for variant in variants)
     with steps("asking", len(numbers) * len(variants), before) as step:

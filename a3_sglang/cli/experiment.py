@@ -12,6 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from a3_sglang.cli.common import resolve_dtype
+from a3_sglang.config import ServerOptions
+from a3_sglang.drift.file import DEFAULT_NAME, find_drift
+from a3_sglang.drift.model import DEFAULT
 from a3_sglang.evaluation.layouts import load, split_text
 from a3_sglang.evaluation.prompts import Writer
 from a3_sglang.evaluation.questions import TASKS, make
@@ -98,6 +101,15 @@ def experiment(
     depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     writer = Writer(tokenizer, passages, passage_tokens, seed, shape)
     return Experiment(questions, numbers, writer, tokenizer, depth, charged, arguments), settings
+
+
+def drift_of(model: str) -> str:
+    """The model of drift that engines of this process use: its constants' digest, or "default"."""
+    try:
+        drift, _ = find_drift(ServerOptions.from_environment().drift, model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="A3_DRIFT") from None
+    return DEFAULT_NAME if drift == DEFAULT else hashlib.sha256(repr(drift).encode()).hexdigest()[:16]
 
 
 class Cells(dict[Key, Result]):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from a3_sglang.cli.experiment import drift_of
 from a3_sglang.drift.file import DriftFile, find_drift, known_file
 from a3_sglang.drift.fingerprint import fingerprint
 from a3_sglang.drift.model import DEFAULT, Covariance
@@ -66,6 +68,21 @@ def test_without_the_models_files_auto_is_the_default_and_a_named_file_is_truste
     assert find_drift("auto", "nobody/no-such-model") == (DEFAULT, "default")
     written(tmp_path / "mine.json", model, seed=4)
     assert find_drift(str(tmp_path / "mine.json"), "nobody/no-such-model")[0] == drawn_model(4)
+
+
+def test_results_of_an_experiment_belong_to_the_drift_that_engines_use(
+    model: Path, tmp_path: Path, monkeypatch
+) -> None:
+    assert drift_of(str(model)) == "default"
+    seen = {"default"}
+    for seed in (4, 5):
+        written(tmp_path / "mine.json", model, seed=seed)
+        monkeypatch.setenv("A3_DRIFT", str(tmp_path / "mine.json"))
+        assert drift_of(str(model)) not in seen
+        seen.add(drift_of(str(model)))
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(typer.BadParameter, match=r"mine\.json"):
+        drift_of(str(model))
 
 
 COVARIANCE = dict(vars(DEFAULT.keys))
