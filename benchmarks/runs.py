@@ -50,9 +50,14 @@ class ProbeRuns(probe.Probe):
     lengths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     overhead: float = 0.0
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
-        blocks = PaddedBlocks(rows.lengths, "cpu")
-        return select_runs(drift, score.float().cpu(), blocks, count, self.lengths, self.overhead).to(score.device)
+    def select(
+        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
+    ) -> list[torch.Tensor]:
+        blocks = [PaddedBlocks(request.lengths, "cpu") for request in rows]
+        return [
+            select_runs(drift, score.float().cpu(), *request, self.lengths, self.overhead).to(score.device)
+            for score, *request in zip(scores, blocks, counts, strict=True)
+        ]
 
 
 RULES: dict[str, dict[str, Any]] = {

@@ -137,22 +137,23 @@ class Selector(ABC):
             float32 (reused,), not negative if :attr:`supports_auto` is set.
         """
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
-        """Which rows to recompute: those with the highest scores; of equal ones, the earlier.
+    def select(
+        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
+    ) -> list[torch.Tensor]:
+        """Which rows of each request to recompute: those with the highest scores; of equal ones, the earlier.
+
+        It takes all requests of a batch, so that a rule with many launches makes them once.
 
         Args:
-            score: what :meth:`score` returned.
-            rows: the reused rows.
-            count: how many to choose.
+            scores: of each request, what :meth:`score` returned.
+            rows: of each request, its reused rows.
+            counts: of each request, how many to choose.
             drift: how the drift of the rows varies.
 
         Returns:
-            int64 (count,), distinct indices into ``rows``, in any order.
+            Of each request, int64 (count,), distinct indices into its rows, in any order.
         """
-        return score.sort(descending=True, stable=True).indices[:count]
-
-    def select_batch(
-        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
-    ) -> list[torch.Tensor]:
-        """:meth:`select` for several requests; a selector whose launches are many makes them for all at once."""
-        return [self.select(*request, drift) for request in zip(scores, rows, counts, strict=True)]
+        return [
+            score.sort(descending=True, stable=True).indices[:count]
+            for score, count in zip(scores, counts, strict=True)
+        ]

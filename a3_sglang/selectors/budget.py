@@ -104,5 +104,5 @@ def pick_batch(
 ) -> list[torch.Tensor]:
     """:func:`pick` for several requests with equal selectors."""
     counts = [budget.count(score) for budget, score in zip(budgets, scores, strict=True)]
-    selected = selector.select_batch(scores, rows, counts, drift)
+    selected = selector.select(scores, rows, counts, drift)
     return [request.positions[indices].sort().values for request, indices in zip(rows, selected, strict=True)]

@@ -39,12 +39,7 @@ class Probe(Selector):
     def score(self, signal: torch.Tensor, rows: ReusedRows) -> torch.Tensor:
         return signal[rows.positions]
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
-        return select_batch(drift, [score.float()], [rows.lengths], [count])[0]
-
-    def select_batch(
+    def select(
         self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
     ) -> list[torch.Tensor]:
-        if type(self).select is not Probe.select:  # A subclass that selects differently.
-            return super().select_batch(scores, rows, counts, drift)
         return select_batch(drift, [score.float() for score in scores], [request.lengths for request in rows], counts)

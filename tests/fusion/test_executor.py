@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -247,7 +248,9 @@ class FailingProbe(Llama):
 class FailingSelect(RecordingProbe):
     """Fails after the probe has run."""
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
+    def select(
+        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
+    ) -> list[torch.Tensor]:
         raise IndexError("the rule failed")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -45,8 +46,10 @@ class RecordingProbe(Probe):
         self.signals.append(signal.clone())
         return super().score(signal, rows)
 
-    def select(self, score: torch.Tensor, rows: ReusedRows, count: int, drift: DriftModel) -> torch.Tensor:
-        return Selector.select(self, score, rows, count, drift)
+    def select(
+        self, scores: Sequence[torch.Tensor], rows: Sequence[ReusedRows], counts: Sequence[int], drift: DriftModel
+    ) -> list[torch.Tensor]:
+        return Selector.select(self, scores, rows, counts, drift)
 
 
 def run(executor: Executor, *requests: FusionRequest, timings: Timings | None = None) -> None:
