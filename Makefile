@@ -3,7 +3,7 @@
 # Ubuntu, root installs it with apt.
 
 PYTHON ?= python3
-ENVIRONMENT := $(PYTHON) tools/environment.py
+ENVIRONMENT := $(PYTHON) tools/environment
 MATRIX := 0.5.17 0.5.21
 # A3_TEST_DTYPE=float32 make test: in another dtype than what is fast on this CPU.
 # More arguments for pytest: make test PYTEST_ARGS="-k index -x"

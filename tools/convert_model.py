@@ -1,6 +1,6 @@
 """Turns a GGUF file into a bfloat16 safetensors folder that SGLang can load.
 
-Run by ``tools/environment.py`` with the Python of the environment::
+Run by ``tools/environment`` with the Python of the environment::
 
     python tools/convert_model.py FILE.gguf FOLDER
 """
