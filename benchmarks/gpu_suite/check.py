@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from a3_sglang.attention.base import AttentionSpec, ProbeRows, RequestRows
+from a3_sglang.attention.base import AttentionSpec, ProbeAttention, ProbeRows, RequestRows, RowAttention
 from a3_sglang.attention.registry import ROW_ATTENTION, VARIANTS
 from a3_sglang.drift.correction import DriftCorrection, correct_drift
 from a3_sglang.drift.model import DEFAULT, PaddedBlocks
@@ -53,20 +53,36 @@ def waits(mode: str) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(before)
 
 
+def specs(case: Case) -> dict[str, AttentionSpec]:
+    """How layers attend, by what is added to the names of the errors."""
+    scaling, sinks = DIM**-0.5, torch.linspace(-2, 3, HEADS, device=DEVICE)
+    return {
+        "": AttentionSpec(scaling),
+        ", sinks": AttentionSpec(scaling, sinks=sinks),
+        ", window, cap and sinks": AttentionSpec(scaling, len(case.slots) // 3, 5.0, sinks),
+    }
+
+
+def row_attention_error(case: Case, attention: RowAttention, spec: AttentionSpec) -> torch.Tensor:
+    """Relative error of a row attention."""
+    kv_lens = case.rows + 1
+    attend = attention.plan([RequestRows(0, len(kv_lens), case.slots, kv_lens, False)], HEADS, KV_HEADS, DTYPE)
+    out = attend(case.query, case.keys[0], case.values[0], spec)
+    weights = weights64(case.query, case.keys[0][case.slots], kv_lens, spec)
+    v64 = case.values[0][case.slots].double().repeat_interleave(HEADS // KV_HEADS, 1)
+    return relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
+
+
 def row_attention_errors(case: Case) -> dict[str, torch.Tensor]:
     """Relative error of every row attention of this device."""
-    found, spec = {}, AttentionSpec(DIM**-0.5)
-    weights = weights64(case.query, case.keys[0][case.slots], case.rows + 1, spec)
-    v64 = case.values[0][case.slots].double().repeat_interleave(HEADS // KV_HEADS, 1)
-    request = RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)
+    found = {}
     for name, make in (ROW_ATTENTION | VARIANTS).items():
         try:
-            attend = make(torch.device(DEVICE)).plan([request], HEADS, KV_HEADS, DTYPE)
-            out = attend(case.query, case.keys[0], case.values[0], spec)
+            attention = make(torch.device(DEVICE))
+            for suffix, spec in specs(case).items():
+                found[f"row attention by {name}{suffix}"] = row_attention_error(case, attention, spec)
         except Exception as reason:  # That a library is absent, or does not work here, is a result, too.
             print(f"row attention by {name}: {type(reason).__name__}: {reason}")
-            continue
-        found[f"row attention by {name}"] = relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
     return found
 
 
@@ -83,36 +99,28 @@ def selection_error(context: int, seed: int) -> float:
     return max(0.0, 0.95 - len(set(found.tolist()) & set(expected.tolist())) / count)
 
 
-def attention_errors(case: Case, spec: AttentionSpec) -> dict[str, torch.Tensor]:
-    """Relative errors of the kernels for row attention, the probe's attention and the relevance of its context."""
-    ops, context, group, found = TritonOps(), len(case.slots), HEADS // KV_HEADS, {}
-    k, v = (pool[0][case.slots] for pool in (case.keys, case.values))
-
-    attend = ops.row_attention.plan(
-        [RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)], HEADS, KV_HEADS, DTYPE
-    )
-    out = attend(case.query, case.keys[0], case.values[0], spec)
-    weights = weights64(case.query, k, case.rows + 1, spec)
-    v64 = v.double().repeat_interleave(group, 1)
-    found["row attention"] = relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
-
-    probe = ops.probe_attention.plan([ProbeRows.after(case.slots, PROBE_ROWS)], HEADS, KV_HEADS)
+def probe_errors(case: Case, probe: ProbeAttention, spec: AttentionSpec) -> dict[str, torch.Tensor]:
+    """Relative errors of the probe's attention and of the relevance of its context."""
+    context = len(case.slots)
+    attend = probe.plan([ProbeRows.after(case.slots, PROBE_ROWS)], HEADS, KV_HEADS)
     scores = torch.zeros(context, device=DEVICE)
-    out = probe(case.probe, case.own, (case.keys[0], case.values[0]), spec, scores)
-    all_k, all_v = (torch.cat([x, own]) for x, own in zip((k, v), case.own, strict=True))
-    weights = weights64(case.probe, all_k, torch.arange(PROBE_ROWS, device=DEVICE) + context + 1, spec)
-    v64 = all_v.double().repeat_interleave(group, 1)
-    found["probe attention"] = relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
+    out = attend(case.probe, case.own, (case.keys[0], case.values[0]), spec, scores)
+    k, v = (torch.cat([pool[0][case.slots], own]) for pool, own in zip((case.keys, case.values), case.own, strict=True))
+    weights = weights64(case.probe, k, torch.arange(PROBE_ROWS, device=DEVICE) + context + 1, spec)
+    v64 = v.double().repeat_interleave(HEADS // KV_HEADS, 1)
     relevance = (weights.square().mean(0).sqrt() * v64.norm(dim=-1).T).sum(0)
-    found["relevance"] = relative_error(scores, relevance[:context])
-    return found
+    return {
+        "probe attention": relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64)),
+        "relevance": relative_error(scores, relevance[:context]),
+    }
 
 
 def errors_of(case: Case) -> dict[str, torch.Tensor]:
     """Relative errors of the kernels, on the device."""
-    ops, found = TritonOps(), attention_errors(case, AttentionSpec(DIM**-0.5))
-    special = AttentionSpec(DIM**-0.5, len(case.slots) // 3, 5.0, torch.linspace(-2, 3, HEADS, device=DEVICE))
-    found |= {f"{name}, window, cap and sinks": error for name, error in attention_errors(case, special).items()}
+    ops, found = TritonOps(), dict[str, torch.Tensor]()
+    for suffix, spec in specs(case).items():
+        found[f"row attention{suffix}"] = row_attention_error(case, ops.row_attention, spec)
+        found |= {name + suffix: error for name, error in probe_errors(case, ops.probe_attention, spec).items()}
 
     expected = [
         (rotate(keys[case.slots].double(), *(x.double() for x in case.rotation), True), values[case.slots].double())
