@@ -179,15 +179,20 @@ def _probe_merge_kernel(
     mask_d = offs_d < DIM
     q = load_queries(query, row, head, mask_m, stride_qm, stride_qh, offs_d, mask_d, DTYPE)
     # No row of the tile attends to rows after the tile's last.
-    own_row = (request_row + offs_n).to(tl.int64)[:, None]
-    mask_nd = (request_row + offs_n < first_row + row_count)[:, None] & mask_d[None, :]
-    k = tl.load(own_keys + own_row * stride_kn + kv_head * stride_kh + offs_d[None, :], mask=mask_nd, other=0.0)
-    v = tl.load(own_values + own_row * stride_vn + kv_head * stride_vh + offs_d[None, :], mask=mask_nd, other=0.0)
+    own_row = (request_row + offs_n).to(tl.int64)
+    mask_n = own_row < first_row + row_count
+    mask_nd = mask_n[:, None] & mask_d[None, :]
+    k = tl.load(
+        own_keys + own_row[:, None] * stride_kn + kv_head * stride_kh + offs_d[None, :], mask=mask_nd, other=0.0
+    )
+    v = tl.load(
+        own_values + own_row[:, None] * stride_vn + kv_head * stride_vh + offs_d[None, :], mask=mask_nd, other=0.0
+    )
 
     # Attend to them. Lanes without a row attend to the first one, so that their softmax stays finite.
     visible = offs_n[None, :] <= tl.where(mask_m, row - request_row, 0)[:, None]
     if WINDOWED:
-        position = tl.load(row_pos + request_row + offs_n, mask=request_row + offs_n < first_row + row_count, other=0)
+        position = tl.load(row_pos + own_row, mask=mask_n, other=0)
         seen_from = tl.load(row_pos + row, mask=mask_m, other=0) - window
         visible = visible & (position[None, :] >= seen_from[:, None])
     m_i, l_i, acc = start_softmax(BLOCK_M, BLOCK_D)

@@ -11,18 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from a3_sglang.kernels.attention_spec import AttentionSpec
-
-__all__ = [
-    "KV",
-    "AttentionSpec",
-    "ProbeAttention",
-    "ProbeFn",
-    "ProbeRows",
-    "RequestRows",
-    "RowAttention",
-    "RowAttentionFn",
-]
+from a3_sglang.kernels.attention_spec import AttentionSpec as AttentionSpec
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""

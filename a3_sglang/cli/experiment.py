@@ -104,11 +104,11 @@ def experiment(
 
 
 def drift_of(model: str) -> str:
-    """The model of drift that engines of this process use: its constants' digest, or "default"."""
+    """Identifies the model of drift of engines that this process starts: "default", or a digest of its constants."""
     try:
         drift, _ = find_drift(ServerOptions.from_environment().drift, model)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="A3_DRIFT") from None
+        raise typer.BadParameter(str(error)) from None
     return DEFAULT_NAME if drift == DEFAULT else hashlib.sha256(repr(drift).encode()).hexdigest()[:16]
 
 
