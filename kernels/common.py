@@ -19,7 +19,7 @@ from a3_sglang.kernels.attention_spec import AttentionSpec
 LOG2E = 1.4426950408889634
 """Exponentials are to base 2, so logits are multiplied with log2(e)."""
 LOG2E_CONSTANT = tl.constexpr(LOG2E)
-"""The same inside of kernels."""
+"""The same constant, for use inside kernels."""
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -61,7 +61,7 @@ def attention_logits(q, k, scaling, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def start_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``m_i``, ``l_i`` and ``acc`` before the first step; the maximum is finite, so a step may see no key."""
+    """``m_i``, ``l_i``, ``acc`` before the first step; a finite ``m_i`` allows steps without visible keys."""
     m_i = tl.full((BLOCK_M,), -1e38, tl.float32)
     return m_i, tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
@@ -84,7 +84,7 @@ def softmax_step(q, k, v, visible, scaling, cap, m_i, l_i, acc, CAPPED: tl.const
 
 @triton.jit
 def add_sinks(sinks, head, mask_m, m_i, l_i, acc):
-    """A further logit per head, which has no value."""
+    """Add one logit per head, without a value, to the softmax (attention sinks)."""
     sink = tl.load(sinks + head, mask=mask_m, other=0.0).to(tl.float32) * LOG2E_CONSTANT
     m_new = tl.maximum(m_i, sink)
     rescale = tl.exp2(m_i - m_new)

@@ -59,7 +59,7 @@ def make_layout(
     """Cut the probes of several requests and their contexts; forces no host-device sync.
 
     Args:
-        slots: int64 (context,) of each request: the slots that all its rows attend to, except for windows.
+        slots: int64 (context,) of each request: the slots that all its rows attend to, apart from windows.
         context_pos: int64 (context,) of each request: their positions, ascending.
         row_pos: int64 (probe rows,) of each request: positions of its rows, ascending, after those of the context; at
             most :data:`MAX_ROWS`.

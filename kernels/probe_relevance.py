@@ -95,7 +95,7 @@ def _probe_relevance_kernel(
             else:
                 attention += tl.sqrt(tl.sum(p * p, 0) / row_count)
         if not MEAN:
-            # Times the norm of the value, which nobody has written if no row attends to the position.
+            # Times the norm of the value, which is written only for positions that a row attends to.
             offs_norm = kv_head * contexts.to(tl.int64) + first_position + offs_n
             attention *= tl.load(value_norms + offs_norm, mask=mask_n & (attention != 0.0), other=0.0)
         total += attention

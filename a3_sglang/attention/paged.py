@@ -3,7 +3,7 @@
 The rows of a request are sorted by position, so those of a tile are close to each other in the prompt, and nearly all
 that they attend to is what the first of them does. Over that much context they need no mask: any library's paged
 attention computes it, with a tile as a sequence. What is left, a few hundred positions, is the only part with a mask.
-The project's kernel computes layers with sliding windows or logit caps alone, and adds attention sinks.
+In layers with sliding windows or logit caps the project's kernel does everything; it also adds attention sinks.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class PagedRowAttention(RowAttention):
         tiles = make_tiles(counts, slots, [r.kv_lens for r in requests], group, shape)
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-            # In a window, rows of a tile have few positions in common. Caps are too rare to ask each library for.
+            # In a window, rows of a tile have few positions in common. Caps are too rare to pass to each library.
             whole = spec.window is not None or spec.logit_cap
             return row_attention(query, keys, values, tiles, spec, None if whole else start(query, keys, values, spec))
 

@@ -142,7 +142,7 @@ class Selector(ABC):
     ) -> list[torch.Tensor]:
         """Which rows of each request to recompute: those with the highest scores; of equal ones, the earlier.
 
-        It takes all requests of a batch, so that a rule with many launches makes them once.
+        All requests of a batch come in one call, so a rule with many kernel launches makes them only once.
 
         Args:
             scores: of each request, what :meth:`score` returned.

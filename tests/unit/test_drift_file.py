@@ -70,8 +70,8 @@ def test_without_the_models_files_auto_is_the_default_and_a_named_file_is_truste
     assert find_drift(str(tmp_path / "mine.json"), "nobody/no-such-model")[0] == drawn_model(4)
 
 
-def test_results_of_an_experiment_belong_to_the_drift_that_engines_use(
-    model: Path, tmp_path: Path, monkeypatch
+def test_kept_results_belong_to_one_model_of_drift(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert drift_of(str(model)) == "default"
     seen = {"default"}

