@@ -26,14 +26,13 @@ from typing import Any
 import torch
 
 from a3_sglang import selectors
-from a3_sglang.cli.experiment import experiment
+from a3_sglang.cli.experiment import drift_of, experiment
 from a3_sglang.client import engine, environment, generate
 from a3_sglang.config import DONOR_MODES
 from a3_sglang.cpu import serving_dtype
 from a3_sglang.drift.model import DriftModel, PaddedBlocks
 from a3_sglang.drift.runs import select_runs
-from a3_sglang.evaluation.runner import evaluating
-from a3_sglang.integration.engine import sglang_version
+from a3_sglang.evaluation.runner import Experiment, evaluating
 from a3_sglang.selectors import ReusedRows, probe
 
 SINGLE = "probe"
@@ -80,14 +79,11 @@ def run_count(report: dict[str, Any]) -> int:
 
 
 def measure(
-    args: argparse.Namespace, rules: Sequence[str], done: set[tuple[int, str, float, str]]
+    args: argparse.Namespace, asked: Experiment, done: set[tuple[int, str, float, str]]
 ) -> Iterator[dict[str, Any]]:
     """Results of every question, rule and donor mode but those done."""
-    asked, _ = experiment(
-        args.model, args.data, "facts", args.start, args.limit, 5, 400, 0, "last", charged=False, dtype=args.dtype
-    )
     for donors in args.donors.split(","):
-        wanted = [(rule, args.ratio, donors) for rule in rules]
+        wanted = [(rule, args.ratio, donors) for rule in args.rules.split(",")]
         with environment(A3_EXPLAIN="on"), evaluating(asked, donors, partial(engine, args.model)) as evaluation:
             for result in evaluation.ask(wanted, done):
                 case = asked.writer.case(asked.questions, result.question)
@@ -147,19 +143,24 @@ def main() -> None:
     parser.add_argument("--cells", default=Path("runs.cells.jsonl"), type=Path, help="file of single results")
     parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
+    questions = args.model, args.data, "facts", args.start, args.limit, 5, 400, 0, "last"
+    asked, settings = experiment(*questions, charged=False, answers=False, dtype=args.dtype)
+    settings["drift"] = drift_of(args.model)
     cells = [json.loads(line) for line in args.cells.read_text().splitlines()] if args.cells.exists() else []
+    if any(cell.pop("settings", None) != settings for cell in cells):
+        parser.error(f"{args.cells} holds results of other settings; name another file with --cells")
     done = {(cell["question"], cell["selector"], cell["ratio"], cell["donors"]) for cell in cells}
-    for cell in measure(args, args.rules.split(","), done):
+    for cell in measure(args, asked, done):
         cells.append(cell)
         with args.cells.open("a") as file:
-            file.write(json.dumps(cell) + "\n")
+            file.write(json.dumps({"settings": settings} | cell) + "\n")
     rows = table(cells)
     print("| " + " | ".join(rows[0]) + " |\n" + "|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
     if args.json:
         shared = {"model": Path(args.model).name, "data": args.data.name, "ratio": args.ratio, "dtype": args.dtype}
-        args.json.write_text(json.dumps({"rows": rows, **shared, "sglang": sglang_version()}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"rows": rows, **shared, "sglang": settings["sglang"]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

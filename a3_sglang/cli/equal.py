@@ -82,7 +82,9 @@ def equal(
         raise typer.BadParameter("a chunk has 64 tokens at least", param_hint="--chunks")
     if svg is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("drawing needs matplotlib: pip install matplotlib", param_hint="--svg")
-    asked, settings = experiment(model, data, task, start, limit, chunks, context // chunks, seed, "last", False, dtype)
+    asked, settings = experiment(
+        model, data, task, start, limit, chunks, context // chunks, seed, "last", False, False, dtype
+    )
     settings["drift"] = drift_of(model)
     begin = engines(model)
     quality, matched = _quality(asked, donors, ratios, begin, Cells(cells, settings))
@@ -133,7 +135,7 @@ def _quality(
                     step()
             for variant in variants:
                 mean = summary(variant, [done[(number, *variant)] for number in asked.numbers])
-                found[variant[0], float(variant[1])] = {key: mean[key] for key in ("kl", "charged", "agreement", "f1")}
+                found[variant[0], float(variant[1])] = {key: mean[key] for key in ("kl", "charged", "agreement")}
 
         def default_at(more: Sequence[float]) -> dict[float, float]:
             measure((DEFAULT, ratio) for ratio in more)

@@ -36,6 +36,9 @@ def evaluate(
     charged: Annotated[
         bool, typer.Option("--charged", help="Ratios are charged budgets: every rule costs the same.")
     ] = False,
+    answers: Annotated[
+        bool, typer.Option(help="Every rule also generates its own answer, for F1 and exact match.")
+    ] = True,
     donors: Annotated[str, typer.Option(help="Comma-separated: harvest, compiled.")] = "harvest",
     limit: LimitOption = 24,
     start: StartOption = 0,
@@ -63,7 +66,9 @@ def evaluate(
     variants = parse_variants(selectors, ratios, donors)
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}", param_hint="--shape")
-    asked, settings = experiment(model, data, task, start, limit, passages, passage_tokens, seed, shape, charged, dtype)
+    asked, settings = experiment(
+        model, data, task, start, limit, passages, passage_tokens, seed, shape, charged, answers, dtype
+    )
     settings["drift"] = drift_of(model)
     done, numbers = Cells(cells, settings), asked.numbers
     before = sum((number, *variant) in done for number in numbers for variant in variants)
@@ -76,7 +81,7 @@ def evaluate(
         f"a3-sglang eval {model}, {len(numbers)} questions of {data or task}, {passages} passages of {passage_tokens} "
         f"tokens, {SHAPES[shape]}"
     )
-    columns = ("selector", "ratio", "donors", "kl", "agreement", "f1", "em", "charged", "n")
+    columns = ["selector", "ratio", "donors", "kl", "agreement", *(("f1", "em") if answers else ()), "charged", "n"]
     print_table(title, columns, [[row[name] for name in columns] for row in rows])
     write_json(json, {"rows": rows, "data": str(data or task), "model": model, **settings})
 

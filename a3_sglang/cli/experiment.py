@@ -45,6 +45,7 @@ def experiment(
     seed: int,
     shape: str,
     charged: bool,
+    answers: bool,
     dtype: str,
 ) -> tuple[Experiment, dict[str, Any]]:
     """Read or make the questions.
@@ -60,6 +61,7 @@ def experiment(
         seed: of synthetic questions and of the passages' order.
         shape: of the prompts.
         charged: ratios are charged budgets.
+        answers: every variant also generates its own answer.
         dtype: of the model, or "auto".
 
     Returns:
@@ -92,6 +94,7 @@ def experiment(
         "passage_tokens": passage_tokens,
         "seed": seed,
         "charged": charged,
+        "answers": answers,
         "shape": shape,
         "sglang": sglang_version(),
         "dtype": served,
@@ -100,7 +103,7 @@ def experiment(
     arguments = {"disable_overlap_schedule": True, "chunked_prefill_size": prefill, "dtype": served}
     depth = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     writer = Writer(tokenizer, passages, passage_tokens, seed, shape)
-    return Experiment(questions, numbers, writer, tokenizer, depth, charged, arguments), settings
+    return Experiment(questions, numbers, writer, tokenizer, depth, charged, answers, arguments), settings
 
 
 def drift_of(model: str) -> str:

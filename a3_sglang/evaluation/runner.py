@@ -41,7 +41,7 @@ class Result:
         selector, ratio, donors: the variant.
         kl: mean KL divergence from the reference, in nats.
         agreement: share of tokens whose most likely next token is the reference's.
-        f1, em: word overlap and exact match with the right answers.
+        f1, em: word overlap and exact match with the right answers; None if answers are not generated.
         charged: effective recompute ratio.
     """
 
@@ -51,8 +51,8 @@ class Result:
     donors: str
     kl: float
     agreement: float
-    f1: float
-    em: float
+    f1: float | None
+    em: float | None
     charged: float
 
     @property
@@ -71,6 +71,7 @@ class Experiment:
         tokenizer: of the model.
         depth: layers of the model.
         charged: ratios are charged budgets.
+        answers: every variant also generates its own answer, for F1 and exact match.
         arguments: of the engines.
     """
 
@@ -80,6 +81,7 @@ class Experiment:
     tokenizer: Any
     depth: int
     charged: bool
+    answers: bool
     arguments: dict[str, Any]
 
 
@@ -109,12 +111,8 @@ class Evaluation:
         """Ask one question in all wanted variants."""
         case = self.experiment.writer.case(self.experiment.questions, number)
         right = self.experiment.questions[number].answers
-        flush(self.running)
-        reference, plain = self._ask(case.prompt, False, ANSWER_TOKENS)
-        teacher = plain["output_ids"]
-        end = teacher.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in teacher else len(teacher)
-        teacher = teacher[:end]
-        reference = reference[:end]
+        noise = any(variant[0] == NOISE for variant in wanted)
+        reference, teacher = self._reference(number, case.prompt, again=noise)
 
         def result(variant: Variant, option: Any) -> Result:
             logits, out = self._ask(case.prompt, option, teacher)
@@ -122,22 +120,22 @@ class Evaluation:
             # `full` leaves exact KV, so the prompt may be a prefix by now, with nothing left to fuse.
             if option is not False and variant[0] != "full" and report["reason"] is not None:
                 raise RuntimeError(f"fusion did not engage: {report}")
-            answer = teacher
-            if metrics.agreement(reference, logits) < 1:
+            agreement, answer = metrics.agreement(reference, logits), teacher
+            if self.experiment.answers and agreement < 1:
                 # Without the forced tokens, it would have answered differently.
                 answer = self._ask(case.prompt, option, ANSWER_TOKENS)[1]["output_ids"]
-            text = self._text(answer)
+            text = self._text(answer) if self.experiment.answers else None
             return Result(
                 number,
                 *variant,
                 kl=metrics.divergence(reference, logits),
-                agreement=metrics.agreement(reference, logits),
-                f1=metrics.f1(text, right),
-                em=metrics.exact_match(text, right),
+                agreement=agreement,
+                f1=None if text is None else metrics.f1(text, right),
+                em=None if text is None else metrics.exact_match(text, right),
                 charged=report["charged"],
             )
 
-        if any(variant[0] == NOISE for variant in wanted):
+        if noise:
             # The reference left the prompt in the tree, so this request computes little of it; if the case has earlier
             # requests, it computes what they do not leave there.
             if case.before:
@@ -157,6 +155,24 @@ class Evaluation:
             for ids in case.before:
                 generate(self.running, ids, a3=option)
             yield result(variant, option)
+
+    def _reference(self, number: int, prompt: list[int], again: bool) -> tuple[torch.Tensor, list[int]]:
+        """Logits and tokens of a full prefill's answer, up to its end.
+
+        Args:
+            number: of the question.
+            prompt: token ids.
+            again: ask even if it is known, which leaves the prompt as the only one in the tree.
+        """
+        kept = self.folder / f"reference-{number}.pt"
+        if again or not kept.exists():
+            flush(self.running)
+            logits, out = self._ask(prompt, False, ANSWER_TOKENS)
+            tokens, eos = out["output_ids"], self.tokenizer.eos_token_id
+            end = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+            torch.save((logits[:end].clone(), tokens[:end]), kept)
+        reference: tuple[torch.Tensor, list[int]] = torch.load(kept)
+        return reference
 
     def _donate(self, case: Case) -> None:
         """Empty the cache and fill it with the case's donors."""
@@ -248,5 +264,6 @@ def summary(variant: Variant, results: list[Result]) -> dict[str, Any]:
     """The table row of one variant: means over all questions."""
     row: dict[str, Any] = dict(zip(("selector", "ratio", "donors"), variant, strict=True))
     for name in ("kl", "agreement", "f1", "em", "charged"):
-        row[name] = round(statistics.mean(getattr(result, name) for result in results), 5)
+        values = [getattr(result, name) for result in results]
+        row[name] = None if None in values else round(statistics.mean(values), 5)
     return row | {"n": len(results)}

@@ -27,6 +27,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
         "limit": 2,
         "start": 0,
         "charged": False,
+        "answers": True,
         "passages": 3,
         "passage_tokens": 150,
         "seed": 5,
@@ -37,6 +38,7 @@ def test_eval_on_the_engine(model: str, tmp_path):
     evaluate(**arguments)
     rows = {(row["selector"], row["donors"]): row for row in json.loads(out.read_text())["rows"]}
     assert len(rows) == 10
+    assert all(0 <= row["em"] <= row["f1"] <= 1 for row in rows.values())
     for donors in ("harvest", "compiled"):
         assert rows["full", donors]["kl"] == 0
         assert rows["full", donors]["agreement"] == 1
@@ -54,11 +56,13 @@ def test_eval_on_the_engine(model: str, tmp_path):
     before = json.loads(out.read_text())
     evaluate(**arguments)
     assert json.loads(out.read_text()) == before
-    with pytest.raises(typer.BadParameter, match="other settings"):
-        evaluate(**arguments | {"seed": 6})
+    for other in {"seed": 6}, {"answers": False}:
+        with pytest.raises(typer.BadParameter, match="other settings"):
+            evaluate(**arguments | other)
     # Two other questions at equal cost: a rule that computes some layers in full gets fewer rows.
     equal = {"selectors": "probe,cacheblend", "ratios": "0.2", "donors": "compiled", "start": 2, "charged": True}
-    evaluate(**arguments | equal | {"cells": None})
+    evaluate(**arguments | equal | {"answers": False, "cells": None})
     for row in json.loads(out.read_text())["rows"][2:]:
+        assert row["f1"] is row["em"] is None
         assert row["charged"] == pytest.approx(0.2, abs=0.005)
         assert row["n"] == 2
