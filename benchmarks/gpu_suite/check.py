@@ -63,24 +63,30 @@ def specs(case: Case) -> dict[str, AttentionSpec]:
     }
 
 
-def row_attention_error(case: Case, attention: RowAttention, spec: AttentionSpec) -> torch.Tensor:
-    """Relative error of a row attention."""
-    kv_lens = case.rows + 1
-    attend = attention.plan([RequestRows(0, len(kv_lens), case.slots, kv_lens, False)], HEADS, KV_HEADS, DTYPE)
-    out = attend(case.query, case.keys[0], case.values[0], spec)
-    weights = weights64(case.query, case.keys[0][case.slots], kv_lens, spec)
+def row_attention64(case: Case, spec: AttentionSpec) -> torch.Tensor:
+    """Attention of the case's rows, float64 (rows, heads, head_dim)."""
+    weights = weights64(case.query, case.keys[0][case.slots], case.rows + 1, spec)
     v64 = case.values[0][case.slots].double().repeat_interleave(HEADS // KV_HEADS, 1)
-    return relative_error(out, torch.einsum("rhn,nhd->rhd", weights, v64))
+    return torch.einsum("rhn,nhd->rhd", weights, v64)
+
+
+def row_attention_by(attention: RowAttention, case: Case, spec: AttentionSpec) -> torch.Tensor:
+    """The same by a row attention."""
+    request = RequestRows(0, len(case.rows), case.slots, case.rows + 1, False)
+    attend = attention.plan([request], HEADS, KV_HEADS, DTYPE)
+    return attend(case.query, case.keys[0], case.values[0], spec)
 
 
 def row_attention_errors(case: Case) -> dict[str, torch.Tensor]:
     """Relative error of every row attention of this device."""
     found = {}
+    expected = [(suffix, spec, row_attention64(case, spec)) for suffix, spec in specs(case).items()]
     for name, make in (ROW_ATTENTION | VARIANTS).items():
         try:
             attention = make(torch.device(DEVICE))
-            for suffix, spec in specs(case).items():
-                found[f"row attention by {name}{suffix}"] = row_attention_error(case, attention, spec)
+            for suffix, spec, exact in expected:
+                out = row_attention_by(attention, case, spec)
+                found[f"row attention by {name}{suffix}"] = relative_error(out, exact)
         except Exception as reason:  # That a library is absent, or does not work here, is a result, too.
             print(f"row attention by {name}: {type(reason).__name__}: {reason}")
     return found
@@ -119,7 +125,8 @@ def errors_of(case: Case) -> dict[str, torch.Tensor]:
     """Relative errors of the kernels, on the device."""
     ops, found = TritonOps(), dict[str, torch.Tensor]()
     for suffix, spec in specs(case).items():
-        found[f"row attention{suffix}"] = row_attention_error(case, ops.row_attention, spec)
+        out = row_attention_by(ops.row_attention, case, spec)
+        found[f"row attention{suffix}"] = relative_error(out, row_attention64(case, spec))
         found |= {name + suffix: error for name, error in probe_errors(case, ops.probe_attention, spec).items()}
 
     expected = [
