@@ -16,7 +16,7 @@ import json
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import truediv
@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 from a3_sglang import selectors
-from a3_sglang.cli.experiment import drift_of, experiment
+from a3_sglang.cli.experiment import Cells, drift_of, experiment
 from a3_sglang.client import engine, environment, generate
 from a3_sglang.config import DONOR_MODES
 from a3_sglang.cpu import serving_dtype
 from a3_sglang.drift.model import DriftModel, PaddedBlocks
 from a3_sglang.drift.runs import select_runs
-from a3_sglang.evaluation.runner import Experiment, evaluating
+from a3_sglang.evaluation.runner import Experiment, Key, Result, evaluating
 from a3_sglang.selectors import ReusedRows, probe
 
 SINGLE = "probe"
@@ -78,9 +79,18 @@ def run_count(report: dict[str, Any]) -> int:
     return sum(start not in ends for start, _ in computed)
 
 
-def measure(
-    args: argparse.Namespace, asked: Experiment, done: set[tuple[int, str, float, str]]
-) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class RunsResult(Result):
+    """One question asked in one variant.
+
+    Attributes:
+        runs: of rows that were recomputed, gaps included.
+    """
+
+    runs: int
+
+
+def measure(args: argparse.Namespace, asked: Experiment, done: Container[Key]) -> Iterator[RunsResult]:
     """Results of every question, rule and donor mode but those done."""
     for donors in args.donors.split(","):
         wanted = [(rule, args.ratio, donors) for rule in args.rules.split(",")]
@@ -89,7 +99,7 @@ def measure(
                 case = asked.writer.case(asked.questions, result.question)
                 option = {"selector": result.selector, "ratio": args.ratio, "keep": False, "explain": True}
                 report = generate(evaluation.running, case.prompt, a3=option)["meta_info"]["a3"]
-                yield asdict(result) | {"runs": run_count(report)}
+                yield RunsResult(**asdict(result), runs=run_count(report))
 
 
 def interval(rule: Sequence[float], single: Sequence[float]) -> tuple[float, float]:
@@ -143,18 +153,15 @@ def main() -> None:
     parser.add_argument("--cells", default=Path("runs.cells.jsonl"), type=Path, help="file of single results")
     parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
-    questions = args.model, args.data, "facts", args.start, args.limit, 5, 400, 0, "last"
-    asked, settings = experiment(*questions, charged=False, answers=False, dtype=args.dtype)
-    settings["drift"] = drift_of(args.model)
-    cells = [json.loads(line) for line in args.cells.read_text().splitlines()] if args.cells.exists() else []
-    if any(cell.pop("settings", None) != settings for cell in cells):
-        parser.error(f"{args.cells} holds results of other settings; name another file with --cells")
-    done = {(cell["question"], cell["selector"], cell["ratio"], cell["donors"]) for cell in cells}
-    for cell in measure(args, asked, done):
-        cells.append(cell)
-        with args.cells.open("a") as file:
-            file.write(json.dumps({"settings": settings} | cell) + "\n")
-    rows = table(cells)
+    questions = args.model, args.data, "facts", args.start, args.limit, 5, 400, 0
+    try:
+        asked, settings = experiment(*questions, args.dtype, drift=drift_of(args.model))
+        cells = Cells(args.cells, settings, RunsResult)
+    except typer.BadParameter as error:
+        parser.error(str(error))
+    for cell in measure(args, asked, cells):
+        cells.keep(cell)
+    rows = table([asdict(cell) for cell in cells.values()])
     print("| " + " | ".join(rows[0]) + " |\n" + "|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")

@@ -60,9 +60,7 @@ def calibrate(
     of = fingerprint(model)
     if of is None and not print_only:
         raise typer.BadParameter(f"the files of {model} are not on this machine", param_hint="--model")
-    asked, settings = experiment(
-        model, data, TASK, 0, limit, passages, passage_tokens, seed, "last", False, False, dtype
-    )
+    asked, settings = experiment(model, data, TASK, 0, limit, passages, passage_tokens, seed, dtype)
     found: list[MeasuredSpan] = []
     with steps("measuring", len(asked.numbers)) as step:
         write = partial(asked.writer.case, asked.questions)

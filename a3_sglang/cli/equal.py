@@ -35,7 +35,7 @@ from a3_sglang.cli.output import steps
 from a3_sglang.client import Prompts, StartEngine, environment, vocabulary_of
 from a3_sglang.config import DONOR_MODES
 from a3_sglang.evaluation.equal import DEFAULT, GRID, PEERS, RATIO, draw, ratios_for
-from a3_sglang.evaluation.runner import Experiment, Variant, evaluating, summary
+from a3_sglang.evaluation.runner import Experiment, Result, Variant, evaluating, summary
 from a3_sglang.evaluation.ttft import compared_prefills, full_prefills
 
 Rule = tuple[str, float]
@@ -83,11 +83,10 @@ def equal(
     if svg is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("drawing needs matplotlib: pip install matplotlib", param_hint="--svg")
     asked, settings = experiment(
-        model, data, task, start, limit, chunks, context // chunks, seed, "last", False, False, dtype
+        model, data, task, start, limit, chunks, context // chunks, seed, dtype, drift=drift_of(model)
     )
-    settings["drift"] = drift_of(model)
     begin = engines(model)
-    quality, matched = _quality(asked, donors, ratios, begin, Cells(cells, settings))
+    quality, matched = _quality(asked, donors, ratios, begin, Cells(cells, settings, Result))
     rules = list(dict.fromkeys([*((peer, RATIO) for peer in PEERS), *((DEFAULT, r) for r in matched.values() if r)]))
     prompts = Prompts(vocabulary_of(model), context, chunks, seed)
     stock_ms, times = _times(rules, prompts, repeats, begin, settings["dtype"])
@@ -119,7 +118,7 @@ def equal(
 
 
 def _quality(
-    asked: Experiment, donors: str, ratios: Sequence[float], start: StartEngine, done: Cells
+    asked: Experiment, donors: str, ratios: Sequence[float], start: StartEngine, done: Cells[Result]
 ) -> tuple[dict[Rule, dict[str, Any]], dict[str, float | None]]:
     """Mean figures of each rule that was measured, and for each published rule the ratio at which the default is it."""
     found: dict[Rule, dict[str, Any]] = {}

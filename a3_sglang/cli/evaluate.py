@@ -22,7 +22,7 @@ from a3_sglang.cli.experiment import (
 from a3_sglang.cli.output import steps
 from a3_sglang.config import AUTO, DONOR_MODES, check_combination, check_ratio, check_selector
 from a3_sglang.evaluation.prompts import SHAPES
-from a3_sglang.evaluation.runner import IGNORES_RATIO, NOISE, Variant, run, summary
+from a3_sglang.evaluation.runner import IGNORES_RATIO, NOISE, Result, Variant, run, summary
 
 
 def evaluate(
@@ -67,10 +67,13 @@ def evaluate(
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}", param_hint="--shape")
     asked, settings = experiment(
-        model, data, task, start, limit, passages, passage_tokens, seed, shape, charged, answers, dtype
+        *(model, data, task, start, limit, passages, passage_tokens, seed, dtype),
+        shape=shape,
+        charged=charged,
+        answers=answers,
+        drift=drift_of(model),
     )
-    settings["drift"] = drift_of(model)
-    done, numbers = Cells(cells, settings), asked.numbers
+    done, numbers = Cells(cells, settings, Result), asked.numbers
     before = sum((number, *variant) in done for number in numbers for variant in variants)
     with steps("asking", len(numbers) * len(variants), before) as step:
         for result in run(asked, variants, engines(model), done):

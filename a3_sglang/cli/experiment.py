@@ -1,4 +1,4 @@
-"""What ``eval`` and ``bench equal`` share: the questions of an experiment, and single results kept in a file."""
+"""What commands that ask questions share: the questions of an experiment, and single results kept in a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -43,10 +43,12 @@ def experiment(
     passages: int,
     passage_tokens: int,
     seed: int,
-    shape: str,
-    charged: bool,
-    answers: bool,
     dtype: str,
+    *,
+    shape: str = "last",
+    charged: bool = False,
+    answers: bool = False,
+    drift: str = DEFAULT_NAME,
 ) -> tuple[Experiment, dict[str, Any]]:
     """Read or make the questions.
 
@@ -59,10 +61,11 @@ def experiment(
         passages: number of passages that a question keeps.
         passage_tokens: tokens that a passage keeps, or into which one text is cut.
         seed: of synthetic questions and of the passages' order.
+        dtype: of the model, or "auto".
         shape: of the prompts.
         charged: ratios are charged budgets.
         answers: every variant also generates its own answer.
-        dtype: of the model, or "auto".
+        drift: the engines' model of drift, see :func:`drift_of`.
 
     Returns:
         The experiment, and the settings that decide its results.
@@ -98,6 +101,7 @@ def experiment(
         "shape": shape,
         "sglang": sglang_version(),
         "dtype": served,
+        "drift": drift,
     }
     prefill = 4 * (passages + 2) * (passage_tokens + 32)
     arguments = {"disable_overlap_schedule": True, "chunked_prefill_size": prefill, "dtype": served}
@@ -107,7 +111,7 @@ def experiment(
 
 
 def drift_of(model: str) -> str:
-    """Identifies the model of drift of engines that this process starts: "default", or a digest of its constants."""
+    """The model of drift that engines started by this process use: "default", or a digest of its constants."""
     try:
         drift, _ = find_drift(ServerOptions.from_environment().drift, model)
     except ValueError as error:
@@ -115,28 +119,32 @@ def drift_of(model: str) -> str:
     return DEFAULT_NAME if drift == DEFAULT else hashlib.sha256(repr(drift).encode()).hexdigest()[:16]
 
 
-class Cells(dict[Key, Result]):
+AnyResult = TypeVar("AnyResult", bound=Result)
+
+
+class Cells(dict[Key, AnyResult]):
     """Single results by key, also kept in a file, from which an interrupted run resumes.
 
     Args:
         path: of the file; None: none is kept.
         settings: of the run.
+        kind: of the results.
 
     Raises:
         typer.BadParameter: the file holds results of other settings.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any], kind: type[AnyResult]) -> None:
         self._path, self._settings = path, settings
         for line in path.read_text().splitlines() if path is not None and path.exists() else ():
             kept = json.loads(line)
-            if kept.pop("settings") != settings:
+            if kept.pop("settings", None) != settings:
                 message = f"{path} holds results of other settings; name another file"
                 raise typer.BadParameter(message, param_hint="--cells")
-            result = Result(**kept)
+            result = kind(**kept)
             self[result.key] = result
 
-    def keep(self, result: Result) -> None:
+    def keep(self, result: AnyResult) -> None:
         """Add a result."""
         self[result.key] = result
         if self._path is not None:

@@ -91,7 +91,7 @@ class Evaluation:
     Args:
         running: the engine.
         donors: its donor mode.
-        folder: the engine dumps logits into it.
+        folder: holds logits: the engine's dumps, and the references.
         experiment: what is asked.
     """
 
