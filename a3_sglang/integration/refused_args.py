@@ -260,4 +260,4 @@ REFUSED_VARIABLES = {
     "SGLANG_RUST_SERVER": "SGLang's server in Rust loads no plugins, so custom_params would not be checked",
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "the KV pool would take the memory that a3's passes need",
 }
-"""Environment variables that enable what a3 is known to be wrong with, and why."""
+"""Environment variables that enable features a3 does not work with, and why."""

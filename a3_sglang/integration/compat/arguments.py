@@ -92,7 +92,7 @@ def resolved_argument(server_args: Any, name: str) -> Any:
 
 
 def is_set(variable: str) -> bool:
-    """Whether this release of SGLang reads the environment variable, and it is switched on."""
+    """Whether this release of SGLang has the environment variable, and it is switched on."""
     from sglang.srt.environ import envs
 
     return hasattr(envs, variable) and bool(getattr(envs, variable).get())
