@@ -49,7 +49,7 @@ def engine(model: str, backend: str | None, progress: Progress = _no_progress, *
         progress: shows the start.
         overrides: arguments of ``sglang.Engine``, see :func:`engine_arguments`.
     """
-    how = f"with --radix-cache-backend {backend}" if backend else "as it is"
+    how = f"with --radix-cache-backend {backend}" if backend else "without a3"
     if backend is not None:
         overrides["radix_cache_backend"] = backend
     with progress(f"starting SGLang {sglang_engine.sglang_version()} {how}"):
@@ -81,12 +81,17 @@ class Prompts:
     Args:
         vocabulary: tokens are drawn from 5 to ``vocabulary - 1``.
         context: tokens of the system part and the chunks together.
-        chunks: number of chunks.
+        chunks: number of chunks, at least 2.
         seed: of the random tokens.
         question: tokens of a question.
+
+    Raises:
+        ValueError: there are too few chunks.
     """
 
     def __init__(self, vocabulary: int, context: int, chunks: int, seed: int, question: int = 48) -> None:
+        if chunks < 2:
+            raise ValueError(f"chunks must be at least 2, as one cannot be moved, not {chunks}")
         self.random = random.Random(seed)
         self.vocabulary = vocabulary
         self.question_tokens = question
@@ -94,7 +99,7 @@ class Prompts:
         self.system = self.tokens(system)
         size = (context - system) // chunks
         self.chunks = [self.tokens(size) for _ in range(chunks)]
-        self._order: list[int] = []
+        self._orders: list[list[int]] = []
 
     @property
     def length(self) -> int:
@@ -106,15 +111,17 @@ class Prompts:
 
     def renew(self) -> None:
         """Draw a new system part and new chunks."""
+        self._orders.clear()
         self.system = self.tokens(len(self.system))
         self.chunks = [self.tokens(len(chunk)) for chunk in self.chunks]
 
     def shuffled(self) -> list[int]:
-        """The chunks in another order than the last time, with a new question."""
+        """The chunks with a new question, in another order than the first and the last time if there are that many."""
         order = self.random.sample(range(len(self.chunks)), len(self.chunks))
-        while order == self._order:
+        known = self._orders if len(order) > 2 else self._orders[:1]
+        while order in known:
             self.random.shuffle(order)
-        self._order = order
+        self._orders = [*self._orders[:1], order]
         return self.system + [token for i in order for token in self.chunks[i]] + self.tokens(self.question_tokens)
 
 

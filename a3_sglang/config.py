@@ -115,8 +115,8 @@ class ServerOptions(BaseModel):
     )
     row_attention: str = Field(
         AUTO,
-        description="Attention of recomputed tokens on a GPU; auto tries flashinfer and triton at start and keeps the "
-        "fastest one that is correct.",
+        description=f"Attention of recomputed tokens on a GPU: {', '.join(ROW_ATTENTION_NAMES)}; auto tries them at "
+        "start and keeps the fastest one that is correct.",
     )
     drift: str = Field(
         AUTO_NAME,

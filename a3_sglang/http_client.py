@@ -49,7 +49,7 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer to one request: decoded JSON, or text if it is none. A POST if there is a body."""
+        """The answer to one request: decoded JSON, or text if it is not JSON. A POST if there is a body."""
         with self._open(path, body) as response:
             return _decoded(response.read())
 

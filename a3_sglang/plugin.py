@@ -176,14 +176,14 @@ def _add(adder: Any, req: Any, add: Callable[[], Any], after: Callable[[Any, boo
     """
     assert _cache is not None
     rows, admitted, result = _cache.fusion_rows(req), False, None
-    compat.reserve(adder, rows)
+    compat.take_budget(adder, rows)
     withheld = compat.limit_chunk(adder, _cache.tail_limit(req))
     try:
         result = add()
         admitted = any(other is req for other in adder.can_run_list)
     finally:
         after(req, admitted)
-        compat.reserve(adder, (_cache.fusion_rows(req) if admitted else 0) - rows)
+        compat.take_budget(adder, (_cache.fusion_rows(req) if admitted else 0) - rows)
         if not admitted or (adder.new_chunked_req is not req and result is not req):
             compat.unlimit_chunk(adder, withheld)
     if admitted:

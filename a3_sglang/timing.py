@@ -1,4 +1,4 @@
-"""Measures how long work on a device takes, as the host sees it."""
+"""Measures how long work takes: by the host's clock, or by the device's own events."""
 
 from __future__ import annotations
 

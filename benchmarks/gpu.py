@@ -7,7 +7,7 @@ small sizes under compute-sanitizer, if it is installed. ``tests``: the project'
 ``kernels``: each kernel's time against what the card can do at best (bytes over the measured copy bandwidth,
 operations over the measured rate of a matrix product), at the sizes of one layer of Llama-3.1-8B; libraries' ways to
 compute the same rows; and other tile shapes of our row attention. ``engines``: time to first token with dummy weights
-in the shapes of Llama-3.1-8B and Qwen3-14B, SGLang as it is (with the attention backend that it chooses) against a3.
+in the shapes of Llama-3.1-8B and Qwen3-14B, stock SGLang (with the attention backend that it chooses) against a3.
 ``--small`` runs everything with tiny sizes; on a
 CPU all but the engines also run in Triton's interpreter (``TRITON_INTERPRET=1``), but times mean nothing there.
 """
@@ -92,7 +92,7 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def check(args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[str]:
     figures["errors"] = errors(args.small)
-    # NaN is not below it either.
+    # `not <` also catches NaN.
     wrong = {kernel: value for kernel, value in figures["errors"].items() if not value < TOLERANCE}
     if wrong:
         raise SystemExit(f"error: kernels differ from float64: {wrong}")

@@ -117,7 +117,7 @@ def table(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_rule[cell["donors"], cell["selector"]][cell["question"]] = cell
     rows = []
     for (donors, rule), found in by_rule.items():
-        single = by_rule[donors, SINGLE]
+        single = by_rule.get((donors, SINGLE), {})
         numbers = sorted(found.keys() & single.keys())
         if not numbers:
             continue
@@ -161,7 +161,9 @@ def main() -> None:
         parser.error(str(error))
     for cell in measure(args, asked, cells):
         cells.keep(cell)
-    rows = table([asdict(cell) for cell in cells.values()])
+    rows = table([asdict(cell) for cell in cells.values() if cell.ratio == args.ratio])
+    if not rows:
+        parser.error(f"--rules: add {SINGLE}, with which the others are compared")
     print("| " + " | ".join(rows[0]) + " |\n" + "|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")

@@ -1,9 +1,10 @@
 """Parts that the kernels share: layout of query rows, loads, and one step of online softmax.
 
-Names in all kernels: ``BLOCK_M`` query lanes or rows, ``BLOCK_N`` context positions or observed rows, ``BLOCK_D`` head
-dimensions and ``BLOCK_R`` rotary pairs of a tile; ``offs_*`` its indices, ``mask_*`` which of them exist; ``stride_xy``
-the stride of tensor ``x`` along its axis ``y`` (slot, row or head; the last axis is contiguous); ``acc``, ``m_i`` and
-``l_i`` the running output, maximum and sum of the softmax. Logits, and with them ``m_i``, are in units of log2.
+Names in the kernels of attention, copying and drift correction: ``BLOCK_M`` query lanes or rows, ``BLOCK_N`` context
+positions or observed rows, ``BLOCK_D`` head dimensions and ``BLOCK_R`` rotary pairs of a tile; ``offs_*`` its indices,
+``mask_*`` which of them exist; ``stride_xy`` the stride of tensor ``x`` along its axis ``y`` (slot, row or head; the
+last axis is contiguous); ``acc``, ``m_i`` and ``l_i`` the running output, maximum and sum of the softmax. Logits, and
+with them ``m_i``, are in units of log2.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from a3_sglang.kernels.attention_spec import AttentionSpec
 
 LOG2E = 1.4426950408889634
-"""Exponentials are to base 2, so logits are multiplied with log2(e)."""
+"""Exponentials are to base 2, so logits are multiplied by log2(e)."""
 LOG2E_CONSTANT = tl.constexpr(LOG2E)
 """The same constant, for use inside kernels."""
 

@@ -114,7 +114,7 @@ def _store_gains(gains, matrix, i, j, mask_i, open_i, weight_i, weight_j, nugget
     tl.store(gains + i, tl.where(open_i, explained / (variance + nugget_i), -1.0), mask=mask_i)
 
 
-@triton.jit(do_not_specialize=["round_idx"])
+@triton.jit(do_not_specialize=["round_number"])
 def _condition_kernel(
     matrices,
     gains,
@@ -122,7 +122,7 @@ def _condition_kernel(
     cell_scales,
     cell_weights,
     picked_in,
-    round_idx,
+    round_number,
     width,
     shared_sill,
     shared_rate,
@@ -133,7 +133,7 @@ def _condition_kernel(
     BLOCK_N: tl.constexpr,
     PIVOTS: tl.constexpr,
 ):
-    """Condition a block on its rows that were picked in round ``round_idx``; gain of the others. Grid: (blocks,).
+    """Condition a block on its rows that were picked in round ``round_number``; gain of the others. Grid: (blocks,).
 
     ``FIRST``: nothing is picked yet, and the prior covariance is written.
     """
@@ -167,19 +167,19 @@ def _condition_kernel(
             nugget_i = nugget_sill * scale_i * scale_i
             _store_gains(gains, matrix, i, j, mask_i, open_i, weight_i, weight_j, nugget_i)
     else:
-        picked = state_j == round_idx
+        picked = state_j == round_number
         place = tl.where(picked, tl.cumsum(picked.to(tl.int32), 0) - 1, -1)
         count = tl.sum(picked.to(tl.int32), 0)
-        slot = tl.arange(0, PIVOTS)
+        pivot = tl.arange(0, PIVOTS)
         for first in range(0, count, PIVOTS):
             # Columns c of the next picked rows: S = (c, c) with nugget, R = (c, all); then matrix -= (all, c) S^-1 R.
-            is_live = first + slot < count
-            c = tl.sum(tl.where(place[None, :] == (first + slot)[:, None], j[None, :], 0), 1)
+            is_live = first + pivot < count
+            c = tl.sum(tl.where(place[None, :] == (first + pivot)[:, None], j[None, :], 0), 1)
             live_cc = is_live[:, None] & is_live[None, :]
             s = tl.load(matrices + c[:, None] * width + c[None, :], mask=live_cc, other=0.0)
             scale_c = tl.load(cell_scales + c, mask=is_live, other=0.0)
             nugget_c = tl.where(is_live, nugget_sill * scale_c * scale_c, 1.0)
-            s += tl.where(slot[:, None] == slot[None, :], nugget_c[:, None], 0.0)
+            s += tl.where(pivot[:, None] == pivot[None, :], nugget_c[:, None], 0.0)
             mask_cj = is_live[:, None] & mask_j[None, :]
             r = tl.load(matrices + c[:, None] * width + j[None, :], mask=mask_cj, other=0.0)
             r = tl.dot(inverse(s, PIVOTS), r, input_precision="ieee")
@@ -204,15 +204,15 @@ def _condition_kernel(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["round_idx"])
-def _pick_kernel(gains, picked_in, row_of, selected, requests, schedule, round_idx, STEP: tl.constexpr):
+@triton.jit(do_not_specialize=["round_number"])
+def _pick_kernel(gains, picked_in, row_of, selected, requests, schedule, round_number, STEP: tl.constexpr):
     """A request's rows with the largest gain, of equal ones the first, in ascending order. Grid: (requests,).
 
     ``schedule`` has, by round and request, where in ``selected`` the rows of the round begin, and how many they are.
     """
     request = tl.program_id(0)
     first_cell, cells = tl.load(requests + 2 * request), tl.load(requests + 2 * request + 1)
-    schedule += 2 * ((round_idx - 1) * tl.num_programs(0) + request)
+    schedule += 2 * ((round_number - 1) * tl.num_programs(0) + request)
     begin_out, count = tl.load(schedule), tl.load(schedule + 1)
     offs = tl.arange(0, STEP)
     # The threshold by bisection of its bits: the largest with at least as many gains above or at it.
@@ -238,7 +238,7 @@ def _pick_kernel(gains, picked_in, row_of, selected, requests, schedule, round_i
         place = begin_out + taken_before + tl.cumsum(taken.to(tl.int32), 0) - 1
         row = tl.load(row_of + cell, mask=taken, other=0)
         tl.store(selected + place, row.to(tl.int64), mask=taken)
-        tl.store(picked_in + cell, round_idx, mask=taken)
+        tl.store(picked_in + cell, round_number, mask=taken)
         free -= tl.minimum(free, tl.sum(equal.to(tl.int32), 0))
         taken_before += tl.sum(taken.to(tl.int32), 0)
 
@@ -298,7 +298,7 @@ def select_rows(
         STEP=CELLS_PER_STEP,
         num_warps=8,
     )
-    for round_idx in range(len(rounds)):
+    for round_number in range(len(rounds)):
         _condition_kernel[(blocks,)](
             matrices,
             gains,
@@ -306,16 +306,16 @@ def select_rows(
             cell_scales,
             cell_weights,
             picked_in,
-            round_idx,
+            round_number,
             width,
             *kind.sills_and_rates,
-            FIRST=not round_idx,
+            FIRST=not round_number,
             BLOCK_M=ROWS_PER_STEP,
             BLOCK_N=tile_width(width),
             PIVOTS=PIVOTS,
             num_warps=8,
         )
         _pick_kernel[(len(picks),)](
-            gains, picked_in, row_of, selected, spans, schedule, round_idx + 1, STEP=CELLS_PER_STEP, num_warps=8
+            gains, picked_in, row_of, selected, spans, schedule, round_number + 1, STEP=CELLS_PER_STEP, num_warps=8
         )
     return selected

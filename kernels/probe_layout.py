@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from a3_sglang.kernels.common import tile_width
+
 MAX_ROWS = 64
 """Upper bound of the probe's rows per request."""
 LANES = 128
@@ -115,7 +117,7 @@ def make_scratch(layout: Layout, heads: int, kv_heads: int, dim: int) -> Scratch
     """Memory for :func:`a3_sglang.kernels.probe_attention.probe_attention` with this layout, for equal layers."""
     states, device = (len(layout.pieces), kv_heads, LANES), layout.slots.device
     return Scratch(
-        torch.empty((*states, max(16, 1 << (dim - 1).bit_length())), device=device),
+        torch.empty((*states, tile_width(dim)), device=device),
         torch.empty(states, device=device),
         torch.empty(states, device=device),
         torch.empty((kv_heads, len(layout.slots)), device=device),

@@ -1,4 +1,4 @@
-"""Attention of arbitrary rows by FlashAttention 3 over paged KV, the build that SGLang brings."""
+"""Attention of arbitrary rows by FlashAttention 3 over paged KV, the build that SGLang ships."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class FlashInferRowAttention(PagedRowAttention):
     def _plan(self, sequences: Sequences, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Any:
         if dim not in HEAD_DIMS or dtype not in DTYPES:
             raise ValueError(f"FlashInfer has no prefill for heads of {dim} dimensions in {dtype}")
-        # Pages of a sequence are consecutive, so every tile has its request's slots for itself.
+        # Pages of a sequence are consecutive, so the request's slots are repeated for each of its tiles.
         contexts = torch.tensor([len(sequences.slots[owner]) for owner in sequences.requests], dtype=torch.int32)
         page_ends = torch.cat([contexts.new_zeros(1), contexts.cumsum(0, dtype=torch.int32)])
         tiles_of = torch.bincount(torch.tensor(sequences.requests), minlength=len(sequences.slots)).tolist()

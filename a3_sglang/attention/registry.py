@@ -21,7 +21,7 @@ ROW_ATTENTION: dict[str, Callable[[torch.device], RowAttention]] = {
 VARIANTS: dict[str, Callable[[torch.device], RowAttention]] = {
     "triton 64 x 64": lambda _device: TritonRowAttention((64, 64, 4, 3)),
 }
-"""Further ones that the choice at start tries, beside those that can be asked for."""
+"""More candidates that "auto" tries at start; ``--a3-row-attention`` does not accept their names."""
 
 ROW_ATTENTION_NAMES = tuple(ROW_ATTENTION)
 """Values of ``--a3-row-attention``, besides "auto"."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from a3_sglang.cli.common import JsonOption, VerboseOption, console, print_table, write_json
 from a3_sglang.config import ServerOptions
-from a3_sglang.evaluation.analysis import Analysis, Document, LoggedRequest, Skipped, Sums, analyze, read
 from a3_sglang.reporting.report import PARTS
+
+if TYPE_CHECKING:
+    from a3_sglang.evaluation.analysis import Analysis, Document, Sums
 
 TOP = 10
 
@@ -38,6 +40,8 @@ def analyze_log(
     """
     from transformers import AutoTokenizer
 
+    # SGLang, which this imports, takes seconds to load, and may be missing while other commands are used.
+    from a3_sglang.evaluation.analysis import LoggedRequest, Skipped, analyze, read
     from a3_sglang.integration.startup import line_ends
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -74,9 +78,11 @@ def _print(analysis: Analysis, tokenizer: Any) -> None:
             for name, sums in rows
         ],
     )
-    print_table("what becomes of them", ("", "requests"), [(n, str(c)) for n, c in analysis.all.results.most_common()])
     print_table(
-        "what comes back most, at other positions",
+        "outcome of the requests", ("", "requests"), [(n, str(c)) for n, c in analysis.all.results.most_common()]
+    )
+    print_table(
+        "texts reused most, at other positions",
         ("times", "tokens", "begins with"),
         [(str(one.times), str(one.tokens), tokenizer.decode(one.begin).replace("\n", " ")) for one in _most(analysis)],
     )

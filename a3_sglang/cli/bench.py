@@ -11,6 +11,7 @@ from a3_sglang.cli.common import (
     JsonOption,
     ModelOption,
     VerboseOption,
+    check_chunks,
     console,
     device_name,
     engines,
@@ -50,6 +51,7 @@ def ttft(
     which is stock's best setting. The speed-up is against the faster of the two full prefills. For a batch, the time
     is that until every request has its first token. Fails if fusion does not engage.
     """
+    check_chunks(context, chunks)
     prompts, start = Prompts(vocabulary_of(model), context, chunks, seed), engines(model)
     room = {"chunked_prefill_size": 2 * context * batch, "dtype": resolve_dtype(dtype)}
     with start(None, **room) as running, steps("measuring stock", repeats + 1) as step:
@@ -78,7 +80,7 @@ def ttft(
             ("full prefill", f"{figures['full_ms']:.0f} ms"),
             ("a3", f"{figures['a3_ms']:.0f} ms"),
             *((f"  {stage}", f"{figures[stage + '_ms']:.1f} ms") for stage in STAGES),
-            ("  of it selection (probe and select)", f"{figures['selection_share']:.1%}"),
+            ("  share of selection (probe and select)", f"{figures['selection_share']:.1%}"),
             ("speed-up", f"{figures['speedup']:.2f}x"),
             ("nothing to reuse, a3 / stock", f"{figures['nothing_to_reuse']:.3f}"),
         ],

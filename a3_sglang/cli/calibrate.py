@@ -71,7 +71,8 @@ def calibrate(
         fitted = {kind: fit(_of(found, kind)) for kind in KINDS}
         rows = _worth(found, fitted)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        more = "measure more questions (--limit) or longer passages (--passage-tokens)"
+        raise typer.BadParameter(f"{error}; {more}") from None
     for kind in KINDS:
         _print_measured(kind, found, fitted[kind])
     _print_worth(rows)

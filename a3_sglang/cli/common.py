@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from a3_sglang.cli.output import VERBOSE, working
@@ -47,6 +48,17 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
+def check_chunks(context: int, chunks: int) -> None:
+    """Refuse chunks of fewer than 64 tokens, which may be too short to be reused.
+
+    Raises:
+        typer.BadParameter: they are too short.
+    """
+    if context < 64 * chunks:
+        wanted = f"a chunk needs at least 64 tokens: --context {64 * chunks} or more, or fewer chunks"
+        raise typer.BadParameter(wanted, param_hint="--chunks")
+
+
 def engines(model: str) -> StartEngine:
     """Start engines of a model with progress on the screen: call the result as ``start(backend, **arguments)``."""
     level = "warning" if VERBOSE in sys.argv else "error"
@@ -59,9 +71,10 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(columns))
+    look: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    table = Table(title=escape(title), show_header=any(columns), **look)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from a3_sglang.attention.registry import ROW_ATTENTION_NAMES
 from a3_sglang.cli.common import JsonOption, VerboseOption, print_table, write_json
 
 
@@ -35,10 +36,11 @@ def doctor(
     """
     if server and model is None:
         raise typer.BadParameter("options of the server need --model", param_hint="SERVER")
-    checks = [_sglang(), _torch(), _plugin(), _sglang_names(), _device()]
-    if model is not None:
-        checks += _model(model)
-        checks.append(_server(model, server or []))
+    checks = [_sglang(), _torch(), _plugin(), _device()]
+    if checks[0].ok:
+        checks.append(_sglang_names())
+        if model is not None:
+            checks += [*_model(model), _server(model, server or [])]
     print_table("a3-sglang doctor", ("check", "", "found"), [(n, "ok" if ok else "WRONG", t) for n, ok, t in checks])
     write_json(json, [check._asdict() for check in checks])
     if not all(check.ok for check in checks):
@@ -53,11 +55,11 @@ def _version(name: str) -> str | None:
 
 
 def _sglang() -> Check:
-    from a3_sglang.integration.compat import SUPPORTED
-
     found = _version("sglang")
     if found is None:
         return Check("sglang", False, 'not installed; pip install "a3-sglang[cuda]"')
+    from a3_sglang.integration.compat import SUPPORTED
+
     tested = ", ".join(SUPPORTED)
     return Check("sglang", True, found if found in SUPPORTED else f"{found}, not tested (tested: {tested})")
 
@@ -86,9 +88,8 @@ def _device() -> Check:
     import torch
 
     if torch.cuda.is_available():
-        flashinfer = _version("flashinfer-python")
-        paths = "FlashInfer or Triton, whichever is faster at start" if flashinfer else "Triton (no FlashInfer)"
-        return Check("device", True, f"{torch.cuda.get_device_name()}, rows attend by {paths}")
+        names = ", ".join(ROW_ATTENTION_NAMES)
+        return Check("device", True, f"{torch.cuda.get_device_name()}, rows attend by the fastest of {names} at start")
     from a3_sglang.cpu import serving_dtype
 
     dtype, reason = serving_dtype()

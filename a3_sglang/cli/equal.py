@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from a3_sglang.cli.common import (
     JsonOption,
     ModelOption,
     VerboseOption,
+    check_chunks,
     console,
     device_name,
     engines,
@@ -35,7 +38,7 @@ from a3_sglang.cli.output import steps
 from a3_sglang.client import Prompts, StartEngine, environment, vocabulary_of
 from a3_sglang.config import DONOR_MODES
 from a3_sglang.evaluation.equal import DEFAULT, GRID, PEERS, RATIO, draw, ratios_for
-from a3_sglang.evaluation.runner import Experiment, Result, Variant, evaluating, summary
+from a3_sglang.evaluation.runner import Evaluation, Experiment, Result, Variant, evaluating, summary
 from a3_sglang.evaluation.ttft import compared_prefills, full_prefills
 
 Rule = tuple[str, float]
@@ -66,9 +69,9 @@ def equal(
 
     First the mean KL divergence to the full prefill (as in `a3-sglang eval`): of the published rules at a ratio of
     15%, and of the default rule at a grid of ratios. Then that of the default at the ratios at which, by
-    interpolation, it is as low as each published rule's; a ratio counts only if the KL measured there is. Then the
-    time to first token of all of these in turns, and of stock SGLang, on prompts of as many random tokens (as in
-    `a3-sglang bench ttft`). The factor is against the faster of stock's full prefill and a3's.
+    interpolation, it is as low as each published rule's; a ratio counts only if the KL measured at it is
+    as low, too. Then the time to first token of all of these in turns, and of stock SGLang, on prompts of as many
+    random tokens (as in `a3-sglang bench ttft`). The factor is against the faster of stock's full prefill and a3's.
     """
     if donors not in DONOR_MODES:
         raise typer.BadParameter(f"choose from {', '.join(DONOR_MODES)}", param_hint="--donors")
@@ -77,9 +80,8 @@ def equal(
     except ValueError:
         ratios = []
     if not ratios or not 0 < ratios[0] <= ratios[-1] <= 1:
-        raise typer.BadParameter("numbers above 0 up to 1, with commas", param_hint="--grid")
-    if context < 64 * chunks:
-        raise typer.BadParameter("a chunk has 64 tokens at least", param_hint="--chunks")
+        raise typer.BadParameter("must be comma-separated numbers above 0 and at most 1", param_hint="--grid")
+    check_chunks(context, chunks)
     if svg is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("drawing needs matplotlib: pip install matplotlib", param_hint="--svg")
     asked, settings = experiment(
@@ -120,18 +122,26 @@ def equal(
 def _quality(
     asked: Experiment, donors: str, ratios: Sequence[float], start: StartEngine, done: Cells[Result]
 ) -> tuple[dict[Rule, dict[str, Any]], dict[str, float | None]]:
-    """Mean figures of each rule that was measured, and for each published rule the ratio at which the default is it."""
-    found: dict[Rule, dict[str, Any]] = {}
+    """Mean figures of each rule that was measured; and for each published rule, the default's ratio at the same KL.
 
-    with evaluating(asked, donors, start) as evaluation:
+    An engine is started only if a result is missing.
+    """
+    found: dict[Rule, dict[str, Any]] = {}
+    with ExitStack() as stack:
+
+        @cache
+        def evaluation() -> Evaluation:
+            return stack.enter_context(evaluating(asked, donors, start))
 
         def measure(rules: Iterable[Rule]) -> None:
             variants: list[Variant] = [(*rule, donors) for rule in rules]
-            before = sum((number, *variant) in done for number in asked.numbers for variant in variants)
-            with steps("asking", len(asked.numbers) * len(variants), before) as step:
-                for result in evaluation.ask(variants, done):
-                    done.keep(result)
-                    step()
+            keys = [(number, *variant) for number in asked.numbers for variant in variants]
+            before = sum(key in done for key in keys)
+            if before < len(keys):
+                with steps("asking", len(keys), before) as step:
+                    for result in evaluation().ask(variants, done):
+                        done.keep(result)
+                        step()
             for variant in variants:
                 mean = summary(variant, [done[(number, *variant)] for number in asked.numbers])
                 found[variant[0], float(variant[1])] = {key: mean[key] for key in ("kl", "charged", "agreement")}

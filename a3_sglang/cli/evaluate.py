@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from a3_sglang.cli.common import DtypeOption, JsonOption, ModelOption, VerboseOption, engines, print_table, write_json
+from a3_sglang.cli.common import (
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    VerboseOption,
+    device_name,
+    engines,
+    print_table,
+    write_json,
+)
 from a3_sglang.cli.experiment import (
     Cells,
     CellsOption,
@@ -44,7 +53,7 @@ def evaluate(
     start: StartOption = 0,
     passages: Annotated[int, typer.Option(min=2, help="Passages a question keeps.")] = 5,
     passage_tokens: Annotated[
-        int, typer.Option(min=64, help="Tokens a passage keeps, or into which one text is cut.")
+        int, typer.Option(min=64, help="Tokens a passage keeps; one long text is cut into passages of this length.")
     ] = 400,
     shape: Annotated[
         str, typer.Option(help=f"Shape of the prompts: {'; '.join(f'{k}: {v}' for k, v in SHAPES.items())}.")
@@ -86,7 +95,7 @@ def evaluate(
     )
     columns = ["selector", "ratio", "donors", "kl", "agreement", *(("f1", "em") if answers else ()), "charged", "n"]
     print_table(title, columns, [[row[name] for name in columns] for row in rows])
-    write_json(json, {"rows": rows, "data": str(data or task), "model": model, **settings})
+    write_json(json, {"rows": rows, "data": str(data or task), "model": model, "device": device_name(), **settings})
 
 
 def parse_variants(selectors: str, ratios: str, donors: str) -> list[Variant]:
@@ -104,7 +113,7 @@ def parse_variants(selectors: str, ratios: str, donors: str) -> list[Variant]:
     try:
         shares = [check_ratio(AUTO if ratio.strip() == AUTO else float(ratio)) for ratio in ratios.split(",")]
     except ValueError:
-        message = f'numbers between 0 and 1 or "{AUTO}", with commas, not {ratios!r}'
+        message = f'must be comma-separated numbers from 0 to 1, or "{AUTO}", not {ratios!r}'
         raise typer.BadParameter(message, param_hint="--ratios") from None
     modes = [mode.strip() for mode in donors.split(",")]
     if unknown := set(modes) - set(DONOR_MODES):

@@ -59,7 +59,7 @@ def experiment(
         start: questions to skip.
         limit: questions to ask at most.
         passages: number of passages that a question keeps.
-        passage_tokens: tokens that a passage keeps, or into which one text is cut.
+        passage_tokens: tokens that a passage keeps; one long text is cut into passages of this length.
         seed: of synthetic questions and of the passages' order.
         dtype: of the model, or "auto".
         shape: of the prompts.
@@ -131,18 +131,28 @@ class Cells(dict[Key, AnyResult]):
         kind: of the results.
 
     Raises:
-        typer.BadParameter: the file holds results of other settings.
+        typer.BadParameter: the file holds something else, or results of other settings.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], kind: type[AnyResult]) -> None:
         self._path, self._settings = path, settings
-        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
-            kept = json.loads(line)
-            if kept.pop("settings", None) != settings:
-                message = f"{path} holds results of other settings; name another file"
-                raise typer.BadParameter(message, param_hint="--cells")
-            result = kind(**kept)
+        if path is None or not path.exists():
+            return
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            wrong = f"{path}:{number} is not a result of this command"
+            try:
+                kept = json.loads(line)
+                if kept.pop("settings", None) != settings:
+                    wrong = f"{path} holds results of other settings"
+                    raise ValueError
+                result = kind(**kept)
+            except (ValueError, TypeError, AttributeError):
+                raise typer.BadParameter(f"{wrong}; name another file", param_hint="--cells") from None
             self[result.key] = result
+        if whole != text:  # The last line is incomplete.
+            path.write_text(whole)
 
     def keep(self, result: AnyResult) -> None:
         """Add a result."""

@@ -122,7 +122,7 @@ def _prompt(tokenizer: Any, path: Path, question: str | None, chat: bool) -> Pro
         # Not read_text(), which would change line ends and so the tokens.
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise ExplainError(f"{path} is no UTF-8 text: {error}") from None
+        raise ExplainError(f"{path} is not UTF-8 text: {error}") from None
     text = text if question is None else f"{text.rstrip()}\n\n{question}"
     if chat:
         messages = [{"role": "user", "content": text}]

@@ -46,7 +46,7 @@ def warm_documents(
 ) -> None:
     """Prefill documents on a running server, so that the first question about them finds their KV.
 
-    Every document is sent alone, as a donor. Lines and files that are no documents are named and skipped. The exit
+    Every document is sent alone, as a donor. Lines and files that are not documents are named and skipped. The exit
     status is 1 if anything was skipped for that reason, failed, or was left out because the KV pool is full.
     """
     started = time.monotonic()

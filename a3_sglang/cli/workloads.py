@@ -12,6 +12,7 @@ from a3_sglang.cli.common import (
     ModelOption,
     VerboseOption,
     console,
+    device_name,
     engines,
     print_table,
     resolve_dtype,
@@ -75,4 +76,5 @@ def workloads(
         ],
     )
     console.print(model)
-    write_json(json, {"rows": rows, "context": context, "chunk": CHUNK, "seed": seed, "sglang": sglang_version()})
+    figures = {"rows": rows, "model": model, "context": context, "chunk": CHUNK, "seed": seed}
+    write_json(json, figures | {"device": device_name(), "dtype": room["dtype"], "sglang": sglang_version()})

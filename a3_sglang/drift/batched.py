@@ -39,7 +39,7 @@ class BatchedCorrection:
                     table.append((first_pos + start + offset, rows, offset, row, request))
                     row += rows
             shifted_pos.append(part.pos + first_pos)
-            wanted += [_on_device(bound, device) + first_pos for bound in (part.begin, part.end)]
+            wanted += [_on_device(bound, device) + first_pos for bound in (part.begin_pos, part.end_pos)]
             first_pos += len(part.slots)
         edges = torch.tensor([[entry[0] for entry in table], [entry[0] + entry[1] for entry in table]])
         width = max(most_candidates(part.lengths, part.recomputed) for part in observed)

@@ -31,8 +31,8 @@ class ObservedRows:
         pos: int64 (n,), ascending positions of the request's rows in the pass, gaps included.
         first_row: the first of them in the pass.
         recomputed: how many reused rows the request recomputes in all.
-        begin: first position that is corrected; may be known on the device only.
-        end: position after the last, like ``begin``.
+        begin_pos: first position that is corrected; may be known on the device only.
+        end_pos: position after the last, like ``begin_pos``.
     """
 
     spans: Sequence[tuple[int, int]]
@@ -41,8 +41,8 @@ class ObservedRows:
     pos: torch.Tensor
     first_row: int
     recomputed: int
-    begin: int | torch.Tensor
-    end: int | torch.Tensor
+    begin_pos: int | torch.Tensor
+    end_pos: int | torch.Tensor
 
     @property
     def lengths(self) -> list[int]:
@@ -55,8 +55,8 @@ class DriftPredictor:
 
     Args:
         drift: how the drift of the rows varies.
-        observed: int64 (n,), ascending: ordinal among the reused rows of each row of the pass; for gap rows, which are
-            not observed, the number of reused rows.
+        observed_idx: int64 (n,), ascending: ordinal among the reused rows of each row of the pass; for gap rows, which
+            are not observed, the number of reused rows.
         blocks: of the reused rows.
         most: upper bound of the observed rows per block.
         wanted: bool (reused,), which rows are predicted at all; by default all of them.
@@ -64,26 +64,25 @@ class DriftPredictor:
     Attributes:
         key_weights, value_weights: float32 (blocks, size, width), contiguous: how much of each of the block's observed
             rows goes into the prediction of each row; zero in columns without an observed row.
-        observed_idx: int64 (blocks, width), which of the n rows these columns are; arbitrary if the weights are zero.
-        reused_idx: int64 (blocks, size), ordinal of each cell's row, -1 in padding.
+        observed_rows: int64 (blocks, width), which of the n rows these columns are; arbitrary if the weights are zero.
     """
 
     def __init__(
         self,
         drift: DriftModel,
-        observed: torch.Tensor,
+        observed_idx: torch.Tensor,
         blocks: PaddedBlocks,
         most: int,
         wanted: torch.Tensor | None = None,
     ) -> None:
         self._cell, count = blocks.cell, len(blocks.cell)
         # One more than there are reused rows: the last entry takes the rows that are not reused.
-        ordinals = torch.arange(count + 1, device=observed.device)
-        mask = torch.zeros_like(ordinals, dtype=torch.bool).index_fill_(0, observed, True)
+        ordinals = torch.arange(count + 1, device=observed_idx.device)
+        mask = torch.zeros_like(ordinals, dtype=torch.bool).index_fill_(0, observed_idx, True)
         columns, is_observed = observed_first(blocks.pad(mask[:count], False), most)
-        order = torch.zeros_like(ordinals).index_copy_(0, observed, torch.arange(len(observed), device=observed.device))
-        self.observed_idx = blocks.pad(order[:count], 0).gather(1, columns)
-        self.reused_idx = blocks.pad(ordinals[:count], -1)
+        rows = torch.arange(len(observed_idx), device=observed_idx.device)
+        order = torch.zeros_like(ordinals).index_copy_(0, observed_idx, rows)
+        self.observed_rows = blocks.pad(order[:count], 0).gather(1, columns)
         self.key_weights, self.value_weights = (
             _kriging_weights(kind, columns, is_observed, blocks.offsets) for kind in (drift.keys, drift.values)
         )
@@ -112,7 +111,7 @@ class DriftPredictor:
     def _predict(self, drift: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not len(drift):
             return drift.new_zeros(len(self._cell), *drift.shape[1:])
-        predicted = torch.bmm(weights.to(drift.dtype), drift.flatten(1)[self.observed_idx])
+        predicted = torch.bmm(weights.to(drift.dtype), drift.flatten(1)[self.observed_rows])
         return predicted.flatten(0, 1).index_select(0, self._cell).view(-1, *drift.shape[1:])
 
 
@@ -177,10 +176,10 @@ class DriftCorrection:
         blocks = PaddedBlocks(observed.lengths, pos.device)
         reused_idx = torch.searchsorted(reused_pos, pos)
         is_reused = reused_pos[reused_idx.clamp(max=len(reused_pos) - 1)] == pos
-        wanted = (reused_pos >= observed.begin) & (reused_pos < observed.end)
-        ordinals = reused_idx.where(is_reused, len(reused_pos))
+        wanted = (reused_pos >= observed.begin_pos) & (reused_pos < observed.end_pos)
+        observed_idx = reused_idx.where(is_reused, len(reused_pos))
         return cls(
-            DriftPredictor(drift, ordinals, blocks, candidates_per_block(blocks, observed.recomputed), wanted),
+            DriftPredictor(drift, observed_idx, blocks, candidates_per_block(blocks, observed.recomputed), wanted),
             torch.arange(observed.first_row, observed.first_row + len(pos), device=pos.device),
             observed.slots[pos],
             is_reused,

@@ -13,7 +13,7 @@ from a3_sglang.drift.model import DEFAULT, Covariance, DriftModel
 
 FORMAT: Literal[1] = 1
 AUTO_NAME, DEFAULT_NAME = "auto", "default"
-"""Values of ``--a3-drift`` that are no file."""
+"""Values of ``--a3-drift`` that are not files."""
 _AGAIN = "run a3-sglang calibrate again"
 
 
@@ -70,11 +70,11 @@ class DriftFile(BaseModel):
             raise ValueError(f"{path}: {field or 'the file'}: {message}; {_AGAIN}") from None
 
 
-def known_file(of: str) -> Path:
-    """Where the file of the model with fingerprint ``of`` is kept, and looked for."""
+def known_file(digest: str) -> Path:
+    """Where the file of the model with this fingerprint is kept, and looked for."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     cache = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return cache / "a3-sglang" / "drift" / f"{of}.json"
+    return cache / "a3-sglang" / "drift" / f"{digest}.json"
 
 
 def find_drift(option: str, model: str, revision: str | None = None) -> tuple[DriftModel, str]:

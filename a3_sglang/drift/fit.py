@@ -16,8 +16,8 @@ _EDGES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192
 _INSIDE = 64, 256
 """Offsets that are well inside a span, first and end."""
 _PRIOR = 1e-4
-"""Weight of the squared change of a parameter from :data:`~a3_sglang.drift.model.DEFAULT`, beside the mean squared
-error of the covariances: enough to keep parameters that the data do not determine."""
+"""Weight of the squared change of a parameter from :data:`~a3_sglang.drift.model.DEFAULT`, added to the mean
+squared error of the covariances: enough to keep parameters that the data do not determine."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def select_runs(
         blocks: of the reused rows; rows of different blocks are independent, and no run leaves its block.
         count: rows to pick, at most ``reused``; the last run is cut to fit.
         lengths: of the candidates, each at least 1.
-        overhead: cost of a run beside its rows, in rows.
+        overhead: cost of a run besides its rows, in rows.
 
     Returns:
         int64 (count,), ordinals among the reused rows, in the order in which they were picked.

@@ -26,7 +26,6 @@ class LoggedRequest:
     """One request of a log.
 
     Attributes:
-        line: its line number, from 1.
         tokens: of the prompt.
         answer: tokens of the answer; empty if the log does not have it.
         time: of its arrival, if the log has it.
@@ -34,7 +33,6 @@ class LoggedRequest:
         namespace: its ``extra_key`` and ``cache_salt``.
     """
 
-    line: int
     tokens: list[int]
     answer: list[int] = field(default_factory=list)
     time: datetime | None = None
@@ -44,7 +42,7 @@ class LoggedRequest:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A line that could not be read as a request, and why."""
+    """A line that could not be read as a request, by its number from 1 (in a dump, a request's), and why."""
 
     line: int
     reason: str
@@ -62,17 +60,20 @@ def read(path: Path, tokenizer: Any) -> Iterator[LoggedRequest | Skipped]:
     if path.suffix == ".pkl":
         with path.open("rb") as file:
             dumped = pickle.load(file)["requests"]
-        records: Iterable[Any] = ({"request": vars(one[0]), "response": one[1], "time": one[2]} for one in dumped)
+        records: Iterable[tuple[int, Any]] = enumerate(
+            ({"request": vars(one[0]), "response": one[1], "time": one[2]} for one in dumped), 1
+        )
     else:
-        records = (line for line in path.read_text().splitlines() if line.strip())
-    for number, record in enumerate(records, 1):
+        lines = enumerate(path.read_text().splitlines(), 1)
+        records = ((number, line) for number, line in lines if line.strip())
+    for number, record in records:
         try:
-            yield _parse(number, record, tokenizer)
+            yield _parse(record, tokenizer)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             yield Skipped(number, f"{type(error).__name__}: {error}")
 
 
-def _parse(line: int, record: Any, tokenizer: Any) -> LoggedRequest:
+def _parse(record: Any, tokenizer: Any) -> LoggedRequest:
     if isinstance(record, str):
         try:
             record = json.loads(record)
@@ -86,7 +87,6 @@ def _parse(line: int, record: Any, tokenizer: Any) -> LoggedRequest:
     tokens = _prompt(body, tokenizer)
     answer = _answer(record.get("response") or record)
     return LoggedRequest(
-        line,
         tokens,
         answer if isinstance(answer, list) else _ids(answer, tokenizer),
         _time(record),
@@ -231,8 +231,10 @@ def analyze(
             one.results[result] += 1
         for span in (span for plan in plans for span in plan.spans):
             text = np.array(request.tokens[span.start : span.end], dtype=np.int32)
-            anchor = int(a3.tree.index.hasher.window_hashes(None, text).min())
-            document = found.documents.setdefault(anchor, Document(text[:SHOWN].tolist()))
+            hashes = a3.tree.index.hasher.window_hashes(None, text)
+            if not len(hashes):
+                continue  # A plan may cut its last span to less than a block.
+            document = found.documents.setdefault(int(hashes.min()), Document(text[:SHOWN].tolist()))
             document.times += 1
             document.tokens += span.length
     return found

@@ -58,7 +58,13 @@ _THINGS = ("lantern", "anchor", "violin", "compass", "kettle", "marble", "saddle
 
 def _filler(chooser: random.Random, passages: int) -> list[list[str]]:
     """Sentences of CPython's documentation, one list per passage."""
-    names = chooser.sample(sorted(name for name, text in topics.items() if len(text) > 1500), passages)
+    names = sorted(name for name, text in topics.items() if len(text) > 1500)
+    if passages > len(names):
+        raise ValueError(
+            f"synthetic questions have at most {len(names)} passages, not {passages}; ask for fewer or "
+            "give a file of questions"
+        )
+    names = chooser.sample(names, passages)
     return [[s.strip() + "." for s in " ".join(topics[name].split()).split(". ") if len(s) > 20] for name in names]
 
 

@@ -74,7 +74,7 @@ def compared_prefills(
     times: list[list[float]] = [[] for _ in options]
     for i in range(repeats + 1):
         _donate(running, prompts)
-        # One prompt for all options, none of which leaves KV: another order might be the donor's.
+        # The same prompts for all options, none of which leaves KV.
         targets = [prompts.shuffled() for _ in range(batch)]
         for j in range(len(options)):
             # Each round begins with the next one: a machine's speed drifts.

@@ -131,7 +131,6 @@ class Verification:
         """4: ratio 1.0 is a full prefill, in tokens, logprobs and KV."""
         worst = 0.0
         logprob = 0.0
-        bits = 0
         for _ in range(count):
             self.renew_donor()
             ids = self.prompts.shuffled()
@@ -151,7 +150,6 @@ class Verification:
                 error = float((a - b).norm() / b.norm())
                 assert error == error, "NaN in the KV"
                 worst = max(worst, error)
-            bits += worst == 0.0
         allowed = rounding(mine["k"].dtype)
         assert worst <= allowed, f"KV differs by {worst:.2e}, more than rounding ({allowed:.2e})"
         return f"{count} prompts, same tokens, KV within {worst:.1e}, logprobs within {logprob:.1e}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a3_sglang.explain.client import Answer, Candidate, Client, ExplainError
-from a3_sglang.explain.text import common_prefix, find, pieces
+from a3_sglang.explain.text import find, longest_prefix, pieces
 from a3_sglang.reporting.report import PARTS
 
 _SETTLE_SECONDS = 0.3
@@ -219,7 +219,7 @@ def _origins(ids: list[int], detail: dict[str, Any], donors: Sequence[Prompt]) -
         return Origin(start, end, kind, position, approximate, one.name, beginning, len(one.ids))
 
     found = []
-    shared, known = common_prefix(ids, given)
+    shared, known = longest_prefix(ids, given)
     for part, start, end in detail["runs"]:
         if part not in ("prefix", "continued"):
             continue

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from a3_sglang.matching.segment import common_prefix
 
 _INCOMPLETE = "\ufffd"
 
@@ -41,9 +42,9 @@ class Place(NamedTuple):
     position: int
 
 
-def common_prefix(ids: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[int, int]:
+def longest_prefix(ids: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Index of the text with the longest common prefix, and its length in tokens; ``(-1, 0)`` if there is none."""
-    lengths = [_equal(np.asarray(ids), np.asarray(text)) for text in texts]
+    lengths = [common_prefix(np.asarray(ids), np.asarray(text)) for text in texts]
     best = int(np.argmax(lengths)) if lengths else -1
     return (best, lengths[best]) if best >= 0 and lengths[best] else (-1, 0)
 
@@ -66,14 +67,9 @@ def find(ids: Sequence[int], start: int, end: int, offset: int, texts: Sequence[
         for at in np.flatnonzero(text[: last + 1] == wanted[0]) if last >= 0 else ():
             if not np.array_equal(text[at : at + len(wanted)], wanted):
                 continue
-            around = _equal(prompt[:start][::-1], text[:at][::-1]) + _equal(prompt[end:], text[at + len(wanted) :])
+            around = common_prefix(prompt[:start][::-1], text[:at][::-1]) + common_prefix(
+                prompt[end:], text[at + len(wanted) :]
+            )
             if best is None or (at == offset, around) > most:
                 best, most = Place(number, int(at)), (bool(at == offset), around)
     return best
-
-
-def _equal(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
-    """Length of the common prefix of two token sequences."""
-    length = min(len(a), len(b))
-    differ = np.flatnonzero(a[:length] != b[:length])
-    return int(differ[0]) if len(differ) else length

@@ -64,6 +64,18 @@ class Model(ABC):
     windows: Sequence[int | None]
     drift: DriftModel = DEFAULT
 
+    def store(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the KV of rows to the pool.
+
+        Args:
+            layer: the layer's number.
+            slots: int64 (rows,), at least one, all different.
+            key: (rows, kv_heads, head_dim), after RoPE.
+            value: like ``key``.
+        """
+        for pool, own in ((self.keys[layer], key), (self.values[layer], value)):
+            pool.index_copy_(0, slots, own.to(pool.dtype))
+
     @abstractmethod
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:
         """Run rows through the layers to the end, or until ``attend`` raises :class:`StopForward`.

@@ -16,8 +16,8 @@ as the fusion."""
 def overhead_rows(executor: Executor, selector: Selector) -> int:
     """How much longer a fusion takes than a plain prefill of as many rows, probe included; in rows of a plain prefill.
 
-    A fusion copies, probes and predicts, and its short passes make each row dearer: on a GPU a pass of few rows takes
-    as long as one of many. So a prompt is fused only if it saves more rows than this.
+    A fusion copies, probes and predicts, and its short passes make each row more expensive: on a GPU a pass of few
+    rows takes as long as one of many. So a prompt is fused only if it saves more rows than this.
 
     Overwrites KV with that of random tokens, so the pool must be empty;
     :func:`a3_sglang.fusion.warm_up.warm_up` comes first.

@@ -120,22 +120,22 @@ class DenseLayersPass(AttentionHook):
     ) -> torch.Tensor:
         request, begin, end = self._request, self._next_pos, self._next_pos + len(query)
         context = max(min(request.plan.end - begin, len(query)), 0)
-        pools = self._model.keys[layer], self._model.values[layer]
-        for pool, own in zip(pools, (key, value), strict=True):
-            pool.index_copy_(0, request.slots[begin : begin + context], own[:context].to(pool.dtype))
+        if context:
+            self._model.store(layer, request.slots[begin : begin + context], key[:context], value[:context])
         tail = self._tail.setdefault(layer, [])
         tail.append((key[context:], value[context:]))
         if layer == self._last:
             self._queries.append(query[context:])
             self._next_pos = end
             raise StopForward
+        pools = self._model.keys[layer], self._model.values[layer]
         keys, values = (
             torch.cat([pool[request.slots], *parts]) for pool, parts in zip(pools, zip(*tail, strict=True), strict=True)
         )
         # The copy above has one slot per position, so slots and positions are the same.
         kv_lens = torch.arange(begin, end, device=query.device) + 1
-        group = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), kv_lens, True)
-        run = self._attention.plan([group], query.shape[1], key.shape[1], query.dtype)
+        rows = RequestRows(0, len(query), torch.arange(len(keys), device=query.device), kv_lens, True)
+        run = self._attention.plan([rows], query.shape[1], key.shape[1], query.dtype)
         return run(query, keys, values, spec)
 
     def last_layer(self) -> DenseLayer:
@@ -195,8 +195,7 @@ class RecomputePass(AttentionHook):
         if layer and self._correct is not None:  # KV of layer 0 does not depend on the context, so it has no drift.
             # Observed drift is fresh minus copied KV, so this comes before the fresh KV is written.
             self._correct((keys, values), (key, value), self._model.ropes[layer])
-        keys.index_copy_(0, self._slots, key.to(keys.dtype))
-        values.index_copy_(0, self._slots, value.to(values.dtype))
+        self._model.store(layer, self._slots, key, value)
         if layer == self._model.depth - 1 and self._recomputed:
             return self._attend_last(query, keys, values, spec)
         if self._run is None:
@@ -216,18 +215,18 @@ class RecomputePass(AttentionHook):
         out[self._first_row :] = self._plan(self._extend, query, keys)(own, keys, values, spec)
         return out
 
-    def _plan(self, groups: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> RowAttentionFn:
-        return self._ops.row_attention.plan(groups, query.shape[1], keys.shape[1], query.dtype)
+    def _plan(self, requests: Sequence[RequestRows], query: torch.Tensor, keys: torch.Tensor) -> RowAttentionFn:
+        return self._ops.row_attention.plan(requests, query.shape[1], keys.shape[1], query.dtype)
 
 
 def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[ObservedRows]]:
     """How the rows of slices attend, and whose drift is observed, by their rows in one pass."""
-    groups, observed, row = [], [], 0
+    requests, observed, row = [], [], 0
     for part in slices:
         request, end_row = part.request, row + len(part.pos)
         # Only the first plan.end slots are visible; the prompt's length decides how PyTorch's kernel rounds.
         unseen = request.slots[:1].expand(len(request.tokens) - request.plan.end)
-        groups.append(RequestRows(row, end_row, torch.cat([request.slots, unseen]), part.pos + 1, request.exact))
+        requests.append(RequestRows(row, end_row, torch.cat([request.slots, unseen]), part.pos + 1, request.exact))
         if request.selector.corrects_drift and len(request.recomputed_pos) and not request.exact:
             observed.append(
                 ObservedRows(
@@ -242,4 +241,4 @@ def _plan_slices(slices: Sequence[Slice]) -> tuple[list[RequestRows], list[Obser
                 )
             )
         row = end_row
-    return groups, observed
+    return requests, observed

@@ -68,7 +68,7 @@ class FusionRequest:
         self.recomputed_pos = self.reused_rows().positions
 
     def charged(self, depth: int) -> float:
-        """Rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail).
+        """Rows with freshly computed QKV, the probe's included, summed over layers, divided by layers x context rows.
 
         Each row counts once per layer: that recomputed rows pass through the ``dense_layers`` twice is a property of
         this implementation, not of the methods that need these layers.

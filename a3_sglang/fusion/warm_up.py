@@ -73,7 +73,8 @@ class SyntheticPrefill:
         tokens = self.request.tokens.repeat(1 + count // len(self.request.tokens))[:count]
         rows = RequestRows(0, count, slots, torch.arange(1, 1 + count, device=device), True)
         with executor.with_leftover([], [rows], slots):
-            executor.model.extend(tokens, slots % DONOR)
+            # The time does not depend on the positions; these are in any RoPE table.
+            executor.model.extend(tokens, torch.arange(count, device=device) % DONOR)
 
 
 def warm_up(executor: Executor, selector: Selector) -> FusionRequest:

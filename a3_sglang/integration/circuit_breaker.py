@@ -35,8 +35,7 @@ class CircuitBreaker:
         if self._failures >= LIMIT and not self.open:
             self.open = True
             logger.error(
-                "a3: fusion is off after %d failures in a row; all requests get a full prefill until the server is "
-                "restarted",
+                "a3: off after %d failures in a row; until the server is restarted, it serves requests as stock SGLang",
                 LIMIT,
             )
             self._on_open()

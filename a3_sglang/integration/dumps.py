@@ -53,7 +53,7 @@ def dump_kv(cache: Any, batch: Any, folder: Path) -> None:
     model = cache.prefill.executor.model
     ropes = [model.ropes[layer] for layer in range(model.depth)]
     for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-        slots = compat.slot_row(cache, req)[: prefix + length].to(torch.int64)
+        slots = compat.slots_of(cache, req)[: prefix + length].to(torch.int64)
         admission = req.a3.admission
         # Layers share tables, which are saved once.
         tables = {id(rope): rope.cos_sin[: len(slots)].cpu().clone() for rope in ropes}

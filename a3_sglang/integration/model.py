@@ -38,10 +38,11 @@ class SGLangModel(Model):
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         self._runner = runner
-        pool = runner.token_to_kv_pool
+        self._pool = pool = runner.token_to_kv_pool
         if type(pool) is not MHATokenToKVPool:
             raise UnsupportedModelError(f"the KV pool {type(pool).__name__} is not supported (only plain MHA and GQA)")
-        attentions, rotary = attention_by_layer(runner.model), rotary_by_layer(runner.model)
+        self._attentions = attentions = attention_by_layer(runner.model)
+        rotary = rotary_by_layer(runner.model)
         check_stack(runner.model)
         check_backend(attentions, runner.server_args.attention_backend)
         self.depth = len(rotary)
@@ -61,6 +62,9 @@ class SGLangModel(Model):
     def _layers(self) -> Any:
         """The module that owns the layers, without the model's head."""
         return self._runner.model.model
+
+    def store(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._pool.set_kv_buffer(self._attentions[layer], slots, key, value)
 
     @torch.no_grad()
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: AttentionHook) -> None:

@@ -141,22 +141,20 @@ def check_stack(model: torch.nn.Module) -> None:
         )
 
 
-def check_rotation(module: Any, head_dim: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+def check_rotation(module: Any, head_dim: int, dtype: torch.dtype) -> None:
     """Rotate random keys with the tables, and compare them with the model's own rotary module at the new positions.
 
     Args:
         module: SGLang's rotary module.
         head_dim: dimensions of a key.
         dtype: dtype of the KV pool.
-        generator: of keys and positions; by default a seeded one.
 
     Raises:
         UnsupportedModelError: the keys differ by more than rounding.
     """
     table = RopeTable(module.cos_sin_cache, module.is_neox_style)
     device, reach = module.cos_sin_cache.device, module.cos_sin_cache.shape[0]
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     positions = torch.randint(0, reach, (2, 64), generator=generator).to(device)
     raw = torch.randn(64, 1, head_dim, generator=generator).to(device=device, dtype=dtype)
 

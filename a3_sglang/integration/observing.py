@@ -12,7 +12,7 @@ from a3_sglang.integration.insert_tracker import InsertTracker
 from a3_sglang.integration.request_state import RequestState
 from a3_sglang.integration.shadow import Shadow
 from a3_sglang.reporting.prefill_log import PrefillLog
-from a3_sglang.reporting.report import Outcome
+from a3_sglang.reporting.report import Outcome, Reason
 
 
 class ObservedRequest:
@@ -65,6 +65,8 @@ class ObservingRadixCache(InsertTracker):
         req.a3_observed = observed
         compat.attach(req, REQUEST_KEY, {**outcome.report(self._exact), "mode": "observe"})
         self._log.completed([(req.rid, outcome)])
+        if outcome.reason is not Reason.ERROR:
+            self._breaker.succeeded()
 
     def insert(self, params: Any) -> Any:
         result = super().insert(params)

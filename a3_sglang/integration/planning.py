@@ -196,7 +196,7 @@ class PlanningRadixCache(IndexedRadixCache):
     def _renewal_pays(self, req: Any, plan: Plan) -> bool:
         """Whether new text in fusions of the last generation has cost as many rows as a fusion of this plan saves.
 
-        KV of the last generation is no donor, so its new text is computed again for every prompt. A full prefill
+        KV of the last generation is never a donor, so its new text is computed again for every prompt. A full prefill
         makes the whole prompt an exact donor. This is ski rental: never more than twice the cost of an offline optimum.
         """
         saved = plan.reused + plan.gap - plan.rows(typical_ratio(self.options_of(req).ratio))

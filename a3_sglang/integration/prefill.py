@@ -101,7 +101,7 @@ class FusedPrefill:
         assert plan is not None
         assert options is not None
         assert admission is not None
-        prefix_slots = compat.slot_row(self._cache, req)[: plan.prefix]
+        prefix_slots = compat.slots_of(self._cache, req)[: plan.prefix]
         slots = torch.cat([prefix_slots.to(torch.int64), admission.private_slots.to(torch.int64)])
         tokens = torch.from_numpy(np.asarray(req.origin_input_ids, dtype=np.int64))
         if tokens.device != slots.device:
@@ -143,7 +143,7 @@ class FusedPrefill:
         """The rows of a batch's extend."""
         requests, begin_row = [], 0
         for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-            slots = compat.slot_row(self._cache, req)[: prefix + length].to(torch.int64)
+            slots = compat.slots_of(self._cache, req)[: prefix + length].to(torch.int64)
             kv_lens = torch.arange(prefix, prefix + length, device=slots.device) + 1
             exact = state_of(req).match.branch is None
             requests.append(RequestRows(begin_row, begin_row + length, slots, kv_lens, exact))

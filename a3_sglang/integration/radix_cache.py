@@ -82,7 +82,10 @@ class A3RadixCache(PlanningRadixCache):
         self.enter_branch(req)
 
     def after_admission(self, req: Any, admitted: bool) -> None:
-        """Called after the scheduler has tried to admit a request: the tree does not own its private slots yet."""
+        """Called after the scheduler has tried to admit a request.
+
+        Its private slots are marked as not owned by the tree, or freed if it was not admitted.
+        """
         match, pending = state_of(req).match, state_of(req).pending
         if not admitted:
             self.drop_admission(req)

@@ -29,7 +29,7 @@ class Match:
         next_pos: position at which the step after that can reuse tokens; None: there is no such step.
         generation: of the branch that the plan begins, if it begins one.
         reason: why there is no plan, or why everything was recomputed.
-        reusable: tokens that could have been reused, if they were too few.
+        reusable: tokens that the last plan could have reused; reported if they were too few.
     """
 
     branch: Branch | None = None

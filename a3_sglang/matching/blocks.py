@@ -39,11 +39,6 @@ class BlockStore:
         self.generation += 1
 
     @property
-    def nbytes(self) -> int:
-        arrays = (self.content, self.chain, self.owner, self.ordinal, self.older, self.live)
-        return sum(array.nbytes for array in arrays) + self._by_content.nbytes + self._by_chain.nbytes
-
-    @property
     def mostly_dead(self) -> bool:
         return self._dead > 1024 and self._dead * 2 > self.count
 

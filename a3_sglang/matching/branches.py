@@ -19,7 +19,7 @@ from a3_sglang.matching.hashing import beginning_hashes
 GENERATIONS = 4
 """Highest generation. KV is made only from donors of lower generations, so KV of this one is never a donor."""
 KINDS = (1 << 30) // (GENERATIONS + 1)
-"""Number of kinds; larger ones would make ids negative in 64 bits."""
+"""Number of kinds, few enough that ids stay positive in 64 bits."""
 _SHIFT = 32
 _CAPACITY = 4096
 

@@ -22,10 +22,6 @@ class HashTable:
         self._buckets = np.full(capacity, -1, np.int32)
         self._used = 0
 
-    @property
-    def nbytes(self) -> int:
-        return self._buckets.nbytes
-
     def get(self, keys: Hashes, hashes: Hashes) -> Numbers:
         """Newest block of each key, -1 if there is none; (n,) -> (n,)."""
         found = np.full(len(keys), -1, np.int32)

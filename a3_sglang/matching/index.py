@@ -87,11 +87,6 @@ class AnyPositionIndex:
         """Indexed tokens; those of a prefix that donors share count once."""
         return self._tokens
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tokens, hashes and tables, without the segments' own objects (under 1 KiB each)."""
-        return sum(segment.tokens.nbytes for segment in self._segments.values()) + self.blocks.nbytes
-
     # ---- donors
 
     def add(self, namespace: Hashable, tokens: Ids, mark: Hashable = None) -> None:

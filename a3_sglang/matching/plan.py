@@ -114,22 +114,22 @@ def _cut(prefix: int, spans: Sequence[Span], furthest: int, page_size: int, end:
 
 
 def first_step(
-    plan: Plan, ratio: float, most_rows: int, page_size: int, min_span: int
+    plan: Plan, ratio: float, max_rows: int, page_size: int, min_span: int
 ) -> tuple[Plan | None, int | None]:
     """Cut a plan to what one step of a chunked prefill can fuse.
 
     Args:
         plan: of the whole prompt.
         ratio: share of the reused tokens that is recomputed.
-        most_rows: rows that may be computed between prefix and tail.
+        max_rows: rows that may be computed between prefix and tail.
         page_size: the step ends at a multiple of it.
         min_span: tokens of the shortest remainder of a span that a later step reuses.
 
     Returns:
-        The plan up to the position at which ``most_rows`` are computed, or None if no span begins before it; and the
+        The plan up to the position at which ``max_rows`` are computed, or None if no span begins before it; and the
         prompt position from which a later step can reuse tokens, or None.
     """
-    reach = _reach(plan, ratio, most_rows)
+    reach = _reach(plan, ratio, max_rows)
     if reach >= plan.end:
         return plan, None
     first = _cut(plan.prefix, plan.spans, reach // page_size * page_size, page_size)
@@ -138,15 +138,15 @@ def first_step(
     return first, next(left, None)
 
 
-def _reach(plan: Plan, ratio: float, most_rows: int) -> int:
-    """The last prompt position up to which :meth:`Plan.rows` is at most ``most_rows``, outside gaps.
+def _reach(plan: Plan, ratio: float, max_rows: int) -> int:
+    """The last prompt position up to which :meth:`Plan.rows` is at most ``max_rows``, outside gaps.
 
     A position within a gap is moved back to the end of the span before it.
     """
     pos, gap, reused = plan.prefix, 0, 0
     for span in plan.spans:
         gap += span.start - pos
-        fits = _fitting(span.length, reused, ratio, most_rows - gap)
+        fits = _fitting(span.length, reused, ratio, max_rows - gap)
         if fits < span.length:
             return pos if fits < 0 else span.start + fits
         pos, reused = span.end, reused + span.length
@@ -163,7 +163,8 @@ def question_ranges(plan: Plan, prompt_len: int, given: tuple[int, int] | None =
 
     Unless a range is given, these are the tail and the short gaps, since a question may come before or between the
     passages and may be followed by instructions. If they are too long, only the beginning of each gap is used, and the
-    beginning and the end of the tail (or of the given range).
+    beginning and the end of the tail (or of the given range); if it is longer than :data:`LONGEST_QUESTION`, only its
+    end.
 
     Args:
         plan: of the prompt.

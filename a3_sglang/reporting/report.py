@@ -43,7 +43,8 @@ class Outcome:
 
     Attributes:
         counts: tokens of each of :data:`PARTS`.
-        charged: rows with freshly computed QKV, summed over layers, over (layers x rows between prefix and tail).
+        charged: rows with freshly computed QKV, the probe's included, summed over layers, divided by layers x rows
+            between prefix and tail.
         selector: its name.
         reason: why nothing was fused; None if something was.
         reusable: tokens that could have been reused; reported with :attr:`Reason.TOO_LITTLE`.

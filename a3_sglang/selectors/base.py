@@ -44,7 +44,7 @@ class ProbeLayers:
 
     Attributes:
         first, last: the band, as shares of the model's depth.
-        least: layers in the band at least, if the model has as many after its first.
+        least: fewest layers in the band, if the model has as many from the band's first on.
         mean: relevance is the mean of the attention of the question's rows, the values left aside.
         anchors: share of each span's rows that the question's rows attend to, those whose keys in the band have the
             smallest norm (arXiv 2406.11430); they attend to the whole prefix, too. Only their attention in the band is

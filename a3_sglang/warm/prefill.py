@@ -177,7 +177,7 @@ def server_info(url: str, api_key: str | None = None) -> ServerInfo:
     """Ask a server about its start and its KV pool.
 
     Raises:
-        ServerError: it does not answer, or is no SGLang server.
+        ServerError: it does not answer, or is not an SGLang server.
     """
     try:
         info = _call(url, "/server_info", api_key)
@@ -204,7 +204,7 @@ def _call(url: str, path: str, api_key: str | None, body: dict[str, Any] | None 
         ServerError: no answer, or one that does not depend on the request.
     """
     if not url.startswith(("http://", "https://")):
-        raise ServerError(f"{url!r} is no URL of a server, such as http://127.0.0.1:30000")
+        raise ServerError(f"{url!r} is not the URL of a server, such as http://127.0.0.1:30000")
     try:
         answer = Client(url, api_key).call(path, body)
     except NoAnswerError as error:

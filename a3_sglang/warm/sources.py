@@ -17,7 +17,7 @@ STANDARD_INPUT = Path("-")
 
 @dataclass(frozen=True)
 class InvalidSource:
-    """A line or file that is no document: where it is, and why."""
+    """A line or file that is not a document: where it is, and why."""
 
     place: str
     reason: str
@@ -68,12 +68,12 @@ def _document(line: bytes, place: str) -> Document | InvalidSource:
     except ValueError as error:
         return InvalidSource(place, _why(error))
     if not isinstance(record, dict):
-        return InvalidSource(place, 'it is no object with "text"')
+        return InvalidSource(place, 'it is not an object with "text"')
     text = record.get("text")
     if "messages" in record:
         return InvalidSource(place, 'it has "messages"; a document is an object with "text"')
     if not isinstance(text, str) or not text.strip():
-        return InvalidSource(place, '"text" is missing, empty or no string')
+        return InvalidSource(place, '"text" is missing, empty or not a string')
     name = next((str(record[key]) for key in ("name", "title", "id") if record.get(key) is not None), place)
     return Document(text, name)
 
@@ -83,7 +83,7 @@ def _why(error: Exception) -> str:
         case UnicodeDecodeError():
             return f"it is not UTF-8 (byte {error.start + 1})"
         case json.JSONDecodeError():
-            return f"it is no JSON ({error.msg}, column {error.colno})"
+            return f"it is not JSON ({error.msg}, column {error.colno})"
         case _:
             return str(error)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from a3_sglang.client import engine, environment, flush
+from a3_sglang.client import engine, environment, flush, generate
 from a3_sglang.integration.circuit_breaker import LIMIT
 from a3_sglang.reporting.report import PARTS
 from helpers.engines import OPTIONS
@@ -136,3 +136,15 @@ def test_after_repeated_errors_the_server_continues_as_stock(faulty: Faulty) -> 
         assert out["meta_info"]["a3"]["reason"] == "disabled after errors"
         assert out["meta_info"]["a3"]["reused"] == 0
     flush(faulty.running, 60)
+
+
+def test_observing_goes_on_unless_failures_come_in_a_row(tiny: str, tmp_path: Path) -> None:
+    faults = tmp_path / "stages"
+    variables = {VARIABLE: str(faults), **OPTIONS, "A3_MODE": "observe"}
+    with environment(**variables), engine(tiny, "a3", **ARGUMENTS) as running:
+        traffic = Traffic(running, seed=5)
+        for stages in (["search", ""] * LIMIT) + ["search"] * LIMIT:
+            faults.write_text(stages)
+            report = generate(running, traffic.tokens(150))["meta_info"]["a3"]
+            assert report["reason"] == ("error" if stages else "nothing to reuse")
+        assert "a3" not in generate(running, traffic.tokens(150))["meta_info"]

@@ -126,6 +126,29 @@ def test_analyze_reads_logs_of_every_kind(tiny: str, tmp_path: Path):
     assert found["documents"][0]["times"] >= 2
 
 
+def test_analyze_takes_spans_shorter_than_a_block_and_blank_lines(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A prompt's tail has 32 tokens at least, so of a known ending of 40 only 8 are reused, half a block."""
+    draw = random.Random(random.randrange(1 << 30))
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(5, 400) for _ in range(count)]
+
+    monkeypatch.setenv("A3_OVERHEAD", "0")
+    text, ending = tokens(800), tokens(40)
+    prompts = [[*tokens(50), *text, *tokens(30), *ending] for _ in range(3)]
+    lines = [json.dumps({"input_ids": ids}) for ids in prompts]
+    log, figures = tmp_path / "log.jsonl", tmp_path / "figures.json"
+    log.write_text("\n\n".join([*lines, "{"]))
+    done = CliRunner().invoke(app, ["analyze", str(log), "--model", tiny, "--json", str(figures)])
+    assert done.exit_code == 0, done.output
+    assert "line 7 skipped" in done.output
+    found = json.loads(figures.read_text())
+    assert found["all"]["results"]["fused"] == 2
+    assert found["all"]["reused"] + found["all"]["recomputed"] > 2 * (len(text) - 32)
+
+
 def test_analyze_of_a_file_without_requests_says_so(tiny: str, tmp_path: Path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"model": 1}\n')

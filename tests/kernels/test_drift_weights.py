@@ -62,7 +62,7 @@ def weights64(kind, part, offset, start, rows):
     among = covariance(inside, inside) + nugget.diag()
     weights = kind.damping * covariance(offsets, inside) @ torch.linalg.inv(among)
     position = torch.arange(start, start + rows)
-    weights[(position < part.begin) | (position >= part.end)] = 0
+    weights[(position < part.begin_pos) | (position >= part.end_pos)] = 0
     return weights
 
 

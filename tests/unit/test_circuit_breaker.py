@@ -28,7 +28,7 @@ def test_metrics_count_failures_and_show_that_fusion_is_off(caplog: pytest.LogCa
     assert breaker.open
     assert sample("sglang:a3_failures_total", stage="probe") == LIMIT
     assert sample("sglang:a3_fusion_enabled") == 0
-    assert caplog.text.count("fusion is off") == 1
+    assert caplog.text.count("off after 3 failures") == 1
     assert f"number {LIMIT - 1}" in caplog.text
 
 

@@ -59,6 +59,11 @@ def test_words_are_compared_without_case_articles_and_punctuation(answer, right,
     assert metrics.exact_match(answer, right) == em
 
 
+def test_more_passages_than_there_are_texts_are_refused():
+    with pytest.raises(ValueError, match=r"at most \d+ passages, not 1000"):
+        make("facts", 1, 1000, 10, 0)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks_hold_their_answers_and_repeat_with_their_seed(task: str):
     questions = make(task, 6, 5, 12, seed=3)

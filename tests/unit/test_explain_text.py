@@ -6,7 +6,7 @@ import random
 
 from transformers import AutoTokenizer
 
-from a3_sglang.explain.text import Place, common_prefix, find, pieces
+from a3_sglang.explain.text import Place, find, longest_prefix, pieces
 from helpers.traffic import ODD
 
 
@@ -29,5 +29,5 @@ def test_where_tokens_are_in_other_prompts() -> None:
     assert find(ids, 2, 5, 7, texts) in (Place(1, 3), Place(2, 1))
     assert find(ids, 2, 5, 1, [texts[0]]) == Place(0, 1)
     assert find(ids, 2, 6, 0, [texts[0]]) is None
-    assert common_prefix(ids, [[1, 2, 9], [1], [1, 2, 3]]) == (2, 3)
-    assert common_prefix(ids, [[4]]) == common_prefix(ids, []) == (-1, 0)
+    assert longest_prefix(ids, [[1, 2, 9], [1], [1, 2, 3]]) == (2, 3)
+    assert longest_prefix(ids, [[4]]) == longest_prefix(ids, []) == (-1, 0)

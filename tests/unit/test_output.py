@@ -138,6 +138,17 @@ def test_doctor_says_what_will_be_refused(model: str, tmp_path: Path) -> None:
     assert "RoPE of type 'dynamic'" in done.stdout
 
 
+def test_doctor_runs_without_sglang() -> None:
+    """It says how to install SGLang; the other commands are not asked for it until they run."""
+    hide = "import sys; sys.modules['sglang'] = None; import importlib.metadata as m; version = m.version\n"
+    hide += "def hidden(name):\n    if name == 'sglang': raise m.PackageNotFoundError\n    return version(name)\n"
+    code = hide + "m.version = hidden\nimport sys; sys.argv[1:] = ['doctor']\nfrom a3_sglang.cli import main; main()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert 'not installed; pip install "a3-sglang[cuda]"' in done.stdout
+    assert "plugin entry point" in done.stdout
+
+
 def test_a_failed_start_shows_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     done = run("verify", "--model", str(tmp_path))

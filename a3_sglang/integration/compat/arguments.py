@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import msgspec
-
 from a3_sglang.integration.compat.lookup import lookup
 
 
@@ -26,6 +24,7 @@ ARGUMENTS_HOOK = "sglang.srt.server_args.ServerArgs.__post_init__"
 @cache
 def argument_defaults() -> dict[str, Any]:
     """The declared default of every field of ServerArgs; None for a required field."""
+    import msgspec
     from sglang.srt.server_args import ServerArgs
 
     struct = not dataclasses.is_dataclass(ServerArgs)

@@ -45,12 +45,12 @@ def make_extend_batch(tokens: torch.Tensor, positions: torch.Tensor) -> Any:
     return batch
 
 
-def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> Any:
+def attention_backend(forward: Callable[..., torch.Tensor], pool: Any, request_pool: Any) -> Any:
     """An SGLang attention backend that calls ``forward(q, k, v, layer, sinks)`` for every layer.
 
     Any further argument of attention would change its result, so it raises a TypeError.
     """
-    return _backend_class()(forward, pool, rows)
+    return _backend_class()(forward, pool, request_pool)
 
 
 @cache
@@ -59,8 +59,8 @@ def _backend_class() -> Any:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
     class A3Attention(AttentionBackend):
-        def __init__(self, forward: Callable[..., torch.Tensor], pool: Any, rows: Any) -> None:
-            self._forward, self.token_to_kv_pool, self.req_to_token_pool = forward, pool, rows
+        def __init__(self, forward: Callable[..., torch.Tensor], pool: Any, request_pool: Any) -> None:
+            self._forward, self.token_to_kv_pool, self.req_to_token_pool = forward, pool, request_pool
 
         def init_forward_metadata(self, *_: Any, **__: Any) -> None:
             pass

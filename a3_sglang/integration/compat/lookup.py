@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 from typing import Any
-
-import sglang
 
 SUPPORTED = ("0.5.17", "0.5.21", "0.5.23")
 
@@ -69,8 +68,7 @@ def lookup(path: str) -> Any:
             break
         return found
     raise CompatError(
-        f"a3: SGLang {sglang.__version__} has no {path}; this release of a3-sglang is tested with "
-        f"{', '.join(SUPPORTED)}"
+        f"a3: SGLang {version('sglang')} has no {path}; this release of a3-sglang is tested with {', '.join(SUPPORTED)}"
     )
 
 

@@ -24,7 +24,7 @@ def extend_prefix(tree: Any, req: Any, slots: torch.Tensor) -> None:
     """Append slots to the request's prefix between two chunks of its prefill."""
     if hasattr(req, "prefix_len"):
         end = req.prefix_len + len(slots)
-        slot_row(tree, req)[req.prefix_len : end] = slots
+        slots_of(tree, req)[req.prefix_len : end] = slots
         req.prefix_len = end
     else:
         req.prefix_indices = torch.cat([req.prefix_indices, slots.to(req.prefix_indices.dtype)])
@@ -47,10 +47,10 @@ def keep_computed(tree: Any, req: Any) -> None:
         return
     computed = (req if hasattr(req, "kv_committed_len") else req.kv).kv_committed_len
     if computed > len(req.prefix_indices):
-        req.prefix_indices = slot_row(tree, req)[:computed].to(req.prefix_indices.dtype, copy=True)
+        req.prefix_indices = slots_of(tree, req)[:computed].to(req.prefix_indices.dtype, copy=True)
 
 
-def reserve(adder: Any, rows: int) -> None:
+def take_budget(adder: Any, rows: int) -> None:
     """Subtract ``rows`` from the PrefillAdder's budget of the current step; a negative number adds to it."""
     adder.rem_input_tokens -= rows
     if adder.rem_chunk_tokens is not None:
@@ -97,7 +97,7 @@ def count_as_computed(req: Any, rows: int) -> None:
     req.cached_tokens_device, req.cached_tokens_host = req.cached_tokens, 0
 
 
-def slot_row(tree: Any, req: Any) -> torch.Tensor:
+def slots_of(tree: Any, req: Any) -> torch.Tensor:
     """The request's row of the pool that maps prompt positions to slots."""
     index = req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
     return tree.req_to_token_pool.req_to_token[index]
