@@ -31,7 +31,7 @@ _NEEDED = (
     "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams",
     "sglang.srt.mem_cache.radix_cache.RadixKey",
     "sglang.srt.mem_cache.common.evict_from_tree_cache",
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
     "sglang.srt.model_executor.forward_batch_info.CaptureHiddenMode",
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
     "sglang.srt.model_executor.forward_batch_info.ForwardMode",
