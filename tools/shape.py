@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = (
-    ("kernels", "rope", "timing", "documents", "cpu"),
+    ("kernels", "rope", "timing", "documents", "json_lines", "cpu"),
     ("matching", "attention", "drift"),
     ("selectors",),
     ("config", "fusion"),

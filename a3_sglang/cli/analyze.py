@@ -40,7 +40,7 @@ def analyze_log(
     """
     from transformers import AutoTokenizer
 
-    # SGLang, which this imports, takes seconds to load, and may be missing while other commands are used.
+    # Imported here because it imports SGLang, which takes seconds and which other commands can do without.
     from a3_sglang.evaluation.analysis import LoggedRequest, Skipped, analyze, read
     from a3_sglang.integration.startup import line_ends
 

@@ -71,8 +71,8 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    look: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-    table = Table(title=escape(title), show_header=any(columns), **look)
+    shown = any(columns)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=shown)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

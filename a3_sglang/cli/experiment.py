@@ -20,6 +20,7 @@ from a3_sglang.evaluation.prompts import Writer
 from a3_sglang.evaluation.questions import TASKS, make
 from a3_sglang.evaluation.runner import Experiment, Key, Result
 from a3_sglang.integration.engine import sglang_version
+from a3_sglang.json_lines import complete_lines
 
 DataOption = Annotated[
     Path | None,
@@ -138,21 +139,17 @@ class Cells(dict[Key, AnyResult]):
         self._path, self._settings = path, settings
         if path is None or not path.exists():
             return
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            wrong = f"{path}:{number} is not a result of this command"
+        for number, line in complete_lines(path):
             try:
                 kept = json.loads(line)
                 if kept.pop("settings", None) != settings:
-                    wrong = f"{path} holds results of other settings"
-                    raise ValueError
+                    message = f"{path} holds results of other settings; name another file"
+                    raise typer.BadParameter(message, param_hint="--cells")
                 result = kind(**kept)
             except (ValueError, TypeError, AttributeError):
-                raise typer.BadParameter(f"{wrong}; name another file", param_hint="--cells") from None
+                message = f"{path}:{number} is not a result of this command; name another file"
+                raise typer.BadParameter(message, param_hint="--cells") from None
             self[result.key] = result
-        if whole != text:  # The last line is incomplete.
-            path.write_text(whole)
 
     def keep(self, result: AnyResult) -> None:
         """Add a result."""

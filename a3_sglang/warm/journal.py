@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from a3_sglang.json_lines import complete_lines
 from a3_sglang.warm import Document
 
 
@@ -28,14 +29,15 @@ class Journal:
             return
         try:
             path.touch()
-            text = path.read_text()
+            self._read(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(str(error)) from None
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+
+    def _read(self, path: Path) -> None:
+        for number, line in complete_lines(path):
             try:
                 record = json.loads(line)
-                if record["start"] != start:
+                if record["start"] != self._start:
                     continue
                 if record["document"] is None:
                     self._tokens.clear()
@@ -43,8 +45,6 @@ class Journal:
                     self._tokens[record["document"]] = record["tokens"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number} was not written by this command") from None
-        if whole != text:  # The last line is incomplete.
-            path.write_text(whole)
 
     def __len__(self) -> int:
         return len(self._tokens)

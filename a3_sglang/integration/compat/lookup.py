@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import Any
+
+from a3_sglang.integration.engine import sglang_version
 
 SUPPORTED = ("0.5.17", "0.5.21", "0.5.23")
 
@@ -68,7 +69,7 @@ def lookup(path: str) -> Any:
             break
         return found
     raise CompatError(
-        f"a3: SGLang {version('sglang')} has no {path}; this release of a3-sglang is tested with {', '.join(SUPPORTED)}"
+        f"a3: SGLang {sglang_version()} has no {path}; this release of a3-sglang is tested with {', '.join(SUPPORTED)}"
     )
 
 
