@@ -45,7 +45,9 @@ def device_name() -> str:
     """What the engines run on."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def check_chunks(context: int, chunks: int) -> None:

@@ -13,7 +13,7 @@ from a3_sglang.fusion.interface import Model
 from a3_sglang.fusion.ops import Ops
 from a3_sglang.fusion.passes import DenseLayersPass, ProbePass, RecomputePass
 from a3_sglang.fusion.request import FusionRequest, Slice
-from a3_sglang.selectors import DenseLayer, DenseLayers, ProbeLayers, Selector, pick_batch
+from a3_sglang.selectors import DenseLayer, DenseLayers, ProbeLayers, Selector, pick
 from a3_sglang.timing import Timings
 
 SLICE_ROWS = 8192
@@ -176,7 +176,7 @@ def _select(requests: Sequence[FusionRequest], scores: Sequence[torch.Tensor | N
             scored.setdefault(request.selector, []).append((request, _finite(score)))
     for selector, members in scored.items():
         rows, budgets = [request.reused_rows() for request, _ in members], [request.budget for request, _ in members]
-        picked = pick_batch(selector, [score for _, score in members], rows, budgets, drift)
+        picked = pick(selector, [score for _, score in members], rows, budgets, drift)
         for (request, _), positions in zip(members, picked, strict=True):
             request.recomputed_pos = positions
 

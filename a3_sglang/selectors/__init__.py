@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from a3_sglang.selectors.base import DenseLayer, DenseLayers, ProbeLayers, ReusedRows, Selector
-from a3_sglang.selectors.budget import Budget, Ratio, pick, pick_batch
+from a3_sglang.selectors.budget import Budget, Ratio, pick
 
 _SELECTORS = {
     "probe": ("probe", "Probe"),
@@ -47,6 +47,5 @@ __all__ = [
     "Selector",
     "make_selector",
     "pick",
-    "pick_batch",
     "selector_names",
 ]

@@ -37,13 +37,13 @@ class ReusedRows:
 
 @dataclass(frozen=True, slots=True)
 class ProbeLayers:
-    """Need of a selector: the question's attention over the reused KV in a band of layers.
+    """Need of a selector: the question's attention over the reused KV, in all layers or a band of them.
 
     Its signal is float32 (context,), one value per prompt position before the tail: the relevance of the position
     (:func:`a3_sglang.attention.relevance.relevance`) summed over the band; zero in gaps, which have no KV yet.
 
     Attributes:
-        first, last: the band, as shares of the model's depth.
+        first, last: the band, as shares of the model's depth; by default all layers.
         least: fewest layers in the band, if the model has as many from the band's first on.
         mean: relevance is the mean of the attention of the question's rows, the values left aside.
         anchors: share of each span's rows that the question's rows attend to, those whose keys in the band have the
@@ -51,8 +51,8 @@ class ProbeLayers:
             measured over all rows.
     """
 
-    first: float
-    last: float
+    first: float = 0.0
+    last: float = 1.0
     least: int = 1
     mean: bool = False
     anchors: float = 1.0

@@ -81,28 +81,24 @@ class Budget:
 
 
 def pick(
-    selector: Selector, score: torch.Tensor, rows: ReusedRows, budget: Budget, drift: DriftModel = DEFAULT
-) -> torch.Tensor:
-    """Prompt positions of the rows to recompute, int64, ascending.
-
-    Args:
-        selector: selects the rows.
-        score: float32 (reused,), by the selector.
-        rows: the reused rows.
-        budget: how many.
-        drift: how the drift of the rows varies.
-    """
-    return pick_batch(selector, [score], [rows], [budget], drift)[0]
-
-
-def pick_batch(
     selector: Selector,
     scores: Sequence[torch.Tensor],
     rows: Sequence[ReusedRows],
     budgets: Sequence[Budget],
     drift: DriftModel = DEFAULT,
 ) -> list[torch.Tensor]:
-    """:func:`pick` for several requests with equal selectors."""
+    """The rows to recompute, of several requests with equal selectors.
+
+    Args:
+        selector: selects the rows.
+        scores: of each request, float32 (reused,), by the selector.
+        rows: of each request, its reused rows.
+        budgets: of each request, how many.
+        drift: how the drift of the rows varies.
+
+    Returns:
+        Of each request, their prompt positions, int64, ascending.
+    """
     counts = [budget.count(score) for budget, score in zip(budgets, scores, strict=True)]
     selected = selector.select(scores, rows, counts, drift)
     return [request.positions[indices].sort().values for request, indices in zip(rows, selected, strict=True)]

@@ -21,7 +21,7 @@ class ProphetKV(Selector):
     own rows and the prefix included.
     """
 
-    needs = ProbeLayers(0.0, 1.0, mean=True)
+    needs = ProbeLayers(mean=True)
     supports_auto: ClassVar[bool] = True
 
     def score(self, signal: torch.Tensor, rows: ReusedRows) -> torch.Tensor:

@@ -116,5 +116,5 @@ def probe_agreement(traffic: Traffic, oracle: Llama, documents: int = 4) -> floa
         score += (attention[layer].pow(2).mean(0).sqrt() * sizes.T[:, :end]).sum(0)
     rows = ReusedRows.of([(span.start, span.end) for span in fused.plan.spans], "cpu")
     budget = Budget.of(probe, fused.plan.ratio(0.25, INDEX_BLOCK), len(fused.reused))
-    picked = pick(probe, probe.score(score, rows), rows, budget)
+    picked = pick(probe, [probe.score(score, rows)], [rows], [budget])[0]
     return len(set(picked.tolist()) & set(fused.recomputed.tolist())) / len(picked)

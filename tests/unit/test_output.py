@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,25 @@ def test_doctor_says_what_will_be_refused(model: str, tmp_path: Path) -> None:
 
 def test_doctor_runs_without_sglang() -> None:
     """It says how to install SGLang; the other commands are not asked for it until they run."""
-    hide = "import sys; sys.modules['sglang'] = None; import importlib.metadata as m; version = m.version\n"
-    hide += "def hidden(name):\n    if name == 'sglang': raise m.PackageNotFoundError\n    return version(name)\n"
-    code = hide + "m.version = hidden\nimport sys; sys.argv[1:] = ['doctor']\nfrom a3_sglang.cli import main; main()"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    code = """
+        import importlib.metadata, sys
+
+        version = importlib.metadata.version
+
+        def hiding(name):
+            if name == "sglang":
+                raise importlib.metadata.PackageNotFoundError
+            return version(name)
+
+        importlib.metadata.version = hiding
+        sys.modules["sglang"] = None  # Importing it is an error.
+        sys.argv[1:] = ["doctor"]
+        from a3_sglang.cli import main
+
+        main()
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stderr
     assert 'not installed; pip install "a3-sglang[cuda]"' in done.stdout
     assert "plugin entry point" in done.stdout

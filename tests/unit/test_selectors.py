@@ -48,7 +48,7 @@ def single_rows(positions: list[int]) -> ReusedRows:
 
 def picked_by(selector: Selector, signal: torch.Tensor | None, rows: ReusedRows, count: int) -> torch.Tensor:
     """Positions of the ``count`` rows that a selector picks."""
-    return pick(selector, selector.score(signal, rows), rows, exactly(count, len(rows.positions)))
+    return pick(selector, [selector.score(signal, rows)], [rows], [exactly(count, len(rows.positions))])[0]
 
 
 def test_selectors_by_name():
@@ -103,7 +103,7 @@ def test_pick_takes_the_highest_scores_and_of_equal_ones_the_earlier(data: st.Da
     rows = single_rows(positions)
     expected = sorted(sorted(positions, key=lambda p: (-scores[p], p))[:count])
     for _ in range(2):
-        picked = pick(A3(), torch.tensor(scores)[rows.positions], rows, exactly(count, len(positions)))
+        picked = pick(A3(), [torch.tensor(scores)[rows.positions]], [rows], [exactly(count, len(positions))])[0]
         assert picked.dtype == torch.int64
         assert picked.tolist() == expected
 
@@ -118,7 +118,7 @@ def test_pick_gives_distinct_reused_rows(name: str, data: st.DataObject):
     relevance = torch.rand(301)
     dense = isinstance(selector.needs, DenseLayers)
     score = relevance[rows.positions] if dense else selector.score(relevance, rows)
-    picked = pick(selector, score, rows, exactly(count, len(positions)))
+    picked = pick(selector, [score], [rows], [exactly(count, len(positions))])[0]
     assert picked.dtype == torch.int64
     assert len(picked) == count
     assert picked.tolist() == sorted(set(picked.tolist()) & set(positions))
@@ -158,8 +158,13 @@ def probe_layers(selector: Selector, windows: Sequence[int | None]) -> tuple[int
 
 
 @given(st.integers(1, 200))
-def test_probe_reads_a_band_of_middle_layers(depth: int):
-    layers = probe_layers(Probe(), [None] * depth)
+def test_probe_reads_all_layers(depth: int):
+    assert probe_layers(Probe(), [None] * depth) == tuple(range(depth))
+
+
+@given(st.integers(1, 200))
+def test_a_band_of_middle_layers(depth: int):
+    layers = ProbeLayers(0.25, 0.8).layers([None] * depth)
     assert 1 <= len(layers) <= math.ceil(0.55 * depth) + 1
     assert layers[0] >= 0
     assert layers[-1] < depth
@@ -167,16 +172,17 @@ def test_probe_reads_a_band_of_middle_layers(depth: int):
 
 
 @given(st.lists(st.sampled_from([None, 512]), min_size=1, max_size=60))
-def test_probe_reads_layers_without_a_window_if_its_band_has_any(windows: list[int | None]):
-    band, layers = probe_layers(Probe(), [None] * len(windows)), probe_layers(Probe(), windows)
-    everywhere = [layer for layer in band if windows[layer] is None]
-    assert list(layers) == (everywhere or list(band))
+def test_layers_without_a_window_are_read_if_the_band_has_any(windows: list[int | None]):
+    for band in (ProbeLayers(), ProbeLayers(0.25, 0.8)):
+        layers = band.layers([None] * len(windows))
+        everywhere = tuple(layer for layer in layers if windows[layer] is None)
+        assert band.layers(windows) == (everywhere or layers)
 
 
-def test_probe_band_of_known_models():
-    assert probe_layers(Probe(), [None] * 30) == tuple(range(7, 24))
-    assert probe_layers(Probe(), [None] * 32) == tuple(range(8, 25))
-    assert probe_layers(Probe(ProbeLayers(0.0, 1.0)), [None] * 7) == tuple(range(7))
+def test_bands_of_known_depths():
+    middle = ProbeLayers(0.25, 0.8)
+    assert middle.layers([None] * 30) == tuple(range(7, 24))
+    assert middle.layers([None] * 32) == tuple(range(8, 25))
 
 
 @given(st.integers(1, 200))
@@ -230,7 +236,7 @@ def test_auto_follows_the_number_of_rows_that_cover_its_share(data: st.DataObjec
     relevance = torch.tensor(data.draw(drawn), dtype=torch.float32)
     rows = single_rows(list(range(len(relevance))))
     budget = Budget.of(Probe(), "auto", len(relevance))
-    picked = pick(Probe(), relevance, rows, budget)
+    picked = pick(Probe(), [relevance], [rows], [budget])[0]
     count = len(picked)
     assert budget.least <= count <= budget.most
     ranked = relevance.double().sort(descending=True).values
@@ -244,7 +250,9 @@ def test_auto_follows_the_number_of_rows_that_cover_its_share(data: st.DataObjec
     # By rounding of the sums, the share may be covered one row earlier or later.
     assert rows_for(AUTO_SHARE * (1 - 1e-9)) <= count <= rows_for(AUTO_SHARE * (1 + 1e-9))
     # A selector with the default `select` picks exactly the rows with the highest scores.
-    assert_close(relevance[pick(A3(), relevance, rows, budget)].double().sort(descending=True).values, ranked[:count])
+    assert_close(
+        relevance[pick(A3(), [relevance], [rows], [budget])[0]].double().sort(descending=True).values, ranked[:count]
+    )
 
 
 def dense_layer(generator: torch.Generator, context: int, tail: int, kv_heads: int, group: int) -> DenseLayer:
