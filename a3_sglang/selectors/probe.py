@@ -29,7 +29,7 @@ class Probe(Selector):
     A3 (arXiv 2511.17560, Section 4) scores fresh keys of layer 1 only.
 
     Attributes:
-        needs: the band of layers; with all of them, KL is about the same (docs/quality.md).
+        needs: the band of layers.
     """
 
     needs: Need = MIDDLE_LAYERS
