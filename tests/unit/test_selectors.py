@@ -168,16 +168,16 @@ def test_probe_reads_a_band_of_middle_layers(depth: int):
 
 @given(st.lists(st.sampled_from([None, 512]), min_size=1, max_size=60))
 def test_layers_without_a_window_are_read_if_the_band_has_any(windows: list[int | None]):
-    for band in (ProbeLayers(), ProbeLayers(0.25, 0.8)):
-        layers = band.layers([None] * len(windows))
-        everywhere = tuple(layer for layer in layers if windows[layer] is None)
-        assert band.layers(windows) == (everywhere or layers)
+    for selector in (Probe(), ProphetKV()):
+        band, layers = probe_layers(selector, [None] * len(windows)), probe_layers(selector, windows)
+        everywhere = [layer for layer in band if windows[layer] is None]
+        assert list(layers) == (everywhere or list(band))
 
 
-def test_bands_of_known_depths():
+def test_probe_band_of_known_models():
     assert probe_layers(Probe(), [None] * 30) == tuple(range(7, 24))
     assert probe_layers(Probe(), [None] * 32) == tuple(range(8, 25))
-    assert ProbeLayers().layers([None] * 7) == tuple(range(7))
+    assert probe_layers(Probe(ProbeLayers()), [None] * 7) == tuple(range(7))
 
 
 @given(st.integers(1, 200))
@@ -245,9 +245,8 @@ def test_auto_follows_the_number_of_rows_that_cover_its_share(data: st.DataObjec
     # By rounding of the sums, the share may be covered one row earlier or later.
     assert rows_for(AUTO_SHARE * (1 - 1e-9)) <= count <= rows_for(AUTO_SHARE * (1 + 1e-9))
     # A selector with the default `select` picks exactly the rows with the highest scores.
-    assert_close(
-        relevance[pick(A3(), [relevance], [rows], [budget])[0]].double().sort(descending=True).values, ranked[:count]
-    )
+    highest = pick(A3(), [relevance], [rows], [budget])[0]
+    assert_close(relevance[highest].double().sort(descending=True).values, ranked[:count])
 
 
 def dense_layer(generator: torch.Generator, context: int, tail: int, kv_heads: int, group: int) -> DenseLayer:
