@@ -8,8 +8,8 @@ small sizes under compute-sanitizer, if it is installed. ``tests``: the project'
 operations over the measured rate of a matrix product), at the sizes of one layer of Llama-3.1-8B; libraries' ways to
 compute the same rows; and other tile shapes of our row attention. ``engines``: time to first token with dummy weights
 in the shapes of Llama-3.1-8B and Qwen3-14B, stock SGLang (with the attention backend that it chooses) against a3.
-``--small`` runs everything with tiny sizes; on a
-CPU all but the engines also run in Triton's interpreter (``TRITON_INTERPRET=1``), but times mean nothing there.
+``--small`` runs everything with tiny sizes; on a CPU all but the engines also run in Triton's interpreter
+(``TRITON_INTERPRET=1``), but times mean nothing there.
 """
 
 from __future__ import annotations

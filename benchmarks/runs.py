@@ -3,7 +3,7 @@
     python benchmarks/runs.py --model DIR --data questions.json --json benchmarks/results/runs-MODEL.json
 
 Asks the questions as ``a3-sglang eval`` does, on the real engine, with the default rule and with the same rule over
-runs (``a3_sglang/drift/runs.py``). All rules probe alike and recompute the same number of rows, so their charged
+runs (``run_selection.py``). All rules probe alike and recompute the same number of rows, so their charged
 budgets are equal. Prints mean KL with its standard error, its ratio to that of single rows with a bootstrap interval
 over questions, and the geometric mean of the questions' own ratios, in which no single question decides. Single results
 are kept in ``--cells``, from which an interrupted run resumes.
@@ -32,9 +32,9 @@ from a3_sglang.client import engine, environment, generate
 from a3_sglang.config import DONOR_MODES
 from a3_sglang.cpu import serving_dtype
 from a3_sglang.drift.model import DriftModel, PaddedBlocks
-from a3_sglang.drift.runs import select_runs
 from a3_sglang.evaluation.runner import Experiment, Key, Result, evaluating
 from a3_sglang.selectors import ReusedRows, probe
+from run_selection import select_runs
 
 SINGLE = "probe"
 
@@ -44,7 +44,7 @@ class ProbeRuns(probe.Probe):
     """The default rule over runs of neighbouring rows.
 
     Attributes:
-        lengths, overhead: of :func:`a3_sglang.drift.runs.select_runs`.
+        lengths, overhead: of :func:`run_selection.select_runs`.
     """
 
     lengths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

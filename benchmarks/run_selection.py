@@ -1,4 +1,4 @@
-"""Which runs of neighbouring rows to recompute, by the model of drift in ``drift/model.py``."""
+"""Which runs of neighbouring rows to recompute, by the model of drift in ``a3_sglang/drift/model.py``."""
 
 from __future__ import annotations
 
