@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -54,9 +55,9 @@ def equal(
     context: Annotated[int, typer.Option(min=512, help="Tokens of a prompt before its question.")] = 4096,
     chunks: Annotated[int, typer.Option(min=2, help="Passages of a prompt.")] = 8,
     donors: Annotated[str, typer.Option(help=f"Where reused KV comes from: {' or '.join(DONOR_MODES)}.")] = "harvest",
-    grid: Annotated[str, typer.Option(help="Ratios at which the default rule is measured first.")] = ",".join(
-        map(str, GRID)
-    ),
+    grid: Annotated[
+        str, typer.Option(help=f"Ratios at which the default rule is measured first, besides {RATIO}.")
+    ] = ",".join(map(str, GRID)),
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     cells: CellsOption = None,
@@ -68,18 +69,18 @@ def equal(
     """How much sooner the default rule answers than published ones if it is as close to the full prefill as they are.
 
     First the mean KL divergence to the full prefill (as in `a3-sglang eval`): of the published rules at a ratio of
-    15%, and of the default rule at a grid of ratios. Then that of the default at the ratios at which, by
-    interpolation, it is as low as each published rule's; a ratio counts only if the KL measured at it is
-    as low, too. Then the time to first token of all of these in turns, and of stock SGLang, on prompts of as many
-    random tokens (as in `a3-sglang bench ttft`). The factor is against the faster of stock's full prefill and a3's.
+    15%, and of the default rule at 15% and at a grid of other ratios. Then that of the default at the ratios at which,
+    by interpolation, it is as low as each published rule's; a ratio counts only if the KL measured at it is as low,
+    too. Then the time to first token of all of these in turns, and of stock SGLang, on prompts of as many random
+    tokens (as in `a3-sglang bench ttft`). The factor is against the faster of stock's full prefill and a3's.
     """
     if donors not in DONOR_MODES:
         raise typer.BadParameter(f"choose from {', '.join(DONOR_MODES)}", param_hint="--donors")
     try:
-        ratios = sorted({float(ratio) for ratio in grid.split(",")})
+        ratios = sorted({RATIO, *map(float, grid.split(","))})
     except ValueError:
-        ratios = []
-    if not ratios or not 0 < ratios[0] <= ratios[-1] <= 1:
+        ratios = [math.nan]
+    if not all(0 < ratio <= 1 for ratio in ratios):
         raise typer.BadParameter("must be comma-separated numbers above 0 and at most 1", param_hint="--grid")
     check_chunks(context, chunks)
     if svg is not None and find_spec("matplotlib") is None:
@@ -89,7 +90,8 @@ def equal(
     )
     begin = engines(model)
     quality, matched = _quality(asked, donors, ratios, begin, Cells(cells, settings, Result))
-    rules = list(dict.fromkeys([*((peer, RATIO) for peer in PEERS), *((DEFAULT, r) for r in matched.values() if r)]))
+    default_ratios = sorted({RATIO, *filter(None, matched.values())})
+    rules = [*((peer, RATIO) for peer in PEERS), *((DEFAULT, ratio) for ratio in default_ratios)]
     prompts = Prompts(vocabulary_of(model), context, chunks, seed)
     stock_ms, times = _times(rules, prompts, repeats, begin, settings["dtype"])
 
@@ -106,17 +108,18 @@ def equal(
         }
 
     rows = [row(peer, RATIO) | {"default": row(DEFAULT, ratio) if ratio else None} for peer, ratio in matched.items()]
+    default = row(DEFAULT, RATIO)
     title = (
         f"speed at equal quality, {context} tokens, {len(asked.numbers)} questions of {data or task}, {donors} donors"
     )
-    _print(title, rows, stock_ms)
+    _print(title, rows, default, stock_ms)
     console.print(f"{device_name()}, SGLang {settings['sglang']}, {model}")
     if svg is not None:
-        draw(rows, stock_ms, f"{context} tokens, {device_name()}, {settings['dtype']}", svg)
+        draw(rows, default, stock_ms, f"{context} tokens, {device_name()}, {settings['dtype']}", svg)
     curve = [{"ratio": ratio, **quality[DEFAULT, ratio]} for rule, ratio in sorted(quality) if rule == DEFAULT]
-    figures = {"rows": rows, "stock_ms": round(stock_ms, 3), "curve": curve, "data": str(data or task), "model": model}
-    more = {"context": context, "donors": donors, "repeats": repeats, "n": len(asked.numbers), "device": device_name()}
-    write_json(json, figures | more | settings)
+    figures = {"rows": rows, "default": default, "stock_ms": round(stock_ms, 3), "curve": curve}
+    asked_for = {"data": str(data or task), "model": model, "context": context, "donors": donors, "repeats": repeats}
+    write_json(json, figures | asked_for | {"n": len(asked.numbers), "device": device_name()} | settings)
 
 
 def _quality(
@@ -172,12 +175,15 @@ def _times(
     return min(statistics.median(stock), statistics.median(full)), dict(zip(rules, fused, strict=True))
 
 
-def _print(title: str, rows: Sequence[dict[str, Any]], stock_ms: float) -> None:
+def _print(title: str, rows: Sequence[dict[str, Any]], default: dict[str, Any], stock_ms: float) -> None:
     def line(name: str, row: dict[str, Any]) -> tuple[str, ...]:
         figures = f"{row['ratio']:.4g}", f"{row['kl']:.4f}", f"{row['charged']:.3f}", f"{row['ms']:.0f} ms"
         return name, *figures, f"{row['speedup']:.2f}x"
 
-    lines: list[tuple[str, ...]] = [("full prefill", "", "0", "1", f"{stock_ms:.0f} ms", "1.00x")]
+    lines: list[tuple[str, ...]] = [
+        ("full prefill", "", "0", "1", f"{stock_ms:.0f} ms", "1.00x"),
+        line(DEFAULT, default),
+    ]
     for row in rows:
         lines.append(line(row["rule"], row))
         if row["default"]:

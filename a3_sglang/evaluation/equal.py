@@ -12,8 +12,8 @@ PEERS = ("a3", "cacheblend", "epic", "prophetkv", "qcfuse")
 DEFAULT = "probe"
 RATIO = 0.15
 """The nominal ratio of the published rules."""
-GRID = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.15)
-"""Ratios at which the default rule is measured first."""
+GRID = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1)
+"""Ratios at which the default rule is measured first, besides :data:`RATIO`."""
 ROUNDS = 3
 DIGITS = 4
 
@@ -70,12 +70,15 @@ def _reached(kl: float, curve: Mapping[float, float]) -> float | None:
     return next((ratio for ratio in sorted(curve) if curve[ratio] <= kl), None)
 
 
-def draw(rows: Sequence[Mapping[str, Any]], stock_ms: float, title: str, path: Path) -> None:
-    """Draw KL against time to first token: published rules, the default rule at the same KL, and stock.
+def draw(
+    rows: Sequence[Mapping[str, Any]], default: Mapping[str, Any], stock_ms: float, title: str, path: Path
+) -> None:
+    """Draw KL against time to first token: published rules, the default rule at their ratio and KLs, and stock.
 
     Args:
         rows: of the published rules, with ``rule``, ``ratio``, ``kl`` and ``ms``, and the same of the default in
             ``default``, or None.
+        default: the same of the default rule at the published rules' ratio.
         stock_ms: of the full prefill.
         title: of the picture.
         path: of the SVG.
@@ -85,13 +88,13 @@ def draw(rows: Sequence[Mapping[str, Any]], stock_ms: float, title: str, path: P
 
     # With a salt, the names of the SVG's elements are reproducible.
     with rc_context({"svg.hashsalt": "a3"}):
-        picture = Figure(figsize=(7, 4.2))
+        picture = Figure(figsize=(8.5, 4.2))
         axes = picture.subplots()
         for i, row in enumerate(rows):
             axes.plot(row["ms"], row["kl"], "o", color=f"C{i + 1}", label=f"{row['rule']}, {row['ratio']:.0%}")
             if row["default"]:
                 axes.plot([row["default"]["ms"], row["ms"]], [row["kl"]] * 2, ":", color=f"C{i + 1}", linewidth=1)
-        mine = {row["default"]["ratio"]: row["default"] for row in rows if row["default"]}
+        mine = {row["ratio"]: row for row in (default, *(row["default"] for row in rows)) if row}
         curve = [mine[ratio] for ratio in sorted(mine)]
         axes.plot([row["ms"] for row in curve], [row["kl"] for row in curve], "D-", color="C0", label=DEFAULT)
         for row in curve:
@@ -103,6 +106,6 @@ def draw(rows: Sequence[Mapping[str, Any]], stock_ms: float, title: str, path: P
         axes.set_xlabel("time to first token, ms")
         axes.set_ylabel("mean KL to the full prefill")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         picture.tight_layout()
         picture.savefig(path, format="svg", metadata={"Date": None})

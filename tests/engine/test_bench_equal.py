@@ -25,7 +25,7 @@ def test_equal_on_the_engine(model: str, tmp_path):
         "context": 1536,
         "chunks": 6,
         "donors": "harvest",
-        "grid": "0.02,0.15",
+        "grid": "0.02",
         "repeats": 1,
         "seed": 4,
         "cells": cells,
@@ -38,6 +38,8 @@ def test_equal_on_the_engine(model: str, tmp_path):
     curve = {row["ratio"]: row for row in figures["curve"]}
     assert {0.02, 0.15} <= curve.keys()
     assert [(row["rule"], row["ratio"]) for row in figures["rows"]] == [(peer, RATIO) for peer in PEERS]
+    default = figures["default"]
+    assert (default["rule"], default["ratio"], default["kl"]) == (DEFAULT, RATIO, curve[RATIO]["kl"])
     charged = {row["rule"]: row["charged"] for row in figures["rows"]}
     # Two of 30 layers in full, 48 to 64 rows through all layers or through 18 of them, nothing but the rows.
     assert charged["a3"] == charged["cacheblend"] > charged["prophetkv"] > charged["qcfuse"] > charged["epic"] >= RATIO

@@ -82,13 +82,14 @@ def test_the_picture_names_every_rule_and_repeats(tmp_path: Path):
         }
         for i, peer in enumerate(PEERS)
     ]
+    default = {"rule": DEFAULT, "ratio": 0.15, "kl": 0.001, "ms": 105.0}
     pictures = []
     for name in ("a.svg", "b.svg"):
-        draw(rows, 300.0, "a title", tmp_path / name)
+        draw(rows, default, 300.0, "a title", tmp_path / name)
         pictures.append((tmp_path / name).read_text())
     assert pictures[0] == pictures[1]
     assert pictures[0].startswith("<?xml")
-    for text in (*PEERS, DEFAULT, "a title", "2.0%", "5.0%"):
+    for text in (*PEERS, DEFAULT, "a title", "2.0%", "5.0%", "15.0%"):
         assert f"<!-- {text}" in pictures[0], text
 
 
@@ -99,6 +100,7 @@ def test_the_picture_names_every_rule_and_repeats(tmp_path: Path):
         ({"grid": "0.1,x"}, "--grid"),
         ({"grid": "0,0.1"}, "--grid"),
         ({"grid": "0.1,1.5"}, "--grid"),
+        ({"grid": "0.1,nan,0.2"}, "--grid"),
         ({"context": 512, "chunks": 9}, "--chunks"),
     ],
 )
