@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -79,8 +78,8 @@ def equal(
     try:
         ratios = sorted({RATIO, *map(float, grid.split(","))})
     except ValueError:
-        ratios = [math.nan]
-    if not all(0 < ratio <= 1 for ratio in ratios):
+        ratios = []
+    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise typer.BadParameter("must be comma-separated numbers above 0 and at most 1", param_hint="--grid")
     check_chunks(context, chunks)
     if svg is not None and find_spec("matplotlib") is None:
@@ -153,7 +152,8 @@ def _quality(
             measure((DEFAULT, ratio) for ratio in more)
             return {ratio: found[DEFAULT, ratio]["kl"] for ratio in more}
 
-        measure((peer, RATIO) for peer in PEERS)
+        # In one go, as a question's full prefill and its donors are computed once per call.
+        measure([*((peer, RATIO) for peer in PEERS), *((DEFAULT, ratio) for ratio in ratios)])
         matched = ratios_for({peer: found[peer, RATIO]["kl"] for peer in PEERS}, default_at(ratios), default_at)
     return found, matched
 

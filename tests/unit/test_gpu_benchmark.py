@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from a3_sglang.integration import compat
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
 from gpu_suite import engines
 
 CARD = 81559 << 20

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,6 @@ from a3_sglang.drift import model, selection
 from a3_sglang.drift.model import DEFAULT, MAX_BLOCK, PaddedBlocks
 from a3_sglang.drift.selection import candidates_per_block
 from helpers.drift import covariance64, drawn_weights, offsets_of, posterior
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
 from run_selection import select_runs
 
 spans_of_rows = st.lists(st.integers(1, 30), min_size=1, max_size=3)
